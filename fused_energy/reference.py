@@ -1,0 +1,48 @@
+"""The definition, in a few lines of plain PyTorch that do materialize the logits (N, V).
+
+Every other implementation is tested against this one; gradients are autograd's. Keep it short enough to check by eye.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_energy.shared import HeadOptions, accumulation_dtype, tail_energy_of_logits
+
+
+def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:
+    """``softcap(logit_scale · (h Wᵀ) + b)``: (N, H), (V, H) → (N, V), float32 (float64 for float64)."""
+    dtype = accumulation_dtype(hidden.dtype)
+    z = options.logit_scale * (hidden.to(dtype) @ weight.to(dtype).T)
+    if bias is not None:
+        z = z + bias.to(dtype)
+    return z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)
+
+
+def linear_energy(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor | None,  # (N,), every one within the vocabulary
+    bias: Tensor | None,  # (V,)
+    options: HeadOptions,
+) -> tuple[Tensor, Tensor | None]:
+    """``E = −T · logsumexp(z/T)`` and ``NLL = logsumexp(z) − z_y``, each (N,)."""
+    z = logits(hidden, weight, bias, options)
+    energy = -options.temperature * torch.logsumexp(z / options.temperature, dim=-1)
+    if targets is None:
+        return energy, None
+    return energy, torch.logsumexp(z, dim=-1) - z.gather(-1, targets[:, None])[:, 0]
+
+
+def tail_energy(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    k: int,
+    side: str,
+    fill: str,
+    bias: Tensor | None,
+    options: HeadOptions,
+) -> Tensor:
+    """The energy of the k largest or smallest logits of each token, (N,)."""
+    return tail_energy_of_logits(logits(hidden, weight, bias, options), k, side, fill, options.temperature)

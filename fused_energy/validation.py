@@ -1,0 +1,93 @@
+"""Every error a caller of ``fused_energy`` can cause. Each says what was passed, why it cannot work, what to do."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fused_energy.shared import tail_size
+
+
+def check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless hidden (..., H), weight (V, H) and bias (V,) belong together."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is None and name == "bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, but a torch.Tensor is needed: convert it first.")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {tensor.dtype}, but energies need floating point: cast it, e.g. .float().")
+    if hidden.ndim < 1:
+        raise ValueError("hidden is a scalar, but its last dimension must be the hidden size H: pass (..., H).")
+    if weight.ndim != 2 or weight.shape[0] < 1:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, but the head's matrix must be (V, H) with V ≥ 1.")
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden has H = {hidden.shape[-1]} and weight (V, H) = {tuple(weight.shape)}, so they cannot be multiplied: "
+            "pass the hidden states that this head reads (a transposed weight is the usual slip)."
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}, but one value per vocabulary entry is needed: ({weight.shape[0]},)."
+        )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != hidden.dtype:
+            raise TypeError(
+                f"hidden is {hidden.dtype} and {name} is {tensor.dtype}, and mixing them would hide a cast of the whole "
+                f"head: cast one of them, e.g. hidden.to({tensor.dtype}), or run under torch.autocast."
+            )
+        if tensor.device != hidden.device:
+            raise ValueError(
+                f"hidden is on {hidden.device} and {name} on {tensor.device}: move both to one device before the call."
+            )
+
+
+def check_options(temperature: float, logit_scale: float, softcap: float | None) -> None:
+    """Raise ``ValueError`` for numbers that leave the energy undefined."""
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature is {temperature}, but E = −T·logsumexp(z/T) needs a finite T > 0.")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale is {logit_scale}, but logits must stay finite: pass the model's scale (1.0 if none).")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap is {softcap}, but c·tanh(x/c) needs a finite c > 0: pass None for no cap.")
+
+
+def check_targets(targets: Tensor, hidden: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Raise unless targets are integers (...,), each within the vocabulary or equal to ``ignore_index``."""
+    if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
+        found = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+        raise TypeError(f"targets are {found}, but token ids must be int64 or int32 tensors: use targets.long().")
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets have shape {tuple(targets.shape)} and hidden {tuple(hidden.shape)}, but there must be one target "
+            f"per token: {tuple(hidden.shape[:-1])}."
+        )
+    if targets.device != hidden.device:
+        raise ValueError(f"targets are on {targets.device} and hidden on {hidden.device}: move them to one device.")
+    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
+    if wrong.any():
+        raise ValueError(
+            f"targets hold {int(targets[wrong][0])} ({int(wrong.sum())} such labels), which is out of range for a vocabulary "
+            f"of {vocabulary} and is not ignore_index ({ignore_index}): check the tokenizer against the model, or mask them."
+        )
+
+
+def check_tail(fraction: float, side: str, fill: str, vocabulary: int) -> int:
+    """Raise for a tail that does not exist; return its size k."""
+    if side not in ("top", "bottom"):
+        raise ValueError(f'side is {side!r}, but a tail is "top" (the largest logits) or "bottom" (the smallest).')
+    if fill not in ("zero", "none"):
+        raise ValueError(f'fill is {fill!r}, but logits outside the tail either count as 0 ("zero") or not ("none").')
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction is {fraction}, but a share of the vocabulary lies above 0 and at most at 1.")
+    k = tail_size(fraction, vocabulary)
+    if k < 1:
+        raise ValueError(
+            f"fraction {fraction} of a vocabulary of {vocabulary} is less than one logit, so the tail is empty: use a "
+            f"fraction of at least {1 / vocabulary:.3g}."
+        )
+    return k
