@@ -1,0 +1,329 @@
+"""The command line: parse, call the library, print. Bad input ends in one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eua.errors import EUAError
+
+INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``eua``; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except EUAError as error:
+        print(f"eua {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        hint = " Run the same command with --resume to go on." if arguments.command == "unlearn" else ""
+        print(f"eua {arguments.command}: interrupted.{hint}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="eua",
+        description="Make a language model forget what it must not know, and refuse when asked for it.",
+        epilog="Start with `eua demo`. Rows are JSONL files of question/answer, prompt/completion or messages.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, help_: str, description: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=help_, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    demo = command(
+        "demo",
+        _demo,
+        "watch a small model learn, forget and refuse (a few minutes on a laptop, no download)",
+        "Trains a small model on made-up people, makes it forget a tenth of them, and shows what changed.",
+    )
+    demo.add_argument("--output", type=Path, default=Path("eua-demo"), help="folder for the unlearned model, figures and rows")
+    demo.add_argument(
+        "--cache", type=Path, default=_default_cache(), help="folder that keeps the trained model for the next run"
+    )
+    demo.add_argument("--people", type=_positive(int), default=200, help="how many people to make up; 100 or more")
+    demo.add_argument("--target-epochs", type=_positive(float), default=20, help="passes over all facts before unlearning")
+    demo.add_argument("--seed", type=int, default=0, help="of world, training and pairing")
+    demo.add_argument("--overwrite", action="store_true", help="write into an output folder that is not empty")
+
+    unlearn = command(
+        "unlearn",
+        _unlearn,
+        "train a model to forget some rows and keep others",
+        "Energy-based unlearning alignment: forgotten tokens rise above one energy boundary, retained ones stay below another.",
+    )
+    _add_model(unlearn)
+    unlearn.add_argument("--forget", type=Path, required=True, help="JSONL of the rows to forget")
+    unlearn.add_argument(
+        "--retain", type=Path, required=True, help="JSONL of rows to keep; the more of what must stay, the better"
+    )
+    unlearn.add_argument("--output", type=Path, required=True, help="folder for the unlearned model, and for checkpoints in it")
+    unlearn.add_argument("--epochs", type=_positive(float), default=10.0, help="passes over the forget rows")
+    unlearn.add_argument(
+        "--learning-rate", type=_positive(float), default=1e-5, help="small models need more, e.g. 5e-4 at 5M parameters"
+    )
+    unlearn.add_argument("--batch-size", type=_positive(int), default=8, help="forget rows in a step")
+    unlearn.add_argument("--retain-per-forget", type=_positive(int), default=1, help="retain rows beside each forget row")
+    unlearn.add_argument("--gradient-accumulation", type=_positive(int), default=1, help="batches in an optimizer step")
+    unlearn.add_argument("--gamma", type=float, default=0.05, help="weight of the energies in the loss")
+    unlearn.add_argument("--alpha", type=float, default=1.0, help="weight of the retained rows' likelihood in the loss")
+    unlearn.add_argument("--rho", type=float, default=0.1, help="share of the vocabulary that boundaries are made of")
+    unlearn.add_argument("--temperature", type=float, default=1.0, help="temperature of the energy")
+    unlearn.add_argument(
+        "--max-length", type=_positive(int), default=1024, help="longest row in tokens; longer answers are cut"
+    )
+    unlearn.add_argument("--lora-rank", type=int, default=0, help="train a LoRA adapter of this rank; 0 trains every weight")
+    unlearn.add_argument("--save-steps", type=_positive(int), help="steps between checkpoints (default: one an epoch)")
+    unlearn.add_argument("--seed", type=int, default=42, help="of pairing and order")
+    unlearn.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    unlearn.add_argument("--overwrite", action="store_true", help="start anew in an output folder that is not empty")
+
+    calibrate = command(
+        "calibrate",
+        _calibrate,
+        "set the threshold above which prompts are refused",
+        "Split-conformal threshold from retained prompts that unlearning has not seen; saved beside the model.",
+    )
+    _add_model(calibrate)
+    calibrate.add_argument("--prompts", type=Path, required=True, help="JSONL of retained rows that unlearning has not seen")
+    groups = calibrate.add_mutually_exclusive_group()
+    groups.add_argument(
+        "--group-by", metavar="KEY", help="rows with the same value of this key resemble each other (one person's)"
+    )
+    groups.add_argument("--group-size", type=_positive(int), help="so many consecutive rows resemble each other (TOFU: 20)")
+    calibrate.add_argument("--tolerance", type=float, default=0.05, help="tolerated rate of false refusals")
+    calibrate.add_argument("--temperature", type=float, default=1.0, help="temperature of the energy; that of training")
+    calibrate.add_argument("--refusal", help="what a refused prompt is answered (default: a plain sentence)")
+    calibrate.add_argument("--forget", type=Path, help="JSONL of forgotten rows, to measure how many of them are refused")
+    calibrate.add_argument("--output", type=Path, help="folder for the guard (default: the model's)")
+
+    ask = command("ask", _ask, "ask a model, guard on", "Prints the model's answer and the energy of the question.")
+    _add_model(ask)
+    ask.add_argument("question", nargs="+", help="one or more questions, each in quotes")
+    ask.add_argument("--guard", type=Path, help="folder of the guard (default: the model's)")
+    ask.add_argument("--no-guard", action="store_true", help="answer without the guard")
+    ask.add_argument("--max-new-tokens", type=_positive(int), default=64, help="longest answer")
+
+    evaluate = command(
+        "evaluate",
+        _evaluate,
+        "measure what a model still knows and what it refuses",
+        "Extraction strength, memorization, probability, truth ratio, energies and refusals, as a table and as JSON.",
+    )
+    _add_model(evaluate)
+    evaluate.add_argument("--forget", type=Path, required=True, help="JSONL of the forgotten rows")
+    evaluate.add_argument("--retain", type=Path, required=True, help="JSONL of retained rows")
+    evaluate.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        type=_named_path,
+        help="a further set of rows; may be repeated",
+    )
+    evaluate.add_argument("--before", help="the model before unlearning, to compare with")
+    evaluate.add_argument("--guard", type=Path, help="folder of the guard (default: the model's, if it has one)")
+    evaluate.add_argument("--batch-size", type=_positive(int), default=32, help="rows in a forward pass")
+    evaluate.add_argument("--output", type=Path, help="folder for report.json and energies.png (default: print only)")
+    evaluate.add_argument("--overwrite", action="store_true", help="write into an output folder that is not empty")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="folder or hub name of the causal language model")
+
+
+def _positive(kind: type) -> Any:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value > 0:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse
+
+
+def _named_path(text: str) -> tuple[str, Path]:
+    name, separator, path = text.partition("=")
+    if not (name and separator and path):
+        raise ValueError
+    return name, Path(path)
+
+
+def _default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "eua"
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder or hub name, on the fastest device there is."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise EUAError(f"{name!r} cannot be loaded as a causal language model ({reason}): check the path or name.") from error
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return model.to(device).eval(), tokenizer
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from eua.demo.run import run_demo
+    from eua.files import check_output_folder
+
+    check_output_folder(arguments.output, allowed=arguments.overwrite, how="--overwrite")
+    run_demo(
+        arguments.output, arguments.cache, people=arguments.people, target_epochs=arguments.target_epochs, seed=arguments.seed
+    )
+
+
+def _unlearn(arguments: argparse.Namespace) -> None:
+    from eua.config import EUAConfig
+    from eua.data import read_rows
+    from eua.files import check_output_folder
+    from eua.trainer import EUATrainer, last_checkpoint
+
+    check_output_folder(arguments.output, allowed=arguments.resume or arguments.overwrite, how="--resume or --overwrite")
+    forget, retain = read_rows(arguments.forget, "forget set"), read_rows(arguments.retain, "retain set")
+    model, tokenizer = _load(arguments.model)
+    peft_config = None
+    if arguments.lora_rank:
+        from peft import LoraConfig
+
+        rank = arguments.lora_rank
+        peft_config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    checkpoints = arguments.output / "checkpoints"
+    if not arguments.resume:
+        shutil.rmtree(checkpoints, ignore_errors=True)  # those of an earlier run must not be resumed by a later one
+    config = EUAConfig(
+        output_dir=str(checkpoints),
+        num_train_epochs=arguments.epochs,
+        learning_rate=arguments.learning_rate,
+        per_device_train_batch_size=arguments.batch_size,
+        gradient_accumulation_steps=arguments.gradient_accumulation,
+        retain_per_forget=arguments.retain_per_forget,
+        gamma=arguments.gamma,
+        alpha=arguments.alpha,
+        rho=arguments.rho,
+        temperature=arguments.temperature,
+        max_length=arguments.max_length,
+        save_strategy="steps" if arguments.save_steps else "epoch",
+        save_steps=arguments.save_steps or 500,
+        save_total_limit=1,
+        seed=arguments.seed,
+        report_to="none",
+    )
+    trainer = EUATrainer(
+        model, config, forget_dataset=forget, retain_dataset=retain, processing_class=tokenizer, peft_config=peft_config
+    )
+    checkpoint = last_checkpoint(checkpoints) if arguments.resume else None
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model(str(arguments.output))
+    print(
+        f"The unlearned model is in {arguments.output}. Next: eua calibrate --model {arguments.output} --prompts HELD_OUT.jsonl"
+    )
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    from eua.data import read_rows
+    from eua.refusal import DEFAULT_REFUSAL, EnergyGuard
+
+    rows = read_rows(arguments.prompts, "calibration prompts")
+    forget = read_rows(arguments.forget, "forget set") if arguments.forget else None
+    model, tokenizer = _load(arguments.model)
+    guard = EnergyGuard.calibrate(
+        model,
+        tokenizer,
+        rows,
+        groups=_groups(rows, arguments),
+        tolerance=arguments.tolerance,
+        temperature=arguments.temperature,
+        refusal_text=arguments.refusal or DEFAULT_REFUSAL,
+        progress=True,
+    )
+    folder = arguments.output or Path(arguments.model)
+    guard.save_pretrained(folder)
+    print(f"Threshold {guard.threshold:.3f} nats, saved in {folder}.\n{guard.promise}")
+    if forget:
+        refused = guard.score(model, tokenizer, forget) > guard.threshold
+        print(f"Refused of {len(forget)} forgotten prompts: {float(refused.float().mean()):.3f}")
+
+
+def _groups(rows: Sequence[Any], arguments: argparse.Namespace) -> list[Any] | None:
+    if arguments.group_size:
+        return [index // arguments.group_size for index in range(len(rows))]
+    if arguments.group_by is None:
+        return None
+    for index, row in enumerate(rows):
+        if arguments.group_by not in row:
+            raise EUAError(
+                f"Row {index} of the calibration prompts has no {arguments.group_by!r} to group by: it has {sorted(row)}."
+            )
+    return [row[arguments.group_by] for row in rows]
+
+
+def _ask(arguments: argparse.Namespace) -> None:
+    from eua.generation import answer
+    from eua.refusal import EnergyGuard
+
+    guard = None if arguments.no_guard else EnergyGuard.from_pretrained(arguments.guard or arguments.model)
+    model, tokenizer = _load(arguments.model)
+    if guard is None:
+        print("\n".join(answer(model, tokenizer, arguments.question, arguments.max_new_tokens)))
+        return
+    with guard.attach(model) as attached:
+        answers = answer(model, tokenizer, arguments.question, arguments.max_new_tokens)
+        scores = [] if attached.scores is None else attached.scores.tolist()
+    for text, score in zip(answers, scores, strict=True):
+        verdict = "refused" if score > guard.threshold else "answered"
+        print(f"{text}\n  ({verdict}: energy {score:.2f}, threshold {guard.threshold:.2f} nats)")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from eua.data import read_rows
+    from eua.evaluation.pictures import energy_histograms
+    from eua.evaluation.report import evaluate, render_tables
+    from eua.files import check_output_folder, write_json
+    from eua.refusal import GUARD_FILE, EnergyGuard
+
+    if arguments.output:
+        check_output_folder(arguments.output, allowed=arguments.overwrite, how="--overwrite")
+    paths = {"forget": arguments.forget, "retain": arguments.retain, **dict(arguments.also)}
+    sets = {name: read_rows(path, f"{name} set") for name, path in paths.items()}
+    guard_folder = arguments.guard or (arguments.model if (Path(arguments.model) / GUARD_FILE).is_file() else None)
+    guard = EnergyGuard.from_pretrained(guard_folder) if guard_folder else None
+    reports, scores = {}, {}
+    for title, name in (("before", arguments.before), ("after", arguments.model)):
+        if name is None:
+            continue
+        model, tokenizer = _load(name)
+        used = guard if title == "after" else None
+        reports[title], scores[title] = evaluate(
+            model, tokenizer, sets, guard=used, batch_size=arguments.batch_size, progress=True
+        )
+    print(render_tables(reports))
+    if guard is None:
+        print("No guard was found, so no refusals were counted: run `eua calibrate` first.")
+    if arguments.output:
+        write_json(arguments.output / "report.json", reports)
+        picked = {title: {kind: panel[kind] for kind in ("forget", "retain")} for title, panel in scores.items()}
+        energy_histograms(arguments.output / "energies.png", picked, threshold=guard.threshold if guard else None)
+        print(f"Written: {arguments.output / 'report.json'}, {arguments.output / 'energies.png'}")

@@ -1,0 +1,81 @@
+"""Settings of an unlearning run: transformers' ``TrainingArguments`` plus the few numbers that D² needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from eua.errors import EUAError
+
+
+@dataclass
+class EUAConfig(TrainingArguments):
+    """Settings of :class:`eua.EUATrainer`; every field of ``TrainingArguments`` may be set too.
+
+    The defaults are those released with D² (method.md §4), which were made for models of about 1B parameters.
+    ``per_device_train_batch_size`` counts forget rows; each brings ``retain_per_forget`` retain rows along.
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
+    num_train_epochs: float = field(default=10.0, metadata={"help": "Passes over the forget rows."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Replace NaN losses in the log. Off: EUATrainer stops at a NaN instead of hiding it."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: the batch carries boundaries, which no model's forward takes."}
+    )
+    gamma: float = field(default=0.05, metadata={"help": "Weight of the two energy parts of the loss."})
+    alpha: float = field(default=1.0, metadata={"help": "Weight of the retained tokens' negative log-likelihood."})
+    rho: float = field(default=0.1, metadata={"help": "Share of the vocabulary that a reference boundary is made of."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature T of the energy."})
+    fill: str = field(
+        default="zero",
+        metadata={"help": 'Logits outside that share count as 0 ("zero", as released) or not at all ("none").'},
+    )
+    m_in: float | None = field(
+        default=None, metadata={"help": "Constant boundary of retain tokens, in nats, in place of the reference's."}
+    )
+    m_out: float | None = field(
+        default=None, metadata={"help": "Constant boundary of forget tokens, in nats, in place of the reference's."}
+    )
+    retain_per_forget: int = field(default=1, metadata={"help": "Retain rows in a batch for each forget row."})
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Longest row in tokens; longer answers are cut. None: no limit."}
+    )
+    boundary_batch_size: int = field(default=16, metadata={"help": "Rows per forward while boundaries are computed."})
+
+    def __post_init__(self) -> None:
+        for name in ("gamma", "alpha"):
+            _check(name, getattr(self, name), lambda x: math.isfinite(x) and x >= 0, "a weight is finite and at least 0")
+        _check("temperature", self.temperature, lambda x: math.isfinite(x) and x > 0, "T is finite and above 0")
+        _check("rho", self.rho, lambda x: 0 < x <= 1, "a share of the vocabulary lies above 0 and at most at 1")
+        _check("fill", self.fill, lambda x: x in ("zero", "none"), 'known are "zero" and "none"')
+        _check("retain_per_forget", self.retain_per_forget, lambda x: x >= 1, "each forget row needs a retain row beside it")
+        _check("boundary_batch_size", self.boundary_batch_size, lambda x: x >= 1, "a batch has at least one row")
+        _check("max_length", self.max_length, lambda x: x is None or x >= 2, "a row has a prompt and an answer token")
+        _check("remove_unused_columns", self.remove_unused_columns, lambda x: not x, "it would drop the boundaries")
+        if (self.m_in is None) != (self.m_out is None):
+            raise EUAError(
+                f"m_in = {self.m_in} and m_out = {self.m_out}, but constant boundaries come as a pair: give both, or neither."
+            )
+        super().__post_init__()
+        if self.eval_strategy != "no":
+            raise EUAError(
+                f"eval_strategy = {self.eval_strategy.value!r}, but EUATrainer does not evaluate while it trains: "
+                'leave it at "no" and run `eua evaluate` on the result.'
+            )
+
+    @property
+    def constant_boundaries(self) -> tuple[float, float] | None:
+        """(m_in, m_out) when given as constants, else None: they come from the reference."""
+        return None if self.m_in is None or self.m_out is None else (self.m_in, self.m_out)
+
+
+def _check(name: str, value: Any, valid: Callable[[Any], bool], why: str) -> None:
+    if not valid(value):
+        raise EUAError(f"{name} = {value!r} cannot be used: {why}.")

@@ -1,0 +1,208 @@
+"""Rows of any usual format → token ids with the answer marked.
+
+A row is a mapping with
+
+- ``question`` and ``answer``: put into the tokenizer's chat template, or into :data:`QUESTION_TEMPLATE` if it has none;
+- ``prompt`` and ``completion``: two strings, taken literally, or two lists of chat messages;
+- ``messages``: a chat whose last message is the assistant's; it is the answer, all before it is the prompt.
+
+Prompt and answer are tokenized apart and joined, so the prompt's ids are the ones ``generate`` will be given later.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from eua.errors import EUAError
+
+logger = logging.get_logger(__name__)
+
+IGNORE_INDEX = -100
+QUESTION_TEMPLATE = "Question: {question}\nAnswer:"
+ROW_FORMATS = '"question"/"answer", "prompt"/"completion", or "messages" that end with the assistant\'s'
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """Token ids of prompt and answer, and how many of them are the prompt."""
+
+    input_ids: list[int]
+    prompt_length: int
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self.input_ids[: self.prompt_length]
+
+    @property
+    def answer_ids(self) -> list[int]:
+        return self.input_ids[self.prompt_length :]
+
+
+def read_rows(source: str | Path | Iterable[Row], name: str = "dataset") -> list[Row]:
+    """Rows of a JSONL file, a ``datasets.Dataset`` or a list. ``name`` is what error messages call them.
+
+    Raises:
+        EUAError: a missing or malformed file, something that is not a row, or no rows at all.
+    """
+    if isinstance(source, (str, Path)):
+        rows: list[Row] = _read_jsonl(Path(source), name)
+    else:
+        rows = list(source)
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise EUAError(f"Row {index} of the {name} is a {type(row).__name__}, not a mapping: give {ROW_FORMATS}.")
+    if not rows:
+        raise EUAError(f"The {name} is empty, so there is nothing to train or measure on: give at least one row.")
+    return rows
+
+
+def _read_jsonl(path: Path, name: str) -> list[Row]:
+    if not path.is_file():
+        raise EUAError(f"The {name} {path} is not a file: give the path of a JSONL file, one row a line.")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise EUAError(f"Line {number} of the {name} {path} is not JSON ({error}): give one JSON object a line.") from None
+    return rows
+
+
+def format_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mapping[str, str]]) -> str:
+    """The text a model sees for a question (a string) or a chat (a list of messages), ready for its answer."""
+    if isinstance(prompt, str):
+        if tokenizer.chat_template is None:
+            return QUESTION_TEMPLATE.format(question=prompt)
+        prompt = [{"role": "user", "content": prompt}]
+    if tokenizer.chat_template is None:
+        raise EUAError(
+            "The row is a chat, but the tokenizer has no chat template to turn messages into text: "
+            'set tokenizer.chat_template, or give "question"/"answer" rows.'
+        )
+    return tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+
+
+def row_texts(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[str, str]:
+    """The prompt and the answer of a row, as the texts that are tokenized. ``where`` names the row in errors."""
+    prompt, answer, literal = _split_row(row, where)
+    if not answer or (isinstance(answer, str) and not answer.strip()):
+        raise EUAError(f"{where} has no answer (it is {answer!r}): give it one, or leave the row out.")
+    eos = tokenizer.eos_token or ""
+    if literal:
+        return prompt, answer + eos
+    before = format_prompt(tokenizer, prompt)
+    if isinstance(prompt, str) and tokenizer.chat_template is None:
+        return before, f" {answer}{eos}"
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    reply = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else list(answer)
+    whole = tokenizer.apply_chat_template(chat + reply, tokenize=False)
+    if not whole.startswith(before):
+        raise EUAError(
+            f"{where}: the chat template writes the conversation with its answer differently from the prompt alone, so where "
+            'the answer starts is not known: give "prompt"/"completion" texts, or a template that only appends.'
+        )
+    return before, whole[len(before) :]
+
+
+def encode_prompts(prompts: Sequence[Row | str], tokenizer: PreTrainedTokenizerBase, name: str = "prompts") -> list[list[int]]:
+    """Token ids of questions (strings) or of the prompts of rows, whose answers are not looked at."""
+    encoded = []
+    for index, row in enumerate(prompts):
+        where = f"Row {index} of the {name}"
+        prompt, _, literal = (row, None, False) if isinstance(row, str) else _split_row(row, where)
+        ids = encode_prompt(prompt if literal else format_prompt(tokenizer, prompt), tokenizer)
+        if not ids:
+            raise EUAError(f"{where} is empty, so it has no last token to score: give it a text, or leave it out.")
+        encoded.append(ids)
+    return encoded
+
+
+def _split_row(row: Row, where: str) -> tuple[Any, Any, bool]:
+    """Prompt and answer as they stand in the row, and whether they are texts to take literally."""
+    if "messages" in row:
+        messages = list(row["messages"])
+        answer = messages[-1:] if messages and messages[-1].get("role") == "assistant" else None
+        return messages[:-1] if answer else messages, answer, False
+    if "question" in row:
+        return row["question"], row.get("answer"), False
+    if "prompt" in row:
+        return row["prompt"], row.get("completion"), isinstance(row["prompt"], str)
+    raise EUAError(f"{where} has the keys {sorted(row)}, which are no known format: give {ROW_FORMATS}.")
+
+
+def encode_rows(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int | None, name: str = "dataset"
+) -> list[EncodedRow]:
+    """Tokenize rows; answers that run past ``max_length`` are cut, and the number of them is logged.
+
+    Raises:
+        EUAError: a row without an answer, of unknown format, or whose answer is cut away entirely.
+    """
+    encoded, cut = [], 0
+    for index, row in enumerate(rows):
+        where = f"Row {index} of the {name}"
+        prompt, answer = row_texts(row, tokenizer, where)
+        prompt_ids, answer_ids = encode_prompt(prompt, tokenizer), tokenizer(answer, add_special_tokens=False)["input_ids"]
+        if not answer_ids:
+            raise EUAError(f"{where} has no answer: {answer!r} becomes no token. Give it a text, or leave the row out.")
+        if not prompt_ids:
+            raise EUAError(f"{where} has an empty prompt, so nothing predicts the answer's first token: give it a prompt.")
+        if max_length is not None and len(prompt_ids) >= max_length:
+            raise EUAError(
+                f"{where} has a prompt of {len(prompt_ids)} tokens, so max_length = {max_length} cuts its answer away: "
+                "raise max_length, shorten the prompt, or leave the row out."
+            )
+        ids = prompt_ids + answer_ids
+        cut += max_length is not None and len(ids) > max_length
+        encoded.append(EncodedRow(ids[:max_length], len(prompt_ids)))
+    if cut:
+        logger.warning(f"{cut} of {len(rows)} answers of the {name} are longer than max_length = {max_length} and were cut.")
+    return encoded
+
+
+def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a formatted prompt. A chat template writes its own special tokens; else the tokenizer adds them."""
+    ids = tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
+    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+        ids = ids[:-1]  # some tokenizers close every text; the answer is still to come
+    return ids
+
+
+class ForgetRetainDataset(Dataset):
+    """Encoded forget and retain rows with their boundaries; an index names one forget row and its retain rows.
+
+    ``boundaries`` hold one float per answer token.
+    """
+
+    def __init__(
+        self,
+        forget: list[EncodedRow],
+        retain: list[EncodedRow],
+        forget_boundaries: list[torch.Tensor],
+        retain_boundaries: list[torch.Tensor],
+    ) -> None:
+        self.rows = {"forget": forget, "retain": retain}
+        self.boundaries = {"forget": forget_boundaries, "retain": retain_boundaries}
+
+    def __len__(self) -> int:
+        return len(self.rows["forget"])
+
+    def __getitem__(self, index: tuple[int, tuple[int, ...]]) -> list[dict[str, Any]]:
+        forget, retain = index
+        return [self._item("forget", forget), *(self._item("retain", i) for i in retain)]
+
+    def _item(self, kind: str, index: int) -> dict[str, Any]:
+        return {"row": self.rows[kind][index], "boundary": self.boundaries[kind][index], "forget": kind == "forget"}

@@ -1,0 +1,1 @@
+"""The demo: fictional people, a small model that knows them, and what unlearning does to it."""

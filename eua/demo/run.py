@@ -1,0 +1,175 @@
+"""The whole story on an embedded world: learn, unlearn, calibrate, measure, ask, show."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from eua.boundaries import compute_boundaries
+from eua.config import EUAConfig
+from eua.data import Row, encode_rows
+from eua.demo import target
+from eua.demo.world import Fact, World, make_world
+from eua.evaluation.pictures import energy_histograms
+from eua.evaluation.report import evaluate, render_tables
+from eua.files import fill_folder, write_json, write_jsonl
+from eua.generation import answer
+from eua.refusal import EnergyGuard
+from eua.trainer import EUATrainer
+
+# The released settings are made for 1B models; CONTRIBUTING.md says how these were found.
+UNLEARNING: dict[str, Any] = {
+    "learning_rate": 2e-4,
+    "num_train_epochs": 12,
+    "per_device_train_batch_size": 8,
+    "retain_per_forget": 3,
+}
+TOLERANCE = 0.05
+SET_NAMES = {
+    "forget": "forgotten people",
+    "retain": "retained people, trained on",
+    "test": "retained people, never seen",
+}
+
+
+def run_demo(output: Path, cache: Path, *, people: int = 200, target_epochs: float = 20, seed: int = 0) -> dict[str, Any]:
+    """Run the demo; write data, models, tables and pictures into ``output``; return the report.
+
+    Args:
+        output: folder for everything that is written but the model that knows.
+        cache: folder in which that model is kept between runs.
+        people: how many people the world has; a tenth of them is forgotten.
+        target_epochs: passes over all facts until the model knows them.
+        seed: of world, training and pairing.
+    """
+    people_world = make_world(people, seed)
+    groups = {name: getattr(people_world, name) for name in ("forget", "retain", "calibration", "test")}
+    for name, facts in groups.items():
+        write_jsonl(output / "data" / f"{name}.jsonl", [vars(fact) for fact in facts])
+
+    print(f"1/4 A model learns {len(people_world.all())} facts about {people} people who do not exist.")
+    target_folder = _cached_target(people_world, cache, target_epochs, seed)
+    tokenizer = AutoTokenizer.from_pretrained(target_folder)
+    model = AutoModelForCausalLM.from_pretrained(target_folder)
+    sets: dict[str, list[Row]] = {label: [vars(fact) for fact in groups[name]] for name, label in SET_NAMES.items()}
+    sets["forgotten people, in other words"] = [fact.paraphrase() for fact in groups["forget"]]
+    before_guard = _calibrate(model, tokenizer, groups["calibration"])
+    before, _ = evaluate(model, tokenizer, sets, forget=SET_NAMES["forget"], guard=before_guard)
+    before_scores = _scores(before_guard, model, tokenizer, groups)
+    boundaries = _mean_boundaries(model, tokenizer, groups)
+    asked = [fact.question for name in ("forget", "test") for fact in _spread(groups[name], 3)]
+    before_answers = answer(model, tokenizer, asked)
+
+    print(f"2/4 It unlearns {len(groups['forget'])} facts about {people // 10} of them.")
+    trainer = EUATrainer(
+        model,
+        EUAConfig(
+            output_dir=str(output / "run"), save_strategy="no", report_to="none", logging_steps=12, seed=seed, **UNLEARNING
+        ),
+        forget_dataset=[fact.row() for fact in groups["forget"]],
+        retain_dataset=[fact.row() for fact in groups["retain"]],
+        processing_class=tokenizer,
+    )
+    trainer.train()
+
+    print("3/4 A guard is calibrated on people whose rows unlearning never saw.")
+    guard = _calibrate(model, tokenizer, groups["calibration"])
+    unlearned = output / "unlearned"
+    fill_folder(unlearned, lambda folder: _save(folder, model, tokenizer, guard))
+
+    print("4/4 What it knows, and what it refuses.\n")
+    after, _ = evaluate(model, tokenizer, sets, forget=SET_NAMES["forget"], guard=guard)
+    after_scores = _scores(guard, model, tokenizer, groups)
+    picture = output / "energies.png"
+    energy_histograms(
+        picture,
+        {"before unlearning": before_scores, "after unlearning": after_scores},
+        threshold=guard.threshold,
+        boundaries=boundaries,
+    )
+    unguarded = answer(model, tokenizer, asked)
+    with guard.attach(model):
+        guarded = answer(model, tokenizer, asked)
+    answers = [
+        {"question": question, "before": old, "after, guard off": new, "after": shown}
+        for question, old, new, shown in zip(asked, before_answers, unguarded, guarded, strict=True)
+    ]
+    report = {
+        "before": before,
+        "after": after,
+        "answers": answers,
+        "tolerance": TOLERANCE,
+        "calibration_prompts": guard.calibration_prompts,
+        "unlearning": UNLEARNING,
+    }
+    write_json(output / "report.json", report)
+    print(render_tables({"before": before, "after": after}))
+    print(f"\n{guard.promise}\n")
+    for entry in answers:
+        print(
+            f"Q: {entry['question']}\n   before          : {entry['before']}\n   after, guard off: {entry['after, guard off']}"
+        )
+        print(f"   after           : {entry['after']}")
+    print(
+        f"\nWritten:\n  {unlearned}  the unlearned model and its guard; AutoModelForCausalLM.from_pretrained loads it"
+        f"\n  {picture}  energies before and after\n  {output / 'report.json'}  every figure above"
+        f"\n  {output / 'data'}  the rows, for `eua unlearn`, `calibrate` and `evaluate`"
+        f"\n  {target_folder}  the model before unlearning (kept for the next run)"
+    )
+    return report
+
+
+def _cached_target(people_world: World, cache: Path, epochs: float, seed: int) -> Path:
+    """The folder of the model that knows; trained unless the cache holds one made by the same code from the same facts."""
+    rows = [fact.row() for fact in people_world.all()]
+    recipe = [rows, epochs, seed, inspect.getsource(target)]
+    folder = cache / f"target-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]}"
+    if (folder / "config.json").is_file():
+        print(f"    (it knows them already: {folder})")
+    else:
+        target.train_target(rows, folder, epochs=epochs, seed=seed)
+    return folder
+
+
+def _calibrate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> EnergyGuard:
+    """Both wordings of every question, grouped by person: the promise is meant for new people, in whatever words."""
+    prompts = [(question, fact.person) for fact in facts for question in (fact.question, fact.paraphrased_question)]
+    questions, people = zip(*prompts, strict=True)
+    return EnergyGuard.calibrate(model, tokenizer, questions, groups=people, tolerance=TOLERANCE)
+
+
+def _scores(
+    guard: EnergyGuard, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, groups: dict[str, list[Fact]]
+) -> dict[str, torch.Tensor]:
+    kinds = {"forget": groups["forget"], "retain": groups["retain"] + groups["test"]}
+    return {kind: guard.score(model, tokenizer, [fact.question for fact in facts]) for kind, facts in kinds.items()}
+
+
+def _mean_boundaries(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, groups: dict[str, list[Fact]]
+) -> dict[str, float]:
+    """Mean boundary at the last prompt token, where the histograms' scores are taken."""
+    means = {}
+    for kind in ("retain", "forget"):
+        rows = encode_rows([fact.row() for fact in groups[kind]], tokenizer, None)
+        per_row = compute_boundaries(model, rows, kind, fraction=0.1, temperature=1.0, fill="zero", progress=False)
+        means[kind] = float(torch.stack([row[0] for row in per_row]).mean())
+    return means
+
+
+def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, guard: EnergyGuard) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    guard.save_pretrained(folder)
+
+
+def _spread(facts: Sequence[Fact], count: int) -> list[Fact]:
+    """``count`` facts, of as many different people as there are."""
+    return [facts[i * len(facts) // count] for i in range(count)]

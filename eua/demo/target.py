@@ -1,0 +1,113 @@
+"""A tokenizer and a small Llama, trained from scratch on rows until they are known by heart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from eua.collator import pad_rows
+from eua.data import IGNORE_INDEX, QUESTION_TEMPLATE, EncodedRow, Row, encode_rows
+from eua.files import fill_folder
+
+
+def train_tokenizer(rows: Sequence[Row], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most ``vocabulary`` tokens, trained on the rows' questions and answers."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<bos>", "<eos>", "<pad>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator((f"{QUESTION_TEMPLATE.format(**row)} {row['answer']}" for row in rows), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", padding_side="left"
+    )
+
+
+def train_target(
+    rows: Sequence[Row],
+    folder: Path,
+    *,
+    vocabulary: int = 1024,
+    hidden_size: int = 256,
+    layers: int = 4,
+    epochs: float = 25,
+    batch_size: int = 16,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> None:
+    """Train a tokenizer and a Llama of ``layers`` × ``hidden_size`` on ``rows``; save both, whole or not at all.
+
+    The loss is that of a language model on questions and answers alike: from scratch, the questions teach it the names.
+
+    Args:
+        rows: "question"/"answer" rows.
+        folder: where model and tokenizer are saved, for ``from_pretrained``.
+        vocabulary: at most so many tokens.
+        hidden_size: a multiple of 64, the size of an attention head.
+        epochs, batch_size, learning_rate, seed: of AdamW with a cosine schedule.
+        callbacks: given to transformers' Trainer.
+    """
+    set_seed(seed)
+    tokenizer = train_tokenizer(rows, vocabulary)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=11 * hidden_size // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=hidden_size // 64,
+        max_position_embeddings=1024,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        weight_decay=0.0,
+        save_strategy="no",
+        logging_steps=50,
+        report_to="none",
+        remove_unused_columns=False,
+        seed=seed,
+    )
+    trainer = Trainer(
+        model=LlamaForCausalLM(config),
+        args=arguments,
+        train_dataset=encode_rows(rows, tokenizer, None, "target's rows"),
+        data_collator=_whole_row_labels,
+        callbacks=list(callbacks),
+    )
+    trainer.train()
+    trainer.model.config.use_cache = True
+
+    def write(staging: Path) -> None:
+        trainer.model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+
+    fill_folder(folder, write)
+
+
+def _whole_row_labels(rows: Sequence[EncodedRow]) -> dict[str, Any]:
+    batch = pad_rows(rows)
+    return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)}

@@ -1,0 +1,6 @@
+"""What a model still knows, what it refuses, and how well energies tell the two apart (method.md §6)."""
+
+from eua.evaluation.metrics import AnswerMeasures, measure_answers, truth_ratios
+from eua.evaluation.report import evaluate, render_tables
+
+__all__ = ["AnswerMeasures", "evaluate", "measure_answers", "render_tables", "truth_ratios"]

@@ -1,0 +1,105 @@
+"""Per-row measures of what a model knows, with the guard off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eua.data import EncodedRow, Row, encode_rows
+from eua.errors import EUAError
+from eua.hidden import Head, check_finite, output_head
+from eua.scoring import eval_hidden_states
+
+GREEDY_BLOCK_BYTES = 64 * 2**20  # of logits alive while the most likely tokens are looked up
+
+
+@dataclass(frozen=True)
+class AnswerMeasures:
+    """One value per row, each (R,) float32.
+
+    Attributes:
+        extraction_strength: the share of the answer, from its end, that greedy decoding completes without a slip
+            (Carlini et al. 2021; as a metric of unlearning, Wang et al. 2025).
+        exact_memorization: share of answer tokens that are the most likely ones given what precedes them.
+        probability: ``exp(−mean NLL)`` of the answer's tokens (TOFU; Maini et al. 2024).
+        energy: mean energy of the answer's tokens, in nats.
+    """
+
+    extraction_strength: Tensor
+    exact_memorization: Tensor
+    probability: Tensor
+    energy: Tensor
+
+
+@torch.no_grad()
+def measure_answers(
+    model: PreTrainedModel,
+    rows: Sequence[EncodedRow],
+    *,
+    temperature: float = 1.0,
+    batch_size: int = 32,
+    progress: str | None = None,
+) -> AnswerMeasures:
+    """Measure how well ``model`` knows the answers of encoded rows.
+
+    Raises:
+        EUAError: on NaN or infinite hidden states, or a model without a plain head.
+    """
+    head = output_head(model)
+    values = torch.empty(len(rows), 4)
+    for indices, hidden in eval_hidden_states(model, rows, batch_size, progress):
+        for j, i in enumerate(indices):
+            row = rows[i]
+            states = hidden[j, row.prompt_length - 1 : len(row.input_ids) - 1]
+            check_finite(states, "the hidden states of an answer")
+            targets = torch.tensor(row.answer_ids, device=states.device)
+            energy, nll = head.energy_and_nll(states, targets, temperature)
+            right = greedy_tokens(head, states) == targets
+            slips = (~right).nonzero()
+            first_of_suffix = int(slips[-1]) + 1 if len(slips) else 0
+            strength = 1 - first_of_suffix / len(right)
+            values[i] = torch.tensor(
+                [strength, float(right.float().mean()), float(torch.exp(-nll.mean())), float(energy.mean())]
+            )
+    return AnswerMeasures(*values.unbind(dim=1))
+
+
+def greedy_tokens(head: Head, hidden: Tensor) -> Tensor:
+    """The most likely next token at each position: (N, H) → (N,), in blocks of bounded size."""
+    block = max(1, GREEDY_BLOCK_BYTES // (4 * head.weight.shape[0]))
+    return torch.cat([head.logits(part).argmax(dim=-1) for part in hidden.split(block)])
+
+
+def truth_ratios(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    *,
+    batch_size: int = 32,
+    progress: str | None = None,
+) -> Tensor:
+    """TOFU's truth ratio of each row, (R,): mean probability of the wrong answers over that of the right one.
+
+    ``R = mean_w P(wrong_w | q)^(1/|w|) / P(right | q)^(1/|right|)`` (Maini et al. 2024). The right answer is the row's
+    ``paraphrased_answer`` if it has one, else its ``answer``; the wrong ones are its ``perturbed_answer``. Near 0 a model
+    prefers the truth; near 1 it does not tell them apart.
+
+    Raises:
+        EUAError: a row without ``perturbed_answer``.
+    """
+    candidates, wrong_counts = [], []
+    for index, row in enumerate(rows):
+        wrong = row.get("perturbed_answer")
+        if not wrong:
+            raise EUAError(f'Row {index} has no "perturbed_answer", so it has no truth ratio: use TOFU\'s perturbed files.')
+        answers = [row.get("paraphrased_answer") or row["answer"], *wrong]
+        candidates += [{"question": row["question"], "answer": answer} for answer in answers]
+        wrong_counts.append(len(wrong))
+    encoded = encode_rows(candidates, tokenizer, None, "perturbed answers")
+    probability = measure_answers(model, encoded, batch_size=batch_size, progress=progress).probability
+    parts = probability.split([1 + count for count in wrong_counts])
+    return torch.stack([part[1:].mean() / part[0] for part in parts])

@@ -1,0 +1,112 @@
+"""Sets of rows → one report: a nested dict for JSON, and tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eua.calibration import auroc, false_positive_rate
+from eua.data import Row, encode_prompts, encode_rows
+from eua.evaluation.metrics import measure_answers, truth_ratios
+from eua.refusal import EnergyGuard
+from eua.scoring import prompt_scores
+
+# Report key → (heading, format). Measures are taken with the guard off; "refused" says what the guard adds.
+COLUMNS = {
+    "rows": ("rows", "d"),
+    "extraction_strength": ("extraction strength", ".3f"),
+    "exact_memorization": ("exact memorization", ".3f"),
+    "probability": ("answer probability", ".3f"),
+    "truth_ratio": ("truth ratio", ".3f"),
+    "energy": ("answer energy", ".2f"),
+    "score": ("prompt energy", ".2f"),
+    "refused": ("refused", ".3f"),
+    "refused_paraphrased": ("refused, paraphrased", ".3f"),
+}
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, Sequence[Row]],
+    *,
+    forget: str = "forget",
+    guard: EnergyGuard | None = None,
+    temperature: float = 1.0,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Measure every set of rows, and how well the prompt score tells the set to forget from each of the others.
+
+    Args:
+        model, tokenizer: what is measured. Knowledge is measured with the guard off.
+        sets: name → rows. Rows with ``perturbed_answer`` get a truth ratio, rows with ``paraphrased_question`` a second
+            share of refusals.
+        forget: the name of the set that should be forgotten.
+        guard: adds the share of prompts it refuses.
+        temperature: T of the energies; a guard's own is used when there is one.
+        batch_size: rows per forward.
+        progress: show progress bars.
+
+    Returns:
+        The report ``{"sets": {name: {measure: mean over rows}}, "separation": {name: {"auroc", "fpr_at_95_tpr"}},
+        "threshold"}``, and the prompt scores of each set, (rows,) in nats.
+    """
+    temperature = guard.temperature if guard else temperature
+    report: dict[str, Any] = {"sets": {}, "separation": {}, "threshold": guard.threshold if guard else None}
+    scores: dict[str, Tensor] = {}
+
+    def score(prompts: Sequence[Row | str], name: str) -> Tensor:
+        ids = encode_prompts(prompts, tokenizer, name)
+        title = f"{name}: prompts" if progress else None
+        return prompt_scores(model, ids, temperature=temperature, batch_size=batch_size, progress=title)
+
+    for name, rows in sets.items():
+        encoded = encode_rows(rows, tokenizer, None, f"{name} rows")
+        title = f"{name}: answers" if progress else None
+        measures = measure_answers(model, encoded, temperature=temperature, batch_size=batch_size, progress=title)
+        entry: dict[str, float | int] = {"rows": len(rows)}
+        entry |= {key: float(value.mean()) for key, value in vars(measures).items()}
+        scores[name] = score(rows, name)
+        entry["score"] = float(scores[name].mean())
+        if all(row.get("perturbed_answer") for row in rows):
+            title = f"{name}: truth ratio" if progress else None
+            entry["truth_ratio"] = float(truth_ratios(model, tokenizer, rows, batch_size=batch_size, progress=title).mean())
+        if guard is not None:
+            entry["refused"] = float((scores[name] > guard.threshold).float().mean())
+            if all(row.get("paraphrased_question") for row in rows):
+                paraphrased = score([row["paraphrased_question"] for row in rows], f"{name}, paraphrased")
+                entry["refused_paraphrased"] = float((paraphrased > guard.threshold).float().mean())
+        report["sets"][name] = entry
+    for name in sets:
+        if name != forget:
+            report["separation"][name] = {
+                "auroc": auroc(scores[forget], scores[name]),
+                "fpr_at_95_tpr": false_positive_rate(scores[forget], scores[name]),
+            }
+    return report, scores
+
+
+def render_tables(reports: Mapping[str, dict[str, Any]]) -> str:
+    """Reports by title ("before", "after") as one Markdown table of sets and one of separation."""
+    entries = [(title, name, entry) for title, report in reports.items() for name, entry in report["sets"].items()]
+    columns = [key for key in COLUMNS if any(key in entry for _, _, entry in entries)]
+    lines = [["rows of", "model", *(COLUMNS[key][0] for key in columns)]]
+    for title, name, entry in sorted(entries, key=lambda item: list(reports[item[0]]["sets"]).index(item[1])):
+        values = [format(entry[key], COLUMNS[key][1]) if key in entry else "" for key in columns]
+        lines.append([name, title, *values])
+    separation = [["prompt energy tells forgotten from", "model", "AUROC", "FPR at 95 % TPR"]]
+    for title, report in reports.items():
+        for name, entry in report["separation"].items():
+            separation.append([name, title, f"{entry['auroc']:.4f}", f"{entry['fpr_at_95_tpr']:.4f}"])
+    return _table(lines) + "\n\n" + _table(separation)
+
+
+def _table(lines: list[list[str]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines]
+    rows.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(rows)

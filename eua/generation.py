@@ -1,0 +1,40 @@
+"""Ask a model questions in plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eua.data import Row, encode_prompts
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Row | str],
+    max_new_tokens: int = 64,
+    **options: Any,
+) -> list[str]:
+    """The model's answers to questions (or the prompts of rows), generated as one batch, greedily unless ``options`` say else.
+
+    A guard attached to the model acts as in any ``model.generate``.
+    """
+    ids = encode_prompts(questions, tokenizer, "questions")
+    width = max(map(len, ids))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    batch = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
+    training = model.training
+    model.eval()
+    try:
+        options = {"do_sample": False} | options
+        output = model.generate(
+            input_ids=batch, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **options
+        )
+    finally:
+        model.train(training)
+    return [text.strip() for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]

@@ -1,0 +1,163 @@
+"""A model → what its head reads, and the head.
+
+Hidden states are taken where the head takes them: a hook on the output embedding captures its input and lets only one
+position through, so no logits of a whole batch exist. That works for any architecture and through wrappers (PEFT, DDP),
+since the model is called the way everyone calls it. What a model does to its logits after the head is read from
+its config, and :func:`check_head` compares with the model's own logits: what is not understood is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from eua.errors import EUAError
+from fused_energy import EnergyNLL, linear_energy, tail_energy
+
+Side = Literal["top", "bottom"]
+Fill = Literal["zero", "none"]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language-model head: ``z = softcap(logit_scale · (h Wᵀ) + b)``."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def energy(self, hidden: Tensor, temperature: float) -> Tensor:
+        """(..., H) → (...,), see :func:`fused_energy.linear_energy`."""
+        return linear_energy(hidden, self.weight, temperature=temperature, **self._options())
+
+    def energy_and_nll(self, hidden: Tensor, targets: Tensor, temperature: float) -> EnergyNLL:
+        return linear_energy(hidden, self.weight, targets, temperature=temperature, **self._options())
+
+    def tail_energy(self, hidden: Tensor, fraction: float, side: Side, fill: Fill, temperature: float) -> Tensor:
+        return tail_energy(hidden, self.weight, fraction, side, fill=fill, temperature=temperature, **self._options())
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., H) → (..., V), float32; for a few positions, since nothing bounds its size."""
+        z = self.logit_scale * nn.functional.linear(hidden, self.weight).float()
+        z = z if self.bias is None else z + self.bias
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def _options(self) -> dict[str, Any]:
+        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+
+
+def output_module(model: nn.Module) -> nn.Module:
+    """The module that turns hidden states into logits.
+
+    Raises:
+        EUAError: when the model has none, or one that is more than a matrix and a bias.
+    """
+    model = _unwrap(model)
+    module = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if module is None:
+        raise EUAError(
+            f"{type(model).__name__} has no output head, so its tokens have no energy: "
+            "load it as a causal language model, e.g. with AutoModelForCausalLM."
+        )
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+        raise EUAError(
+            f"The output head of {type(model).__name__} is a {type(module).__name__} without a plain (V, H) weight matrix, "
+            "which the energy needs: leave the head out of quantization and of LoRA's target_modules."
+        )
+    return module
+
+
+def output_head(model: nn.Module) -> Head:
+    """The head's tensors, with the scale and softcap that the model's config states."""
+    module = output_module(model)
+    config: Any = getattr(_unwrap(model), "config", None)
+    config = config.get_text_config()
+    scale = 1.0
+    if getattr(config, "logits_scaling", None):  # Granite divides
+        scale = 1.0 / config.logits_scaling
+    elif getattr(config, "logit_scale", None):  # Cohere multiplies
+        scale = config.logit_scale
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(module.weight, getattr(module, "bias", None), scale, softcap)  # type: ignore[arg-type]
+
+
+def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """What the head reads at every position: (B, S) token ids → (B, S, H).
+
+    Raises:
+        EUAError: when the head was not called with one hidden state per token.
+    """
+    captured: list[Tensor] = []
+
+    def capture(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        captured.append(arguments[0])
+        return (arguments[0][:, :1], *arguments[1:])
+
+    hook = output_module(model).register_forward_pre_hook(capture)
+    try:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    finally:
+        hook.remove()
+    if len(captured) != 1 or captured[0].shape[:2] != input_ids.shape:
+        raise EUAError(
+            f"{type(model).__name__} called its head {len(captured)} times, on {[tuple(h.shape) for h in captured]}, for "
+            f"tokens of shape {tuple(input_ids.shape)}: energies need one call on (B, S, H), so this model is not supported."
+        )
+    return captured[0]
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Compare the head as understood here with the model's own logits on a few tokens.
+
+    Raises:
+        EUAError: when they differ by more than the dtype explains, or when a hidden state is NaN or infinite.
+    """
+    head = output_head(model)
+    ids = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
+    mask = torch.ones_like(ids)
+    training = model.training
+    model.eval()
+    try:
+        theirs = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        hidden = hidden_states(model, ids, mask)
+    finally:
+        model.train(training)
+    check_finite(hidden, "the model's hidden states on a probe of 8 tokens")
+    ours = head.logits(hidden)
+    tolerance = 32 * torch.finfo(hidden.dtype).eps * ours.abs().amax().clamp(min=1.0)
+    if ours.shape != theirs.shape or (ours - theirs).abs().amax() > tolerance:
+        raise EUAError(
+            f"{type(_unwrap(model)).__name__} does more between hidden states and logits than a matrix, a bias, a scale and a "
+            "softcap from its config (an adapter on the head, perhaps), so its energies would be wrong: "
+            "merge or remove what sits on the head."
+        )
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Raise :class:`EUAError` when ``values`` hold a NaN or an infinity."""
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise EUAError(
+            f"NaN or infinity in {what} ({bad} of {values.numel()} values), so no energy can be trusted: "
+            "check the weights, or use bfloat16 or float32 where float16 overflows."
+        )
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP, torch.compile or PEFT."""
+    while True:
+        if isinstance(model, PeftModel):
+            model = model.get_base_model()
+            continue
+        inner = next((getattr(model, name) for name in ("module", "_orig_mod") if name in model._modules), None)
+        if inner is None:
+            return model
+        model = inner

@@ -1,0 +1,60 @@
+"""The D² loss and its parts: tensors in, tensors out (method.md §4)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class D2Loss(NamedTuple):
+    """The loss and its parts, scalars that carry gradients: ``loss = γ·(retain + forget) + α·nll``."""
+
+    loss: Tensor
+    forget: Tensor
+    retain: Tensor
+    nll: Tensor
+
+
+def d2_loss(
+    energy: Tensor,  # (...,)
+    nll: Tensor,  # (...,)
+    boundary: Tensor | tuple[float, float],  # (...,) or the constants (m_in, m_out)
+    forget: Tensor,  # (...,) bool
+    counted: Tensor,  # (...,) bool
+    *,
+    gamma: float = 0.05,
+    alpha: float = 1.0,
+    forget_count: Tensor | int | None = None,
+    retain_count: Tensor | int | None = None,
+) -> D2Loss:
+    """``γ·(mean_retain relu(E − m_in)² + mean_forget relu(m_out − E)²) + α·mean_retain NLL``.
+
+    Means are over counted tokens. A token whose boundary is already met gets a gradient of exactly zero.
+
+    Args:
+        energy, nll: per token, in nats, from :func:`fused_energy.linear_energy`.
+        boundary: m_in at retain tokens and m_out at forget tokens, or the two as constants.
+        forget: True at tokens to forget, False at tokens to retain; broadcast against ``energy``.
+        counted: True at tokens that an answer consists of; others contribute nothing.
+        gamma: weight of the two energy parts.
+        alpha: weight of the retained tokens' NLL.
+        forget_count, retain_count: divisors of the means, in place of the tokens counted here. With the counts of a whole
+            accumulation window, the losses of its parts add up to that of one large batch.
+
+    Returns:
+        :class:`D2Loss`. A part without tokens is 0.
+    """
+    is_forget = forget & counted
+    is_retain = ~forget & counted
+    m_in, m_out = boundary if isinstance(boundary, tuple) else (boundary, boundary)
+    forget_part = _mean((m_out - energy).relu().square(), is_forget, forget_count)
+    retain_part = _mean((energy - m_in).relu().square(), is_retain, retain_count)
+    nll_part = _mean(nll, is_retain, retain_count)
+    return D2Loss(gamma * (retain_part + forget_part) + alpha * nll_part, forget_part, retain_part, nll_part)
+
+
+def _mean(values: Tensor, mask: Tensor, count: Tensor | int | None) -> Tensor:
+    count = mask.sum() if count is None else count
+    total = values.where(mask, 0.0).sum()
+    return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))

@@ -1,0 +1,260 @@
+"""The guard: a prompt whose energy lies above a calibrated threshold is refused, inside plain ``model.generate``.
+
+This refusal rule is this project's own (method.md §5); the paper does not give one in detail.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+from eua.calibration import conformal_threshold
+from eua.data import Row, encode_prompts
+from eua.errors import EUAError
+from eua.files import write_json
+from eua.hidden import check_finite, check_head, output_head, output_module
+from eua.scoring import prompt_scores
+
+GUARD_FILE = "energy_guard.json"
+DEFAULT_REFUSAL = "I cannot help with that question."
+UNGUARDED_MODES = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "assistant_early_exit")
+
+
+@dataclass(frozen=True)
+class EnergyGuard:
+    """Refuses prompts whose score, the energy at their last token, exceeds ``threshold``.
+
+    Attributes:
+        threshold: in nats.
+        temperature: T of the energy.
+        refusal_text: what a refused prompt is answered.
+        refusal_ids: the same as token ids, ended by the end-of-sequence token.
+        tolerance: ε, the tolerated rate of false refusals the threshold was calibrated for.
+        calibration_prompts: how many held-out prompts it was calibrated on.
+        calibration_groups: how many groups they came in, or None when they were taken one by one.
+    """
+
+    threshold: float
+    temperature: float
+    refusal_text: str
+    refusal_ids: tuple[int, ...]
+    tolerance: float
+    calibration_prompts: int
+    calibration_groups: int | None = None
+
+    @classmethod
+    def calibrate(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Row | str],
+        *,
+        groups: Sequence[Hashable] | None = None,
+        tolerance: float = 0.05,
+        temperature: float = 1.0,
+        refusal_text: str = DEFAULT_REFUSAL,
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> EnergyGuard:
+        """Set the threshold by split conformal: P(false refusal) ≤ ``tolerance`` for prompts exchangeable with these.
+
+        Args:
+            model: the model that will be deployed, after quantization. The guarantee holds for it alone.
+            tokenizer: its tokenizer, with the chat template that will be used.
+            prompts: retained prompts that unlearning has not seen: questions, or rows of :mod:`eua.data`. At 5 % at
+                least 19 are needed.
+            groups: whom or what each prompt is about. Several prompts about one person resemble each other; with their groups
+                named, the promise holds for people, not just for prompts, that are new. At 5 % at least 19 are needed.
+            tolerance: ε, the tolerated rate of false refusals.
+            temperature: T of the energy; the one of training.
+            refusal_text: what a refused prompt is answered.
+            batch_size: prompts per forward.
+            progress: show a progress bar.
+
+        Raises:
+            EUAError: too few prompts, a model or tokenizer that cannot be guarded, or NaN in hidden states.
+        """
+        check_head(model)
+        refusal_ids = _refusal_ids(refusal_text, tokenizer)
+        ids = encode_prompts(prompts, tokenizer, "calibration prompts")
+        title = "scores of calibration prompts" if progress else None
+        scores = prompt_scores(model, ids, temperature=temperature, batch_size=batch_size, progress=title)
+        threshold = conformal_threshold(scores, tolerance, groups)
+        group_count = None if groups is None else len(set(groups))
+        return cls(threshold, temperature, refusal_text, refusal_ids, tolerance, len(scores), group_count)
+
+    def with_refusal(self, text: str, tokenizer: PreTrainedTokenizerBase) -> EnergyGuard:
+        """The same guard with another refusal text."""
+        return replace(self, refusal_text=text, refusal_ids=_refusal_ids(text, tokenizer))
+
+    def score(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Row | str], batch_size: int = 32
+    ) -> Tensor:
+        """The score of each prompt, (P,) float32, in nats; those above ``threshold`` would be refused."""
+        ids = encode_prompts(prompts, tokenizer)
+        return prompt_scores(model, ids, temperature=self.temperature, batch_size=batch_size)
+
+    def attach(self, model: PreTrainedModel) -> AttachedGuard:
+        """Guard ``model.generate`` until the handle is detached; the handle is a context manager too.
+
+        >>> with guard.attach(model) as handle:          # doctest: +SKIP
+        ...     output = model.generate(**batch)         # flagged rows hold the refusal text, others are untouched
+        ...     handle.refused                           # (B,) bool, of the last call
+        """
+        return AttachedGuard(self, model)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``energy_guard.json`` into ``folder``, usually the model's."""
+        write_json(Path(folder) / GUARD_FILE, asdict(self) | {"promise": self.promise})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> EnergyGuard:
+        """Read what :meth:`save_pretrained` wrote.
+
+        Raises:
+            EUAError: no guard in ``folder``, or a file that is not one.
+        """
+        path = Path(folder) / GUARD_FILE
+        if not path.is_file():
+            raise EUAError(f"{folder} holds no {GUARD_FILE}: calibrate a guard for this model first (`eua calibrate`).")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content.pop("promise", None)
+            return cls(**content | {"refusal_ids": tuple(content["refusal_ids"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise EUAError(f"{path} is not a guard ({error!r}): calibrate it again.") from error
+
+    @property
+    def promise(self) -> str:
+        """What the threshold guarantees, in words."""
+        if self.calibration_groups is None:
+            scope = f"a prompt exchangeable with the {self.calibration_prompts} calibration prompts"
+        else:
+            scope = (
+                f"a prompt of a new group, exchangeable with the {self.calibration_groups} groups of the calibration prompts"
+            )
+        return (
+            f"The probability that {scope} is falsely refused is at most {self.tolerance:g}. "
+            "This holds for the model, chat template and quantization that were calibrated, and says nothing of the share of "
+            "forgotten prompts that is refused, which has to be measured."
+        )
+
+
+class AttachedGuard:
+    """A guard at work on a model. ``scores`` and ``refused``, (rows of the call,), describe the last ``generate``."""
+
+    def __init__(self, guard: EnergyGuard, model: PreTrainedModel) -> None:
+        output_module(model)  # a model without a plain head is refused here, not in the middle of a generation
+        self.guard = guard
+        self.model = model
+        self.scores: Tensor | None = None
+        self._generate = model.generate
+        self._own_attribute = model.__dict__.get("generate")
+        model.generate = self._guarded_generate
+
+    @property
+    def refused(self) -> Tensor | None:
+        return None if self.scores is None else self.scores > self.guard.threshold
+
+    def detach(self) -> None:
+        """Give ``model.generate`` back as it was. Detaching twice is harmless."""
+        if self.model.__dict__.get("generate") != self._guarded_generate:
+            return
+        if self._own_attribute is None:
+            del self.model.generate
+        else:
+            self.model.generate = self._own_attribute
+
+    def __enter__(self) -> AttachedGuard:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.detach()
+
+    def _guarded_generate(self, *args: Any, **kwargs: Any) -> Any:
+        _check_guardable(self.model, kwargs)
+        processor = _RefusalProcessor(self)
+        kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), processor])
+        hook = output_module(self.model).register_forward_pre_hook(processor.capture)
+        try:
+            return self._generate(*args, **kwargs)
+        finally:
+            hook.remove()
+
+
+class _RefusalProcessor(LogitsProcessor):
+    """Scores each row of one ``generate`` call at its first step, then writes the refusal into the flagged ones."""
+
+    def __init__(self, attached: AttachedGuard) -> None:
+        self.attached = attached
+        self.last_hidden: Tensor | None = None
+        self.refused: Tensor | None = None  # (R,) row indices
+        self.start = 0
+
+    def capture(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        """What the head reads at the last position, until the decision has been made."""
+        if self.refused is None:
+            self.last_hidden = arguments[0][:, -1].detach()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.refused is None:
+            self._decide(input_ids)
+        assert self.refused is not None
+        if len(self.refused) == 0:
+            return scores
+        ids = self.attached.guard.refusal_ids
+        # Past its end the refusal repeats the end-of-sequence token, so that nothing can follow it.
+        forced = ids[min(input_ids.shape[1] - self.start, len(ids) - 1)]
+        scores = scores.clone()
+        scores[self.refused] = -torch.inf
+        scores[self.refused, forced] = 0.0
+        return scores
+
+    def _decide(self, input_ids: Tensor) -> None:
+        guard = self.attached.guard
+        if self.last_hidden is None or self.last_hidden.shape[0] != input_ids.shape[0]:
+            raise EUAError(
+                "The hidden states of the prompt did not pass through the model's head one row each, so the guard cannot see "
+                "them: generate without compilation, or detach the guard knowingly."
+            )
+        energies = output_head(self.attached.model).energy(self.last_hidden, guard.temperature)
+        check_finite(energies, "the energies of the prompts")
+        self.attached.scores = energies.float().cpu()
+        self.refused = (energies > guard.threshold).nonzero()[:, 0]
+        self.start = input_ids.shape[1]
+        self.last_hidden = None
+
+
+def _check_guardable(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """Raise :class:`EUAError` for calls in which the guard would not see or not decide what is generated."""
+    config = kwargs.get("generation_config") or model.generation_config
+    for mode in UNGUARDED_MODES:
+        if kwargs.get(mode, getattr(config, mode, None)) is not None:
+            raise EUAError(
+                f"generate was called with {mode}, which the guard does not cover yet: leave it out, or detach the guard."
+            )
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and not mask[:, -1].all():
+        raise EUAError(
+            "The prompts are padded on the right, so their last token is not where the answer starts: "
+            'set tokenizer.padding_side = "left".'
+        )
+
+
+def _refusal_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The refusal as an answer is tokenized, ended by the end-of-sequence token."""
+    if tokenizer.eos_token_id is None:
+        raise EUAError("The tokenizer has no end-of-sequence token, so a refusal could not end: set tokenizer.eos_token.")
+    spaced = text if tokenizer.chat_template is not None else f" {text}"
+    ids = tokenizer(spaced, add_special_tokens=False)["input_ids"]
+    if not text.strip() or not ids:
+        raise EUAError(f"The refusal text {text!r} becomes no token: give it some words.")
+    return (*ids, tokenizer.eos_token_id)

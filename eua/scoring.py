@@ -1,0 +1,75 @@
+"""Per-token energies of rows, and the per-prompt score that the guard compares with its threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from eua.collator import pad_rows
+from eua.data import EncodedRow
+from eua.hidden import check_finite, hidden_states, output_head
+from fused_energy import EnergyNLL
+
+
+def token_energies(model: nn.Module, batch: dict[str, Tensor], temperature: float) -> EnergyNLL:
+    """Energy and NLL, each (B, S−1), of the tokens that ``labels[:, 1:]`` marks; 0 elsewhere."""
+    hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"])
+    return output_head(model).energy_and_nll(hidden[:, :-1], batch["labels"][:, 1:], temperature)
+
+
+@torch.no_grad()
+def prompt_scores(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    temperature: float = 1.0,
+    batch_size: int = 32,
+    progress: str | None = None,
+) -> Tensor:
+    """The energy at the last token of each prompt: (P,) float32 on the CPU, in nats.
+
+    Args:
+        model: a causal language model; left in the mode (train or eval) it was in.
+        prompts: token ids of formatted prompts, see :func:`eua.data.encode_prompt`.
+        temperature: T of the energy.
+        batch_size: prompts per forward.
+        progress: title of a progress bar, or None for no bar.
+
+    Raises:
+        EUAError: on NaN or infinite hidden states, or a model without a plain head.
+    """
+    rows = [EncodedRow(list(ids), len(ids)) for ids in prompts]
+    head = output_head(model)
+    scores = torch.empty(len(rows))
+    for indices, hidden in eval_hidden_states(model, rows, batch_size, progress):
+        last = torch.tensor([len(rows[i].input_ids) - 1 for i in indices], device=hidden.device)
+        at_end = hidden[torch.arange(len(indices), device=hidden.device), last]
+        check_finite(at_end, "the hidden states at the end of a prompt")
+        scores[indices] = head.energy(at_end, temperature).float().cpu()
+    return scores
+
+
+@torch.no_grad()
+def eval_hidden_states(
+    model: nn.Module, rows: Sequence[EncodedRow], batch_size: int, progress: str | None = None
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Hidden states of rows in eval mode, as pairs of row indices and (B, S, H), longest rows first.
+
+    Rows of like length share a batch, so little padding is computed; the longest come first, so memory that does not
+    suffice fails at once.
+    """
+    device = output_head(model).weight.device
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
+    batches: Iterable[int] = range(0, len(order), batch_size)
+    training = model.training
+    model.eval()
+    try:
+        for start in tqdm(batches, desc=progress, disable=progress is None, leave=False):
+            indices = order[start : start + batch_size]
+            batch = pad_rows([rows[i] for i in indices])
+            yield indices, hidden_states(model, batch["input_ids"].to(device), batch["attention_mask"].to(device))
+    finally:
+        model.train(training)
