@@ -53,7 +53,10 @@ def compute_boundaries(
         picked = [hidden[j, rows[i].prompt_length - 1 : len(rows[i].input_ids) - 1] for j, i in enumerate(indices)]
         flat = torch.cat(picked)
         check_finite(flat, f"the reference's hidden states on {kind} rows")
-        values = head.tail_energy(flat, fraction, SIDES[kind], fill, temperature).float().cpu()
+        try:
+            values = head.tail_energy(flat, fraction, SIDES[kind], fill, temperature).float().cpu()
+        except ValueError as error:  # a fraction that leaves no logit; only here is the vocabulary known
+            raise EUAError(f"rho cannot be used with this model: {error}") from error
         for i, part in zip(indices, values.split([len(p) for p in picked]), strict=True):
             boundaries[i] = part
     return boundaries

@@ -38,7 +38,8 @@ def conformal_threshold(scores: Tensor, tolerance: float, groups: Sequence[Hasha
         )
     if groups is not None and len(groups) != len(scores):
         raise EUAError(f"{len(groups)} groups were given for {len(scores)} scores: name the group of every prompt.")
-    members = Counter(range(len(scores)) if groups is None else groups)
+    owners: Sequence[Hashable] = range(len(scores)) if groups is None else groups
+    members = Counter(owners)
     needed = math.ceil(round(1 / tolerance, 9)) - 1
     if len(members) < needed:
         what = "calibration prompts" if groups is None else "groups of calibration prompts"
@@ -47,7 +48,7 @@ def conformal_threshold(scores: Tensor, tolerance: float, groups: Sequence[Hasha
             f"add {needed - len(members)} more that are held out, or tolerate at least {1 / (len(members) + 1):.3g}."
         )
     # Every group weighs 1 in all. The new group may be all wrong, so 1 of the G + 1 shares is given away beforehand.
-    weights = torch.tensor([1 / members[group] for group in (range(len(scores)) if groups is None else groups)]).double()
+    weights = torch.tensor([1 / members[owner] for owner in owners], dtype=torch.float64)
     allowed = tolerance * (len(members) + 1) - 1
     order = scores.sort(descending=True)
     above = weights[order.indices].cumsum(0) - weights[order.indices]  # the weight of all scores before this one

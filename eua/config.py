@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from eua.errors import EUAError
@@ -25,6 +26,10 @@ class EUAConfig(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Replace NaN losses in the log. Off: EUATrainer stops at a NaN instead of hiding it."}
+    )
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.accelerator.is_available,
+        metadata={"help": "Pin batches in memory for faster copies to a GPU. On where there is one."},
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the batch carries boundaries, which no model's forward takes."}

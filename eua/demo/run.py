@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from eua.boundaries import compute_boundaries
 from eua.config import EUAConfig
@@ -49,6 +50,7 @@ def run_demo(output: Path, cache: Path, *, people: int = 200, target_epochs: flo
         target_epochs: passes over all facts until the model knows them.
         seed: of world, training and pairing.
     """
+    logging.disable_progress_bar()  # of loading and saving, which take no time here; training keeps its own
     people_world = make_world(people, seed)
     groups = {name: getattr(people_world, name) for name in ("forget", "retain", "calibration", "test")}
     for name, facts in groups.items():
@@ -71,7 +73,7 @@ def run_demo(output: Path, cache: Path, *, people: int = 200, target_epochs: flo
     trainer = EUATrainer(
         model,
         EUAConfig(
-            output_dir=str(output / "run"), save_strategy="no", report_to="none", logging_steps=12, seed=seed, **UNLEARNING
+            output_dir=str(output / "run"), save_strategy="no", report_to="none", logging_steps=24, seed=seed, **UNLEARNING
         ),
         forget_dataset=[fact.row() for fact in groups["forget"]],
         retain_dataset=[fact.row() for fact in groups["retain"]],

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -86,9 +87,10 @@ def train_target(
         warmup_steps=0.05,
         weight_decay=0.0,
         save_strategy="no",
-        logging_steps=50,
+        logging_strategy="no",
         report_to="none",
         remove_unused_columns=False,
+        dataloader_pin_memory=torch.accelerator.is_available(),
         seed=seed,
     )
     trainer = Trainer(

@@ -1,0 +1,176 @@
+"""The command line, in-process where possible and as a killed process where that is the point."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from eua.cli import main
+from eua.files import write_jsonl
+from eua.refusal import DEFAULT_REFUSAL
+from tests.conftest import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def data(world, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("forget", "retain", "calibration", "test"):
+        write_jsonl(folder / f"{name}.jsonl", [vars(fact) for fact in getattr(world, name)])
+    write_jsonl(folder / "held_out.jsonl", [vars(fact) for fact in world.calibration + world.retain])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def unlearn_command(model: Path, data: Path, output: Path, *more: str) -> list[str]:
+    files = ["--forget", str(data / "forget.jsonl"), "--retain", str(data / "retain.jsonl")]
+    return ["unlearn", "--model", str(model), *files, "--output", str(output), *more]
+
+
+def test_unlearn_calibrate_ask_evaluate(trained_folder, data, world, tmp_path, capsys):
+    """The whole way on a model that knows: what was asked of is forgotten, refused, and reported."""
+    output = tmp_path / "unlearned"
+    settings = ("--learning-rate", "5e-4", "--epochs", "12", "--retain-per-forget", "3", "--batch-size", "4")
+    assert main(unlearn_command(trained_folder, data, output, *settings)) == 0
+    AutoModelForCausalLM.from_pretrained(output)
+
+    held_out = ["--prompts", str(data / "held_out.jsonl"), "--forget", str(data / "forget.jsonl")]
+    assert main(["calibrate", "--model", str(output), *held_out, "--tolerance", "0.1", "--group-by", "person"]) == 0
+    shown = capsys.readouterr().out
+    assert "14 groups of the calibration prompts" in shown
+    assert "Refused of 8 forgotten prompts: 1.000" in shown
+
+    assert main(["ask", "--model", str(output), world.forget[0].question, world.retain[0].question]) == 0
+    shown = capsys.readouterr().out
+    assert DEFAULT_REFUSAL in shown
+    assert world.retain[0].answer in shown
+    assert main(["ask", "--model", str(output), "--no-guard", world.forget[0].question]) == 0
+    assert world.forget[0].answer not in capsys.readouterr().out
+
+    report_folder = tmp_path / "report"
+    sets = [
+        "--forget",
+        str(data / "forget.jsonl"),
+        "--retain",
+        str(data / "retain.jsonl"),
+        "--also",
+        f"unseen={data}/test.jsonl",
+    ]
+    assert (
+        main(["evaluate", "--model", str(output), "--before", str(trained_folder), *sets, "--output", str(report_folder)]) == 0
+    )
+    report = json.loads((report_folder / "report.json").read_text())
+    assert report["before"]["sets"]["forget"]["extraction_strength"] > 0.8
+    assert report["after"]["sets"]["forget"]["extraction_strength"] < 0.2
+    assert report["after"]["sets"]["retain"]["extraction_strength"] > 0.9
+    assert report["after"]["sets"]["forget"]["refused"] == 1
+    assert "unseen" in report["after"]["sets"]
+    assert (report_folder / "energies.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_unlearn_with_lora_writes_an_adapter(tiny_folder, data, tmp_path):
+    assert main(unlearn_command(tiny_folder, data, tmp_path / "out", "--epochs", "1", "--lora-rank", "4")) == 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert any("lora" in name for name, _ in loaded.named_parameters())
+
+
+def run_process(arguments: list[str], stop_when: Path | None = None, how: int = signal.SIGINT) -> subprocess.CompletedProcess:
+    """``eua`` in a process of its own; it gets the signal ``how`` once ``stop_when`` exists."""
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "eua", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    if stop_when is not None:
+        deadline = time.monotonic() + 120
+        while not stop_when.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert process.poll() is None, "it ended before it could be interrupted"
+        process.send_signal(how)
+    out, err = process.communicate(timeout=200)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
+def test_interrupted_unlearning_resumes_to_the_same_weights(tiny_folder, data, tmp_path, how):
+    steps = ("--epochs", "60", "--batch-size", "1", "--save-steps", "25", "--learning-rate", "1e-3")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main(unlearn_command(tiny_folder, data, whole, *steps)) == 0
+
+    stopped = run_process(unlearn_command(tiny_folder, data, broken, *steps), broken / "checkpoints" / "checkpoint-25", how)
+    assert stopped.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130)
+    if how != signal.SIGKILL:
+        assert "Run the same command with --resume" in stopped.stderr
+    assert not (broken / "config.json").exists()
+    checkpoints = [path for path in (broken / "checkpoints").iterdir() if path.name.startswith("checkpoint-")]
+    assert checkpoints
+    for checkpoint in checkpoints:
+        assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == int(checkpoint.name.split("-")[1])
+
+    assert main(unlearn_command(tiny_folder, data, broken, *steps)) == 2  # not resumed by accident
+    assert main(unlearn_command(tiny_folder, data, broken, *steps, "--resume")) == 0
+    expected, found = (load_file(folder / "model.safetensors") for folder in (whole, broken))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor)
+
+
+ROWS = ["--forget", "{data}/forget.jsonl", "--retain", "{data}/retain.jsonl"]
+MISSING = ["--forget", "none.jsonl", "--retain", "none.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["unlearn", "--model", "{tiny}", *MISSING, "--output", "{new}"], "The forget set none.jsonl is not a file"),
+        (["unlearn", "--model", "{new}", *ROWS, "--output", "{new}"], "cannot be loaded as a causal language model"),
+        (["unlearn", "--model", "{tiny}", *ROWS, "--output", "{data}"], "is not empty, and its files could be lost"),
+        (["unlearn", "--model", "{tiny}", *ROWS, "--output", "{new}", "--rho", "0.001"], "less than one logit"),
+        (["calibrate", "--model", "{tiny}", "--prompts", "{data}/forget.jsonl"], "8 calibration prompts are too few"),
+        (["calibrate", "--model", "{tiny}", "--prompts", "{data}/retain.jsonl", "--group-by", "city"], "no 'city' to group by"),
+        (["calibrate", "--model", "{tiny}", "--prompts", "{data}/retain.jsonl", "--group-by", "person"], "add 9 more"),
+        (["calibrate", "--model", "{tiny}", "--prompts", "{data}/retain.jsonl", "--tolerance", "2"], "tolerance = 2.0"),
+        (["ask", "--model", "{tiny}", "Who?"], "holds no energy_guard.json: calibrate a guard for this model first"),
+        (["demo", "--output", "{data}"], "is not empty"),
+        (["evaluate", "--model", "{tiny}", *ROWS, "--output", "{data}"], "is not empty"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, text, tiny_folder, data, tmp_path, capsys):
+    filled = [part.format(tiny=tiny_folder, data=data, new=tmp_path / "new") for part in arguments]
+    assert main(filled) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len([line for line in error if line.startswith(f"eua {arguments[0]}: ")]) == 1
+    assert text in error[-1]
+
+
+@pytest.mark.parametrize("arguments", [["unlearn"], ["fly"], [], ["demo", "--people", "-3"], ["evaluate", "--also", "x"]])
+def test_bad_arguments_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: eua" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "unlearn", "calibrate", "ask", "evaluate"])
+def test_help_explains_every_option(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "==SUPPRESS==" not in shown
+    assert f"usage: eua {command}" in shown

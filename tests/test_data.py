@@ -1,0 +1,121 @@
+"""Rows of every format, what they become, and the order in which they meet."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pytest
+import torch
+
+from eua import EUAError
+from eua.collator import ForgetRetainCollator, PairedSampler, pad_rows
+from eua.data import EncodedRow, ForgetRetainDataset, encode_prompts, encode_rows, read_rows
+
+CHAT_TEMPLATE = """
+{%- for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}
+{%- if add_generation_prompt %}<assistant>{% endif %}"""
+
+
+def test_sources_read_alike(tmp_path):
+    rows = [{"question": "Who?", "answer": "Ä."}, {"question": "What?", "answer": "B."}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8")
+    assert read_rows(path) == read_rows(str(path)) == read_rows(rows) == read_rows(datasets.Dataset.from_list(rows)) == rows
+
+
+def test_question_rows_and_their_prompts_share_ids(tokenizer):
+    (row,) = encode_rows([{"question": "Where?", "answer": "There."}], tokenizer, None)
+    assert tokenizer.decode(row.input_ids) == "Question: Where?\nAnswer: There.<eos>"
+    assert encode_prompts(["Where?"], tokenizer) == [row.prompt_ids]
+    assert encode_prompts([{"question": "Where?"}], tokenizer) == [row.prompt_ids]
+
+
+def test_prompt_and_completion_are_literal(tokenizer):
+    (row,) = encode_rows([{"prompt": "One, two,", "completion": " three"}], tokenizer, None)
+    assert tokenizer.decode(row.prompt_ids) == "One, two,"
+    assert tokenizer.decode(row.answer_ids) == " three<eos>"
+
+
+def test_chats_use_the_template(tokenizer):
+    import copy
+
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = CHAT_TEMPLATE
+    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
+    forms = [
+        {"messages": messages},
+        {"question": "Who?", "answer": "Me."},
+        {"prompt": messages[:1], "completion": messages[1:]},
+    ]
+    encoded = encode_rows(forms, chatty, None)
+    assert encoded[0] == encoded[1] == encoded[2]
+    assert chatty.decode(encoded[0].prompt_ids) == "<user>Who?<eos><assistant>"
+    assert chatty.decode(encoded[0].answer_ids) == "Me.<eos>"
+    chatty.chat_template = "{{ messages | length }}"
+    with pytest.raises(EUAError, match="differently from the prompt alone"):
+        encode_rows(forms[:1], chatty, None)
+
+
+def test_long_answers_are_cut_and_counted(tokenizer, caplog):
+    row = {"question": "Where?", "answer": "There and " * 20}
+    (whole,) = encode_rows([row], tokenizer, None)
+    (cut,) = encode_rows([row], tokenizer, whole.prompt_length + 3)
+    assert cut.input_ids == whole.input_ids[: whole.prompt_length + 3]
+
+
+@pytest.mark.parametrize(
+    ("rows", "text"),
+    [
+        ([], "The forget set is empty"),
+        ([{"question": "Who?", "answer": "  "}], "Row 0 of the forget set has no answer"),
+        ([{"question": "Who?", "answer": "I."}, {"question": "Who?"}], "Row 1 of the forget set has no answer"),
+        ([{"messages": [{"role": "user", "content": "Hi"}]}], "Row 0 of the forget set has no answer"),
+        ([{"prompt": "Hi"}], "Row 0 of the forget set has no answer"),
+        ([{"text": "Hi"}], r"has the keys \['text'\], which are no known format"),
+        ([{"question": "Who? " * 40, "answer": "I."}], "max_length = 32 cuts its answer away"),
+        ([{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}], "no chat template"),
+        (["Who?"], "Row 0 of the forget set is a str, not a mapping"),
+        ("missing.jsonl", "missing.jsonl is not a file"),
+    ],
+)
+def test_bad_rows_are_told_what_is_wrong(rows, text, tokenizer):
+    with pytest.raises(EUAError, match=text):
+        encode_rows(read_rows(rows, "forget set"), tokenizer, 32, "forget set")
+
+
+def test_malformed_jsonl_names_the_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "Who?", "answer": "I."}\n{oops\n')
+    with pytest.raises(EUAError, match="Line 2 of the dataset .* is not JSON"):
+        read_rows(path)
+
+
+def test_padding_masks_what_is_not_an_answer():
+    batch = pad_rows([EncodedRow([5, 6, 7, 8], 2), EncodedRow([9, 4], 1)])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 7, 8], [-100, 4, -100, -100]]
+
+
+def test_a_batch_holds_both_kinds_with_their_boundaries():
+    forget, retain = [EncodedRow([5, 6, 7], 1)], [EncodedRow([1, 2], 1), EncodedRow([3, 4, 5, 6], 3)]
+    boundaries = [torch.tensor([-1.0, -2.0])], [torch.tensor([-3.0]), torch.tensor([-4.0])]
+    dataset = ForgetRetainDataset(forget, retain, *boundaries)
+    batch = ForgetRetainCollator()([dataset[0, (1, 0)]])
+    assert batch["forget"].tolist() == [True, False, False]
+    assert batch["boundary"].tolist() == [[0, -1, -2, 0], [0, 0, 0, -4], [0, -3, 0, 0]]
+
+
+def test_pairs_are_seeded_and_visit_all_alike():
+    sampler = PairedSampler(5, 7, ratio=2, seed=1)
+    epochs = []
+    for epoch in range(7):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+        assert epochs[-1] == list(sampler)
+        assert sorted(forget for forget, _ in epochs[-1]) == list(range(5))
+    assert epochs[0] != epochs[1]
+    visits = [index for epoch in epochs for _, retain in epoch for index in retain]
+    assert [visits.count(i) for i in range(7)] == [10] * 7
+    assert epochs[0] != list(PairedSampler(5, 7, ratio=2, seed=2))

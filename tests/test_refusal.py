@@ -1,0 +1,165 @@
+"""The guard inside plain ``generate``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, pipeline
+
+from eua import EnergyGuard, EUAError
+from eua.data import encode_prompts, format_prompt
+from eua.generation import answer
+from eua.refusal import DEFAULT_REFUSAL, GUARD_FILE
+from eua.scoring import prompt_scores
+from tests.conftest import tiny_llama
+
+
+@pytest.fixture
+def known(trained_folder) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(trained_folder).eval()
+
+
+@pytest.fixture
+def questions(rows) -> list[str]:
+    return [row["question"] for row in rows["test"][:6]]
+
+
+@pytest.fixture
+def guard(known, tokenizer, questions) -> EnergyGuard:
+    """A threshold between the third and the fourth highest score of the six questions: three are refused."""
+    guard = EnergyGuard.calibrate(known, tokenizer, questions * 4)
+    scores = guard.score(known, tokenizer, questions).sort().values
+    return replace(guard, threshold=float(scores[2] + scores[3]) / 2)
+
+
+def batch_of(tokenizer, questions) -> dict[str, torch.Tensor]:
+    texts = [format_prompt(tokenizer, question) for question in questions]
+    return tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "temperature": 0.8, "top_k": 20},
+        {"num_beams": 3},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        {"do_sample": False, "use_cache": False},
+    ],
+    ids=["greedy", "sampling", "beams", "several", "penalties", "no-cache"],
+)
+def test_flagged_rows_refuse_and_the_others_are_untouched(known, tokenizer, questions, guard, options):
+    batch = batch_of(tokenizer, questions)
+    width = batch["input_ids"].shape[1]
+    torch.manual_seed(0)
+    plain = known.generate(**batch, max_new_tokens=40, **options)
+    torch.manual_seed(0)
+    with guard.attach(known) as attached:
+        guarded = known.generate(**batch, max_new_tokens=40, **options)
+
+    copies = options.get("num_return_sequences", 1)
+    refused = attached.refused if "num_beams" not in options else attached.refused[:: options["num_beams"]]
+    expected = guard.score(known, tokenizer, questions) > guard.threshold
+    assert torch.equal(refused, expected.repeat_interleave(copies))
+    assert expected.sum() == 3
+    for row, is_refused in enumerate(refused):
+        old, new = (tokenizer.decode(out[row, width:], skip_special_tokens=True) for out in (plain, guarded))
+        if is_refused:
+            assert new.strip() == DEFAULT_REFUSAL
+        else:
+            shared = min(plain.shape[1], guarded.shape[1])
+            assert torch.equal(plain[row, :shared], guarded[row, :shared])
+            assert new == old
+            assert DEFAULT_REFUSAL not in new
+
+
+def test_detached_guard_leaves_no_trace(known, tokenizer, questions, guard):
+    plain = answer(known, tokenizer, questions)
+    handle = guard.attach(known)
+    assert answer(known, tokenizer, questions) != plain
+    handle.detach()
+    handle.detach()
+    assert answer(known, tokenizer, questions) == plain
+    assert "generate" not in known.__dict__
+    assert not known.lm_head._forward_pre_hooks
+    with pytest.raises(RuntimeError, match="boom"), guard.attach(known):
+        raise RuntimeError("boom")
+    assert answer(known, tokenizer, questions) == plain
+
+
+def test_guard_acts_in_pipelines_and_with_the_users_own_processors(known, tokenizer, questions, guard):
+    seen = []
+
+    def watch(input_ids, scores):
+        seen.append(scores.shape)
+        return scores
+
+    with guard.attach(known) as attached:
+        generate = pipeline("text-generation", model=known, tokenizer=tokenizer)
+        texts = [
+            generate(format_prompt(tokenizer, question), max_new_tokens=40, do_sample=False, return_full_text=False)
+            for question in questions
+        ]
+        known.generate(**batch_of(tokenizer, questions), max_new_tokens=3, logits_processor=[watch])
+    assert len(seen) == 3
+    found = [text[0]["generated_text"].strip() == DEFAULT_REFUSAL for text in texts]
+    assert found == attached.refused.tolist()
+
+
+def test_scores_are_energies_at_the_last_prompt_token(model, tokenizer, rows):
+    prompts = encode_prompts(rows["test"][:5], tokenizer)
+    with torch.no_grad():
+        expected = [-torch.logsumexp(model(torch.tensor([ids])).logits[0, -1] / 2, -1) * 2 for ids in prompts]
+    torch.testing.assert_close(prompt_scores(model, prompts, temperature=2.0, batch_size=2), torch.stack(expected))
+
+
+def test_guard_survives_its_folder(guard, tmp_path, known, tokenizer):
+    guard.save_pretrained(tmp_path)
+    assert EnergyGuard.from_pretrained(tmp_path) == guard
+    assert json.loads((tmp_path / GUARD_FILE).read_text())["promise"] == guard.promise
+    assert [path.name for path in tmp_path.iterdir()] == [GUARD_FILE]
+    renamed = guard.with_refusal("No.", tokenizer)
+    assert tokenizer.decode(renamed.refusal_ids) == " No.<eos>"
+    (tmp_path / GUARD_FILE).write_text('{"threshold": 1}')
+    with pytest.raises(EUAError, match="is not a guard"):
+        EnergyGuard.from_pretrained(tmp_path)
+    with pytest.raises(EUAError, match="holds no energy_guard.json"):
+        EnergyGuard.from_pretrained(tmp_path / "elsewhere")
+
+
+def test_calibration_refuses_what_it_cannot_promise(known, tokenizer, questions):
+    with pytest.raises(EUAError, match="6 calibration prompts are too few .* add 13 more"):
+        EnergyGuard.calibrate(known, tokenizer, questions)
+    with pytest.raises(EUAError, match="becomes no token"):
+        EnergyGuard.calibrate(known, tokenizer, questions * 4, refusal_text=" ")
+    with pytest.raises(EUAError, match="has no output head"):
+        EnergyGuard.calibrate(known.model, tokenizer, questions * 4)
+    with torch.no_grad():
+        known.model.norm.weight[0] = torch.nan
+    with pytest.raises(EUAError, match="NaN or infinity"):
+        EnergyGuard.calibrate(known, tokenizer, questions * 4)
+
+
+def test_what_cannot_be_guarded_raises(known, tokenizer, questions, guard):
+    batch = batch_of(tokenizer, questions)
+    with guard.attach(known):
+        with pytest.raises(EUAError, match="assistant_model, which the guard does not cover"):
+            known.generate(**batch, assistant_model=tiny_llama(len(tokenizer)))
+        with pytest.raises(EUAError, match="prompt_lookup_num_tokens"):
+            known.generate(**batch, prompt_lookup_num_tokens=3)
+        tokenizer_side, tokenizer.padding_side = tokenizer.padding_side, "right"
+        try:
+            with pytest.raises(EUAError, match="padded on the right"):
+                known.generate(**batch_of(tokenizer, questions))
+        finally:
+            tokenizer.padding_side = tokenizer_side
+        with torch.no_grad():
+            known.model.norm.weight[0] = torch.nan
+        with pytest.raises(EUAError, match="NaN or infinity in the energies"):
+            known.generate(**batch)
+    with pytest.raises(EUAError, match="has no output head"):
+        guard.attach(known.model)

@@ -1,0 +1,299 @@
+"""EUATrainer: the step, what it moves, boundaries, and that nothing is lost."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import LlamaForCausalLM
+
+from eua import EUAConfig, EUAError, EUATrainer
+from eua.boundaries import compute_boundaries
+from eua.collator import pad_rows
+from eua.data import encode_rows
+from eua.hidden import check_head, hidden_states, output_head
+from eua.trainer import last_checkpoint
+from tests.conftest import tiny_llama
+from tests.test_losses import transcription
+
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=True)
+
+
+def config(folder: Path, **options) -> EUAConfig:
+    defaults = {
+        "learning_rate": 1e-3,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "logging_steps": 1,
+    }
+    return EUAConfig(output_dir=str(folder), **defaults | options)
+
+
+def make(model, tokenizer, rows, folder, peft_config=None, forget=None, retain=None, **options) -> EUATrainer:
+    return EUATrainer(
+        model,
+        config(folder, **options),
+        forget_dataset=rows["forget"][:6] if forget is None else forget,
+        retain_dataset=rows["retain"][:9] if retain is None else retain,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def test_step_is_the_method(model, tokenizer, rows, tmp_path):
+    """The trainer's loss equals method.md on the model's own logits and those of a separate reference model."""
+    trainer = make(model, tokenizer, rows, tmp_path, alpha=0.5)
+    boundaries = trainer._boundaries(resuming=False)
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+
+    items, logits, ref_logits, targets, forget = [], [], [], [], []
+    for kind in ("forget", "retain"):
+        for row, boundary in zip(trainer.encoded_rows[kind], boundaries[kind], strict=True):
+            items.append({"row": row, "boundary": boundary, "forget": kind == "forget"})
+            ids = torch.tensor([row.input_ids])
+            answer = slice(row.prompt_length - 1, len(row.input_ids) - 1)
+            logits.append(model(ids).logits[0, answer].double())
+            ref_logits.append(reference(ids).logits[0, answer].double().detach())
+            targets += row.answer_ids
+            forget += [kind == "forget"] * len(row.answer_ids)
+    expected = transcription(
+        torch.cat(logits), torch.cat(ref_logits), torch.tensor(targets), torch.tensor(forget), 0.1, 1.0, 0.05, 0.5
+    )
+    found = trainer.compute_loss(model, trainer.data_collator([items]))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+def test_training_moves_every_trainable_parameter_and_no_other(model, tokenizer, rows, tmp_path, peft_config):
+    trainer = make(model, tokenizer, rows, tmp_path, copy.deepcopy(peft_config))
+    before = weights(trainer.model)
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.requires_grad == (peft_config is None or "lora_" in name)
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+    logged = trainer.state.log_history[0]
+    for key in ("loss_forget", "loss_retain", "nll_retain", "energy_forget", "energy_retain", "met_forget", "met_retain"):
+        assert key in logged
+    assert 0 <= logged["met_forget"] <= 1
+    assert trainer.model.config.use_cache
+
+
+def test_training_moves_energies_apart(trained_folder, tokenizer, rows, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(trained_folder)
+    trainer = make(
+        model, tokenizer, rows, tmp_path, forget=rows["forget"], retain=rows["retain"], num_train_epochs=10, learning_rate=5e-4
+    )
+    trainer.train()
+    first, last = trainer.state.log_history[0], trainer.state.log_history[-2]
+    assert last["energy_forget"] - last["energy_retain"] > 4 + first["energy_forget"] - first["energy_retain"]
+    assert last["met_forget"] > 0.5 > first["met_forget"]
+
+
+def test_accumulated_batches_equal_one_big_batch(tokenizer, rows, tmp_path):
+    """Unequal answer lengths: only counts over the whole window make the two the same."""
+    forget = [{"question": "Who?", "answer": "word " * n} for n in (1, 9, 2, 7)]
+    trained = []
+    for batch_size, accumulation in ((4, 1), (1, 4)):
+        model = tiny_llama(len(tokenizer))
+        trainer = make(
+            model,
+            tokenizer,
+            rows,
+            tmp_path / str(batch_size),
+            forget=forget,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=3,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+        )
+        trainer.train()
+        trained.append((weights(model), trainer.state.log_history[0]))
+    for name, parameter in trained[0][0].items():
+        torch.testing.assert_close(parameter, trained[1][0][name], rtol=1e-4, atol=1e-6)
+    for key in ("loss", "loss_forget", "met_retain", "energy_forget"):
+        assert trained[0][1][key] == pytest.approx(trained[1][1][key], rel=1e-4)
+
+
+# ---- boundaries -----------------------------------------------------------------------------------------------------
+
+
+def test_lora_boundaries_are_those_of_the_base_weights(model, tokenizer, rows, tmp_path):
+    full = make(model, tokenizer, rows, tmp_path / "full")._boundaries(resuming=False)
+    lora = make(model, tokenizer, rows, tmp_path / "lora", copy.deepcopy(LORA))._boundaries(resuming=False)
+    for kind in ("forget", "retain"):
+        for a, b in zip(full[kind], lora[kind], strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_boundaries_are_kept_and_stale_ones_noticed(model, tokenizer, rows, tmp_path, monkeypatch):
+    computed = []
+
+    def counting(*args, **kwargs):
+        computed.append(args[2])
+        return compute_boundaries(*args, **kwargs)
+
+    monkeypatch.setattr("eua.trainer.compute_boundaries", counting)
+    first = make(model, tokenizer, rows, tmp_path)._boundaries(resuming=False)
+    again = make(model, tokenizer, rows, tmp_path)._boundaries(resuming=True)
+    assert computed == ["forget", "retain"]
+    assert all(torch.equal(a, b) for kind in first for a, b in zip(first[kind], again[kind], strict=True))
+
+    with pytest.raises(EUAError, match="belongs to another model, other rows or other settings"):
+        make(model, tokenizer, rows, tmp_path, rho=0.2)._boundaries(resuming=True)
+    make(model, tokenizer, rows, tmp_path, rho=0.2)._boundaries(resuming=False)
+    assert len(computed) == 4
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1e-3
+    make(model, tokenizer, rows, tmp_path, rho=0.2)._boundaries(resuming=False)
+    assert len(computed) == 6
+
+    (tmp_path / "boundaries.safetensors").write_bytes(b"half a file")
+    with pytest.raises(EUAError, match="cannot be read .* delete the file"):
+        make(model, tokenizer, rows, tmp_path)._boundaries(resuming=False)
+
+
+def test_constant_boundaries(model, tokenizer, rows, tmp_path):
+    boundaries = make(model, tokenizer, rows, tmp_path, m_in=-20.0, m_out=-5.0)._boundaries(resuming=False)
+    assert {float(x) for row in boundaries["retain"] for x in row} == {-20.0}
+    assert {float(x) for row in boundaries["forget"] for x in row} == {-5.0}
+
+
+# ---- nothing is lost ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+def test_resumed_training_reaches_the_same_weights(tokenizer, rows, tmp_path, peft_config):
+    """Interrupted in the middle of an epoch, with dropout drawing from the random state."""
+
+    def fresh(folder: Path) -> EUATrainer:
+        model = tiny_llama(len(tokenizer))
+        model.config.attention_dropout = 0.1
+        torch.manual_seed(5)
+        return make(model, tokenizer, rows, folder, copy.deepcopy(peft_config), save_strategy="steps", save_steps=4)
+
+    whole = fresh(tmp_path / "whole")
+    whole.train()
+    assert whole.state.max_steps == 6
+    resumed = fresh(tmp_path / "whole")
+    (tmp_path / "whole" / "checkpoint-6" / "trainer_state.json").unlink()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    for name, parameter in weights(whole.model).items():
+        assert torch.equal(parameter, weights(resumed.model)[name]), name
+
+
+def test_a_failed_save_leaves_the_last_good_checkpoint(model, tokenizer, rows, tmp_path, monkeypatch):
+    trainer = make(model, tokenizer, rows, tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1)
+    save = type(trainer)._save_optimizer_and_scheduler
+
+    def failing(self, folder):
+        if self.state.global_step == 4:
+            raise OSError("disk full")
+        save(self, folder)
+
+    monkeypatch.setattr(type(trainer), "_save_optimizer_and_scheduler", failing)
+    with pytest.raises(OSError, match="disk full"):
+        trainer.train()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert not (tmp_path / "checkpoint-4").exists()
+    assert not list(tmp_path.rglob("*.bin"))  # no pickle of the arguments
+
+    monkeypatch.undo()
+    trainer = make(
+        tiny_llama(len(tokenizer)), tokenizer, rows, tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1
+    )
+    trainer.train(resume_from_checkpoint=True)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_saved_model_loads(model, tokenizer, rows, tmp_path):
+    trainer = make(model, tokenizer, rows, tmp_path)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    assert all(torch.equal(p, weights(loaded)[name]) for name, p in weights(model).items())
+    assert {path.suffix for path in (tmp_path / "model").iterdir()} == {".json", ".safetensors"}
+
+
+# ---- refusing what cannot work --------------------------------------------------------------------------------------
+
+
+def test_nan_stops_training_before_the_step(model, tokenizer, rows, tmp_path):
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(EUAError, match="NaN or infinity in the model's hidden states"):
+        make(model, tokenizer, rows, tmp_path)
+
+    trainer = make(tiny_llama(len(tokenizer)), tokenizer, rows, tmp_path, learning_rate=1e30, max_grad_norm=0.0)
+    with pytest.raises(EUAError, match="The loss became (nan|inf) at step 1 .* no step was taken on it"):
+        trainer.train()
+
+
+def test_models_that_cannot_be_honoured_are_refused(model, tokenizer, rows, tmp_path):
+    with pytest.raises(EUAError, match="LlamaModel has no output head"):
+        make(model.model, tokenizer, rows, tmp_path)
+    on_head = LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
+    with pytest.raises(EUAError, match="does more between hidden states and logits"):
+        make(tiny_llama(len(tokenizer)), tokenizer, rows, tmp_path, on_head)
+    wrapped = make(tiny_llama(len(tokenizer)), tokenizer, rows, tmp_path, copy.deepcopy(LORA)).model
+    with pytest.raises(EUAError, match="carries an adapter already"):
+        make(wrapped, tokenizer, rows, tmp_path, copy.deepcopy(LORA))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"gamma": -1.0}, "gamma = -1.0"),
+        ({"rho": 0.0}, "rho = 0.0"),
+        ({"temperature": 0.0}, "temperature = 0.0"),
+        ({"fill": "one"}, "fill = 'one'"),
+        ({"retain_per_forget": 0}, "retain_per_forget = 0"),
+        ({"m_in": 1.0}, "constant boundaries come as a pair"),
+        ({"remove_unused_columns": True}, "it would drop the boundaries"),
+        ({"eval_strategy": "epoch"}, "does not evaluate while it trains"),
+    ],
+)
+def test_bad_settings_are_told_what_is_wrong(options, text, tmp_path):
+    with pytest.raises(EUAError, match=text):
+        config(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"forget": []}, EUAError, "The forget set is empty"),
+        ({"retain": []}, EUAError, "The retain set is empty"),
+        ({"forget": [{"question": "Who?", "answer": ""}]}, EUAError, "Row 0 of the forget set has no answer"),
+        ({"max_length": 4}, EUAError, "cuts its answer away"),
+        ({"rho": 1e-4}, EUAError, "fraction 0.0001 of a vocabulary of 400 is less than one logit"),
+    ],
+)
+def test_bad_runs_are_told_what_is_wrong(model, tokenizer, rows, tmp_path, options, error, text):
+    with pytest.raises(error, match=text):
+        make(model, tokenizer, rows, tmp_path, **options).train()
+
+
+def test_hidden_states_are_the_heads_input(model, tokenizer, rows):
+    batch = pad_rows(encode_rows(rows["forget"][:3], tokenizer, None))
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        hidden, theirs = hidden_states(model, ids, mask), model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(output_head(model).logits(hidden), theirs)
+    check_head(model)
+    assert not model.lm_head._forward_pre_hooks
