@@ -57,7 +57,7 @@ def run_demo(output: Path, cache: Path, *, people: int = 200, target_epochs: flo
         write_jsonl(output / "data" / f"{name}.jsonl", [vars(fact) for fact in facts])
 
     print(f"1/4 A model learns {len(people_world.all())} facts about {people} people who do not exist.")
-    target_folder = _cached_target(people_world, cache, target_epochs, seed)
+    target_folder = cached_target(people_world, cache, target_epochs, seed)
     tokenizer = AutoTokenizer.from_pretrained(target_folder)
     model = AutoModelForCausalLM.from_pretrained(target_folder)
     sets: dict[str, list[Row]] = {label: [vars(fact) for fact in groups[name]] for name, label in SET_NAMES.items()}
@@ -128,7 +128,7 @@ def run_demo(output: Path, cache: Path, *, people: int = 200, target_epochs: flo
     return report
 
 
-def _cached_target(people_world: World, cache: Path, epochs: float, seed: int) -> Path:
+def cached_target(people_world: World, cache: Path, epochs: float, seed: int) -> Path:
     """The folder of the model that knows; trained unless the cache holds one made by the same code from the same facts."""
     rows = [fact.row() for fact in people_world.all()]
     recipe = [rows, epochs, seed, inspect.getsource(target)]
