@@ -5,6 +5,7 @@ This refusal rule is this project's own (method.md §5); the paper does not give
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from eua.calibration import conformal_threshold
 from eua.data import Row, encode_prompts
@@ -25,6 +26,7 @@ from eua.scoring import prompt_scores
 
 GUARD_FILE = "energy_guard.json"
 DEFAULT_REFUSAL = "I cannot help with that question."
+GENERATE_PARAMETERS = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
 UNGUARDED_MODES = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "assistant_early_exit")
 
 
@@ -180,12 +182,13 @@ class AttachedGuard:
         self.detach()
 
     def _guarded_generate(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs.update(zip(GENERATE_PARAMETERS, args, strict=False))
         _check_guardable(self.model, kwargs)
         processor = _RefusalProcessor(self)
         kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), processor])
         hook = output_module(self.model).register_forward_pre_hook(processor.capture)
         try:
-            return self._generate(*args, **kwargs)
+            return self._generate(**kwargs)
         finally:
             hook.remove()
 
@@ -206,8 +209,8 @@ class _RefusalProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.refused is None:
-            self._decide(input_ids)
-        assert self.refused is not None
+            self.refused = self._decide(input_ids)
+            self.start = input_ids.shape[1]
         if len(self.refused) == 0:
             return scores
         ids = self.attached.guard.refusal_ids
@@ -218,7 +221,8 @@ class _RefusalProcessor(LogitsProcessor):
         scores[self.refused, forced] = 0.0
         return scores
 
-    def _decide(self, input_ids: Tensor) -> None:
+    def _decide(self, input_ids: Tensor) -> Tensor:
+        """The indices of the rows to refuse."""
         guard = self.attached.guard
         if self.last_hidden is None or self.last_hidden.shape[0] != input_ids.shape[0]:
             raise EUAError(
@@ -228,9 +232,8 @@ class _RefusalProcessor(LogitsProcessor):
         energies = output_head(self.attached.model).energy(self.last_hidden, guard.temperature)
         check_finite(energies, "the energies of the prompts")
         self.attached.scores = energies.float().cpu()
-        self.refused = (energies > guard.threshold).nonzero()[:, 0]
-        self.start = input_ids.shape[1]
         self.last_hidden = None
+        return (energies > guard.threshold).nonzero()[:, 0]
 
 
 def _check_guardable(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:

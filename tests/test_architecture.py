@@ -34,7 +34,7 @@ ALLOWED = {
     "eua.hidden": {"torch", "transformers", "peft", "fused_energy", "eua.errors"},
     "eua.scoring": {"torch", "tqdm", "fused_energy", "eua.hidden", "eua.collator", "eua.data"},
     "eua.boundaries": {"torch", "safetensors", "eua.hidden", "eua.scoring", "eua.data", "eua.errors", "eua.files"},
-    "eua.config": {"transformers", "eua.errors"},
+    "eua.config": {"torch", "transformers", "eua.errors"},
     "eua.generation": {"torch", "transformers", "eua.data"},
     "eua.refusal": {
         "torch",

@@ -105,9 +105,11 @@ def test_guard_acts_in_pipelines_and_with_the_users_own_processors(known, tokeni
             for question in questions
         ]
         known.generate(**batch_of(tokenizer, questions), max_new_tokens=3, logits_processor=[watch])
-    assert len(seen) == 3
+        refused = attached.refused.tolist()
+        known.generate(batch_of(tokenizer, questions[:1])["input_ids"], None, [watch], max_new_tokens=2, min_new_tokens=2)
+    assert len(seen) == 5
     found = [text[0]["generated_text"].strip() == DEFAULT_REFUSAL for text in texts]
-    assert found == attached.refused.tolist()
+    assert found == refused
 
 
 def test_scores_are_energies_at_the_last_prompt_token(model, tokenizer, rows):
