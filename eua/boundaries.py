@@ -18,7 +18,7 @@ from eua.data import EncodedRow
 from eua.errors import EUAError
 from eua.files import replacing
 from eua.hidden import Fill, Side, check_finite, output_head
-from eua.scoring import eval_hidden_states
+from eua.scoring import answer_states, eval_hidden_states
 
 SIDES: dict[str, Side] = {"forget": "bottom", "retain": "top"}  # m_out from the smallest logits, m_in from the largest
 _SAMPLES_PER_TENSOR = 4096
@@ -49,15 +49,13 @@ def compute_boundaries(
     boundaries: list[Tensor] = [torch.empty(0)] * len(rows)
     title = f"boundaries of {kind} rows" if progress else None
     for indices, hidden in eval_hidden_states(model, rows, batch_size, title):
-        # The token at position p is predicted at p − 1, so an answer's boundaries start at the prompt's last token.
-        picked = [hidden[j, rows[i].prompt_length - 1 : len(rows[i].input_ids) - 1] for j, i in enumerate(indices)]
-        flat = torch.cat(picked)
-        check_finite(flat, f"the reference's hidden states on {kind} rows")
+        states = answer_states(hidden, [rows[i] for i in indices])
+        check_finite(states, f"the reference's hidden states on {kind} rows")
         try:
-            values = head.tail_energy(flat, fraction, SIDES[kind], fill, temperature).float().cpu()
+            values = head.tail_energy(states, fraction, SIDES[kind], fill, temperature).float().cpu()
         except ValueError as error:  # a fraction that leaves no logit; only here is the vocabulary known
             raise EUAError(f"rho cannot be used with this model: {error}") from error
-        for i, part in zip(indices, values.split([len(p) for p in picked]), strict=True):
+        for i, part in zip(indices, values.split([len(rows[i].answer_ids) for i in indices]), strict=True):
             boundaries[i] = part
     return boundaries
 

@@ -70,8 +70,12 @@ def read_rows(source: str | Path | Iterable[Row], name: str = "dataset") -> list
 def _read_jsonl(path: Path, name: str) -> list[Row]:
     if not path.is_file():
         raise EUAError(f"The {name} {path} is not a file: give the path of a JSONL file, one row a line.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise EUAError(f"The {name} {path} is not UTF-8 text ({error}): save it as UTF-8.") from None
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -95,17 +99,17 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Map
     return tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
 
 
-def row_texts(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[str, str]:
-    """The prompt and the answer of a row, as the texts that are tokenized. ``where`` names the row in errors."""
+def row_texts(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[str, str, bool]:
+    """The prompt and the answer of a row as the texts that are tokenized, and whether the row gave them literally."""
     prompt, answer, literal = _split_row(row, where)
     if not answer or (isinstance(answer, str) and not answer.strip()):
         raise EUAError(f"{where} has no answer (it is {answer!r}): give it one, or leave the row out.")
     eos = tokenizer.eos_token or ""
     if literal:
-        return prompt, answer + eos
+        return prompt, answer if eos and answer.endswith(eos) else answer + eos, True
     before = format_prompt(tokenizer, prompt)
     if isinstance(prompt, str) and tokenizer.chat_template is None:
-        return before, f" {answer}{eos}"
+        return before, f" {answer}{eos}", False
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     reply = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else list(answer)
     whole = tokenizer.apply_chat_template(chat + reply, tokenize=False)
@@ -114,7 +118,7 @@ def row_texts(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple
             f"{where}: the chat template writes the conversation with its answer differently from the prompt alone, so where "
             'the answer starts is not known: give "prompt"/"completion" texts, or a template that only appends.'
         )
-    return before, whole[len(before) :]
+    return before, whole[len(before) :], False
 
 
 def encode_prompts(prompts: Sequence[Row | str], tokenizer: PreTrainedTokenizerBase, name: str = "prompts") -> list[list[int]]:
@@ -123,7 +127,7 @@ def encode_prompts(prompts: Sequence[Row | str], tokenizer: PreTrainedTokenizerB
     for index, row in enumerate(prompts):
         where = f"Row {index} of the {name}"
         prompt, _, literal = (row, None, False) if isinstance(row, str) else _split_row(row, where)
-        ids = encode_prompt(prompt if literal else format_prompt(tokenizer, prompt), tokenizer)
+        ids = encode_prompt(prompt if literal else format_prompt(tokenizer, prompt), tokenizer, literal=literal)
         if not ids:
             raise EUAError(f"{where} is empty, so it has no last token to score: give it a text, or leave it out.")
         encoded.append(ids)
@@ -133,14 +137,31 @@ def encode_prompts(prompts: Sequence[Row | str], tokenizer: PreTrainedTokenizerB
 def _split_row(row: Row, where: str) -> tuple[Any, Any, bool]:
     """Prompt and answer as they stand in the row, and whether they are texts to take literally."""
     if "messages" in row:
-        messages = list(row["messages"])
-        answer = messages[-1:] if messages and messages[-1].get("role") == "assistant" else None
-        return messages[:-1] if answer else messages, answer, False
+        messages = row["messages"]
+        _check_part(messages, "messages", where, (list,))
+        is_answered = bool(messages) and messages[-1].get("role") == "assistant"
+        return (messages[:-1], messages[-1:], False) if is_answered else (messages, None, False)
     if "question" in row:
+        _check_part(row["question"], "question", where, (str,))
+        _check_part(row.get("answer"), "answer", where, (str,))
         return row["question"], row.get("answer"), False
     if "prompt" in row:
-        return row["prompt"], row.get("completion"), isinstance(row["prompt"], str)
+        literal = isinstance(row["prompt"], str)
+        _check_part(row["prompt"], "prompt", where, (str, list))
+        _check_part(row.get("completion"), "completion", where, (str,) if literal else (list,))
+        return row["prompt"], row.get("completion"), literal
     raise EUAError(f"{where} has the keys {sorted(row)}, which are no known format: give {ROW_FORMATS}.")
+
+
+def _check_part(part: Any, key: str, where: str, kinds: tuple[type[str] | type[list], ...]) -> None:
+    """Raise unless ``part`` is a text or a list of messages, as its place asks; None is an answer that is not there."""
+    chat_is_sound = not isinstance(part, list) or all(
+        isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in part
+    )
+    if (part is None and key in ("answer", "completion")) or (isinstance(part, kinds) and chat_is_sound):
+        return
+    wanted = " or ".join("a text" if kind is str else 'a list of {"role", "content"} messages' for kind in kinds)
+    raise EUAError(f'{where} has {part!r} as its "{key}", which must be {wanted}.')
 
 
 def encode_rows(
@@ -154,8 +175,11 @@ def encode_rows(
     encoded, cut = [], 0
     for index, row in enumerate(rows):
         where = f"Row {index} of the {name}"
-        prompt, answer = row_texts(row, tokenizer, where)
-        prompt_ids, answer_ids = encode_prompt(prompt, tokenizer), tokenizer(answer, add_special_tokens=False)["input_ids"]
+        prompt, answer, literal = row_texts(row, tokenizer, where)
+        prompt_ids = encode_prompt(prompt, tokenizer, literal=literal)
+        answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        if tokenizer.eos_token_id in answer_ids:  # what a chat template writes after the end is never generated
+            answer_ids = answer_ids[: len(answer_ids) - answer_ids[::-1].index(tokenizer.eos_token_id)]
         if not answer_ids:
             raise EUAError(f"{where} has no answer: {answer!r} becomes no token. Give it a text, or leave the row out.")
         if not prompt_ids:
@@ -173,9 +197,9 @@ def encode_rows(
     return encoded
 
 
-def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a formatted prompt. A chat template writes its own special tokens; else the tokenizer adds them."""
-    ids = tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
+def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, *, literal: bool = False) -> list[int]:
+    """Token ids of a prompt. A chat template writes its own special tokens; to literal text the tokenizer adds them."""
+    ids = tokenizer(text, add_special_tokens=literal or tokenizer.chat_template is None)["input_ids"]
     if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
         ids = ids[:-1]  # some tokenizers close every text; the answer is still to come
     return ids

@@ -12,6 +12,9 @@ from typing import Any
 
 from eua.errors import EUAError
 
+ENTRY_FILES = ("config.json", "adapter_config.json")
+MODEL_FILES = (*ENTRY_FILES, "*.safetensors", "*.safetensors.index.json", "generation_config.json", "energy_guard.json")
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -36,16 +39,20 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def fill_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Have ``write`` fill a staging folder, then move its files into ``folder``.
+    """Have ``write`` fill a staging folder with a model, then let it take the place of the model in ``folder``, if any.
 
-    ``config.json`` or ``adapter_config.json``, without which no loader takes the folder, goes last.
+    The files without which no loader takes the folder go first and come last, so what loads is never a mixture; and nothing
+    of an earlier model stays behind (an adapter, a guard) that would be loaded with the new one.
     """
     staging = folder / ".partial"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
         write(staging)
-        for path in sorted(staging.iterdir(), key=lambda path: path.name.endswith("config.json")):
+        earlier = [path for pattern in MODEL_FILES for path in folder.glob(pattern)]
+        for path in sorted(earlier, key=lambda path: path.name not in ENTRY_FILES):
+            path.unlink(missing_ok=True)
+        for path in sorted(staging.iterdir(), key=lambda path: path.name in ENTRY_FILES):
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eua.data import Row, encode_prompts
+from eua.scoring import check_token_ids
 
 
 @torch.no_grad()
@@ -25,7 +26,8 @@ def answer(
     """
     ids = encode_prompts(questions, tokenizer, "questions")
     width = max(map(len, ids))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    check_token_ids(model, ids)
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)  # masked anyway
     batch = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
     training = model.training

@@ -5,6 +5,7 @@ This refusal rule is this project's own (method.md §5); the paper does not give
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from collections.abc import Hashable, Sequence
@@ -15,7 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.generation import GenerationMode
 
 from eua.calibration import conformal_threshold
 from eua.data import Row, encode_prompts
@@ -27,7 +36,7 @@ from eua.scoring import prompt_scores
 GUARD_FILE = "energy_guard.json"
 DEFAULT_REFUSAL = "I cannot help with that question."
 GENERATE_PARAMETERS = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
-UNGUARDED_MODES = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "assistant_early_exit")
+GUARDED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
 
 @dataclass(frozen=True)
@@ -151,13 +160,14 @@ class EnergyGuard:
 
 
 class AttachedGuard:
-    """A guard at work on a model. ``scores`` and ``refused``, (rows of the call,), describe the last ``generate``."""
+    """A guard at work on a model. ``scores`` and ``refused`` have one entry per row that the last ``generate`` returned."""
 
     def __init__(self, guard: EnergyGuard, model: PreTrainedModel) -> None:
         output_module(model)  # a model without a plain head is refused here, not in the middle of a generation
         self.guard = guard
         self.model = model
         self.scores: Tensor | None = None
+        self._detached = False
         self._generate = model.generate
         self._own_attribute = model.__dict__.get("generate")
         model.generate = self._guarded_generate
@@ -167,9 +177,16 @@ class AttachedGuard:
         return None if self.scores is None else self.scores > self.guard.threshold
 
     def detach(self) -> None:
-        """Give ``model.generate`` back as it was. Detaching twice is harmless."""
-        if self.model.__dict__.get("generate") != self._guarded_generate:
+        """Give ``model.generate`` back as it was. Detaching twice is harmless.
+
+        Raises:
+            EUAError: when something else was put over ``model.generate`` since; the guard is then still at work.
+        """
+        if self._detached:
             return
+        if self.model.__dict__.get("generate") != self._guarded_generate:
+            raise EUAError("model.generate was replaced after this guard was attached: undo that first (detach a later guard).")
+        self._detached = True
         if self._own_attribute is None:
             del self.model.generate
         else:
@@ -183,21 +200,27 @@ class AttachedGuard:
 
     def _guarded_generate(self, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(zip(GENERATE_PARAMETERS, args, strict=False))
-        _check_guardable(self.model, kwargs)
-        processor = _RefusalProcessor(self)
+        config = _check_guardable(self.model, kwargs)
+        processor = _RefusalProcessor(self.model, self.guard)
         kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), processor])
         hook = output_module(self.model).register_forward_pre_hook(processor.capture)
         try:
-            return self._generate(**kwargs)
+            output = self._generate(**kwargs)
         finally:
             hook.remove()
+        beams = config.num_beams or 1
+        self.scores = processor.scores
+        if processor.scores is not None and beams > 1:  # one row per beam was scored; one per returned sequence is told
+            self.scores = processor.scores[::beams].repeat_interleave(config.num_return_sequences or 1)
+        return output
 
 
 class _RefusalProcessor(LogitsProcessor):
     """Scores each row of one ``generate`` call at its first step, then writes the refusal into the flagged ones."""
 
-    def __init__(self, attached: AttachedGuard) -> None:
-        self.attached = attached
+    def __init__(self, model: PreTrainedModel, guard: EnergyGuard) -> None:
+        self.model, self.guard = model, guard
+        self.scores: Tensor | None = None  # (R,) on the CPU
         self.last_hidden: Tensor | None = None
         self.refused: Tensor | None = None  # (R,) row indices
         self.start = 0
@@ -213,7 +236,7 @@ class _RefusalProcessor(LogitsProcessor):
             self.start = input_ids.shape[1]
         if len(self.refused) == 0:
             return scores
-        ids = self.attached.guard.refusal_ids
+        ids = self.guard.refusal_ids
         # Past its end the refusal repeats the end-of-sequence token, so that nothing can follow it.
         forced = ids[min(input_ids.shape[1] - self.start, len(ids) - 1)]
         scores = scores.clone()
@@ -223,33 +246,45 @@ class _RefusalProcessor(LogitsProcessor):
 
     def _decide(self, input_ids: Tensor) -> Tensor:
         """The indices of the rows to refuse."""
-        guard = self.attached.guard
         if self.last_hidden is None or self.last_hidden.shape[0] != input_ids.shape[0]:
             raise EUAError(
                 "The hidden states of the prompt did not pass through the model's head one row each, so the guard cannot see "
                 "them: generate without compilation, or detach the guard knowingly."
             )
-        energies = output_head(self.attached.model).energy(self.last_hidden, guard.temperature)
+        energies = output_head(self.model).energy(self.last_hidden, self.guard.temperature)
         check_finite(energies, "the energies of the prompts")
-        self.attached.scores = energies.float().cpu()
+        self.scores = energies.float().cpu()
         self.last_hidden = None
-        return (energies > guard.threshold).nonzero()[:, 0]
+        return (energies > self.guard.threshold).nonzero()[:, 0]
 
 
-def _check_guardable(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    """Raise :class:`EUAError` for calls in which the guard would not see or not decide what is generated."""
-    config = kwargs.get("generation_config") or model.generation_config
-    for mode in UNGUARDED_MODES:
-        if kwargs.get(mode, getattr(config, mode, None)) is not None:
-            raise EUAError(
-                f"generate was called with {mode}, which the guard does not cover yet: leave it out, or detach the guard."
-            )
-    mask = kwargs.get("attention_mask")
-    if mask is not None and mask.ndim == 2 and not mask[:, -1].all():
+def _check_guardable(model: PreTrainedModel, kwargs: dict[str, Any]) -> GenerationConfig:
+    """The settings ``generate`` will use.
+
+    Raises:
+        EUAError: for calls in which the guard would not see, or not decide, what is generated.
+    """
+    config = copy.deepcopy(kwargs.get("generation_config") or model.generation_config)
+    config.update(**{key: value for key, value in kwargs.items() if hasattr(config, key)})
+    mode = config.get_generation_mode(kwargs.get("assistant_model"))
+    if mode not in GUARDED_MODES or kwargs.get("custom_generate") is not None:
+        name = "custom_generate" if mode in GUARDED_MODES else mode.value
+        raise EUAError(f"The guard does not cover generation by {name}: use greedy search, sampling or beams.")
+    if config.guidance_scale not in (None, 1, 1.0):
+        raise EUAError("guidance_scale runs prompts the guard did not score: leave it out, or detach the guard.")
+    if model.training:
+        raise EUAError("The model is in training mode, where dropout changes energies: call model.eval() first.")
+    mask, ids = kwargs.get("attention_mask"), kwargs.get("inputs", kwargs.get("input_ids"))
+    right = mask is not None and mask.ndim == 2 and not mask[:, -1].all()
+    pad, eos = config.pad_token_id, config.eos_token_id
+    if mask is None and isinstance(ids, Tensor) and pad is not None and pad not in (eos if isinstance(eos, list) else [eos]):
+        right = bool((ids[:, -1] == pad).any())
+    if right:
         raise EUAError(
             "The prompts are padded on the right, so their last token is not where the answer starts: "
             'set tokenizer.padding_side = "left".'
         )
+    return config
 
 
 def _refusal_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from eua.collator import pad_rows
 from eua.data import EncodedRow
+from eua.errors import EUAError
 from eua.hidden import check_finite, hidden_states, output_head
 from fused_energy import EnergyNLL
 
@@ -52,6 +53,25 @@ def prompt_scores(
     return scores
 
 
+def answer_states(hidden: Tensor, rows: Sequence[EncodedRow]) -> Tensor:
+    """The hidden states that predict the answers' tokens, of all rows in turn: (B, S, H) → (Σ answer lengths, H).
+
+    The token at position p is predicted at p − 1, so an answer's states start at the prompt's last token.
+    """
+    return torch.cat([states[row.prompt_length - 1 : len(row.input_ids) - 1] for states, row in zip(hidden, rows, strict=True)])
+
+
+def check_token_ids(model: nn.Module, rows: Iterable[Sequence[int]]) -> None:
+    """Raise :class:`EUAError` when a token id of ``rows`` is beyond the model's vocabulary."""
+    vocabulary = output_head(model).weight.shape[0]
+    largest = max((max(ids) for ids in rows if ids), default=0)
+    if largest >= vocabulary:
+        raise EUAError(
+            f"The rows hold token id {largest}, which is out of range for the model's vocabulary of {vocabulary}: "
+            "use the model's own tokenizer, or resize the model's embeddings."
+        )
+
+
 @torch.no_grad()
 def eval_hidden_states(
     model: nn.Module, rows: Sequence[EncodedRow], batch_size: int, progress: str | None = None
@@ -61,6 +81,7 @@ def eval_hidden_states(
     Rows of like length share a batch, so little padding is computed; the longest come first, so memory that does not
     suffice fails at once.
     """
+    check_token_ids(model, (row.input_ids for row in rows))
     device = output_head(model).weight.device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
     batches: Iterable[int] = range(0, len(order), batch_size)

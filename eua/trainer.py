@@ -23,8 +23,9 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 
 from eua.boundaries import compute_boundaries, fingerprint, load_boundaries, save_boundaries
@@ -33,9 +34,9 @@ from eua.config import EUAConfig
 from eua.data import IGNORE_INDEX, ForgetRetainDataset, Row, encode_rows, read_rows
 from eua.errors import EUAError
 from eua.files import fill_folder
-from eua.hidden import check_head
+from eua.hidden import check_finite, check_head
 from eua.losses import d2_loss
-from eua.scoring import token_energies
+from eua.scoring import check_token_ids, token_energies
 
 logger = logging.get_logger(__name__)
 
@@ -86,7 +87,14 @@ class EUATrainer(Trainer):
                 "cannot: start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
             )
         if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model)
+            # Weights that are trained must be float32: in bfloat16 most steps of a small learning rate round away.
+            dtype = "auto" if peft_config is not None else torch.float32
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise EUAError(
+                "The model was loaded from an adapter's folder without PEFT, and what would be trained and saved is unclear: "
+                "merge the adapter into its base first, or load it with peft.AutoPeftModelForCausalLM(..., is_trainable=True)."
+            )
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
         if peft_config is not None:
@@ -94,13 +102,17 @@ class EUATrainer(Trainer):
 
             if isinstance(model, PeftModel):
                 raise EUAError("peft_config was given with a model that carries an adapter already: pass one or the other.")
+            set_seed(args.seed)  # the adapter's start is drawn here
             model = get_peft_model(model, peft_config)
         check_head(model)
+        _check_trainable(model)
 
         rows = {
             "forget": encode_rows(read_rows(forget_dataset, "forget set"), processing_class, args.max_length, "forget set"),
             "retain": encode_rows(read_rows(retain_dataset, "retain set"), processing_class, args.max_length, "retain set"),
         }
+        for kind in rows.values():
+            check_token_ids(model, (row.input_ids for row in kind))
         use_cache = model.config.use_cache
         self._stop_on_signal = _StopOnSignal()
         super().__init__(
@@ -117,6 +129,9 @@ class EUATrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self._tallies: Tensor | None = None
+        self._starting_boundaries: dict[str, list[Tensor]] | None = None
+        self._staging: Path | None = None
+        self._saved_step: int | None = None
 
     # ---- before the first step ----------------------------------------------------------------------------------
 
@@ -125,6 +140,12 @@ class EUATrainer(Trainer):
 
         SIGINT or SIGTERM finishes the step, saves a checkpoint and ends in ``KeyboardInterrupt``.
         """
+        earlier = last_checkpoint(Path(self.args.output_dir))
+        if earlier is not None and not resume_from_checkpoint:
+            raise EUAError(
+                f"{earlier} belongs to an earlier run, and a later resume could take it for one of this run: pass "
+                "resume_from_checkpoint=True to go on with that run, or delete its checkpoints, or name another output_dir."
+            )
         boundaries = self._boundaries(resuming=bool(resume_from_checkpoint))
         self.train_dataset = ForgetRetainDataset(
             self.encoded_rows["forget"], self.encoded_rows["retain"], boundaries["forget"], boundaries["retain"]
@@ -133,10 +154,17 @@ class EUATrainer(Trainer):
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if stop.received is not None and self.state.global_step < self.state.max_steps:
             raise KeyboardInterrupt(f"stopped by signal {stop.received} after step {self.state.global_step}")
+        self._check_weights()
+        self.model.eval()  # what comes next is calibrating and generating, without dropout
         return result
 
     def _boundaries(self, *, resuming: bool) -> dict[str, list[Tensor]]:
-        """One float per answer token. Must run while the model still holds its starting weights."""
+        """One float per answer token, of the weights the trainer was made with: a second ``train()`` reuses them."""
+        if self._starting_boundaries is None:
+            self._starting_boundaries = self._make_boundaries(resuming)
+        return self._starting_boundaries
+
+    def _make_boundaries(self, resuming: bool) -> dict[str, list[Tensor]]:
         if self.args.constant_boundaries is not None:
             m_in, m_out = self.args.constant_boundaries
             constants = {"retain": m_in, "forget": m_out}
@@ -213,8 +241,8 @@ class EUATrainer(Trainer):
         if not torch.isfinite(parts.loss):
             raise EUAError(
                 f"The loss became {parts.loss.item()} at step {self.state.global_step} (NaN or infinity in the hidden states); "
-                "no step was taken on it. Lower the learning rate, or use bfloat16 or float32 in place of float16; "
-                "the last checkpoint is intact."
+                "no step was taken on it. Lower the learning rate, or use bfloat16 or float32 in place of float16, "
+                "and go on from a checkpoint of an earlier step."
             )
         self._tally(energy.detach(), nll.detach(), boundary, forget & counted, ~forget & counted)
         # Gradients are averaged over processes, but the counts are already those of all processes.
@@ -248,6 +276,9 @@ class EUATrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint under a temporary name; a folder called ``checkpoint-N`` is always whole."""
+        if self._saved_step == self.state.global_step:
+            return  # at the end of an epoch Trainer may ask twice
+        self._check_weights()
         run = Path(self.args.output_dir)
         staging = run / STAGING_FOLDER
         if self.args.should_save:
@@ -260,12 +291,24 @@ class EUATrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             (written,) = staging.iterdir()
-            shutil.rmtree(run / written.name, ignore_errors=True)
+            if (run / written.name).exists():  # a step that is trained again after resuming from an earlier one
+                os.replace(run / written.name, staging / "replaced")
             os.replace(written, run / written.name)
-            staging.rmdir()
-            rotate_checkpoints(str(run), self.args.save_total_limit)
+            shutil.rmtree(staging)
+            self._delete_old_checkpoints(run)
+        self._saved_step = self.state.global_step
 
-    _staging: Path | None = None
+    def _delete_old_checkpoints(self, run: Path) -> None:
+        limit = self.args.save_total_limit or 0
+        steps = sorted(int(path.name.rpartition("-")[2]) for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+        for step in steps[:-limit] if limit > 0 else []:
+            shutil.rmtree(run / f"{PREFIX_CHECKPOINT_DIR}-{step}", ignore_errors=True)
+
+    def _check_weights(self) -> None:
+        """Raise rather than save weights that a step has ruined."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                check_finite(parameter.detach(), f"the weights {name} after step {self.state.global_step}")
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -278,6 +321,18 @@ class EUATrainer(Trainer):
             (folder / TRAINING_ARGS_PICKLE).unlink(missing_ok=True)
 
         fill_folder(Path(output_dir or self.args.output_dir), write)
+
+
+def _check_trainable(model: nn.Module) -> None:
+    """Raise when nothing would be trained; warn when steps would be lost to rounding."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    if not dtypes:
+        raise EUAError("No parameter of the model requires a gradient, so nothing would be unlearned: unfreeze some.")
+    if dtypes & {torch.bfloat16, torch.float16}:
+        logger.warning(
+            "Trainable weights are in half precision, where small steps round away: load the model with "
+            "dtype=torch.float32, and set bf16=True for speed."
+        )
 
 
 class _StopOnSignal(TrainerCallback):

@@ -32,10 +32,10 @@ ALLOWED = {
     "eua.data": {"torch", "transformers", "eua.errors"},
     "eua.collator": {"torch", "eua.data"},
     "eua.hidden": {"torch", "transformers", "peft", "fused_energy", "eua.errors"},
-    "eua.scoring": {"torch", "tqdm", "fused_energy", "eua.hidden", "eua.collator", "eua.data"},
+    "eua.scoring": {"torch", "tqdm", "fused_energy", "eua.hidden", "eua.collator", "eua.data", "eua.errors"},
     "eua.boundaries": {"torch", "safetensors", "eua.hidden", "eua.scoring", "eua.data", "eua.errors", "eua.files"},
     "eua.config": {"torch", "transformers", "eua.errors"},
-    "eua.generation": {"torch", "transformers", "eua.data"},
+    "eua.generation": {"torch", "transformers", "eua.data", "eua.scoring"},
     "eua.refusal": {
         "torch",
         "transformers",

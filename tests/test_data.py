@@ -11,6 +11,7 @@ import torch
 from eua import EUAError
 from eua.collator import ForgetRetainCollator, PairedSampler, pad_rows
 from eua.data import EncodedRow, ForgetRetainDataset, encode_prompts, encode_rows, read_rows
+from eua.files import write_jsonl
 
 CHAT_TEMPLATE = """
 {%- for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}
@@ -52,6 +53,10 @@ def test_chats_use_the_template(tokenizer):
     assert encoded[0] == encoded[1] == encoded[2]
     assert chatty.decode(encoded[0].prompt_ids) == "<user>Who?<eos><assistant>"
     assert chatty.decode(encoded[0].answer_ids) == "Me.<eos>"
+    chatty.chat_template = CHAT_TEMPLATE.replace(
+        "{{ eos_token }}", "{{ eos_token }}\n"
+    )  # what follows the end is not trained on
+    assert encode_rows(forms[:1], chatty, None)[0].answer_ids == encoded[0].answer_ids
     chatty.chat_template = "{{ messages | length }}"
     with pytest.raises(EUAError, match="differently from the prompt alone"):
         encode_rows(forms[:1], chatty, None)
@@ -75,6 +80,10 @@ def test_long_answers_are_cut_and_counted(tokenizer, caplog):
         ([{"text": "Hi"}], r"has the keys \['text'\], which are no known format"),
         ([{"question": "Who? " * 40, "answer": "I."}], "max_length = 32 cuts its answer away"),
         ([{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}], "no chat template"),
+        ([{"question": 5, "answer": "I."}], 'has 5 as its "question", which must be a text'),
+        ([{"messages": None}], 'has None as its "messages", which must be a list of'),
+        ([{"messages": ["x"]}], 'which must be a list of {"role", "content"} messages'),
+        ([{"prompt": "a", "completion": ["b"]}], 'as its "completion", which must be a text'),
         (["Who?"], "Row 0 of the forget set is a str, not a mapping"),
         ("missing.jsonl", "missing.jsonl is not a file"),
     ],
@@ -82,6 +91,15 @@ def test_long_answers_are_cut_and_counted(tokenizer, caplog):
 def test_bad_rows_are_told_what_is_wrong(rows, text, tokenizer):
     with pytest.raises(EUAError, match=text):
         encode_rows(read_rows(rows, "forget set"), tokenizer, 32, "forget set")
+
+
+def test_unusual_line_ends_inside_strings_survive(tmp_path):
+    rows = [{"question": "Line\u2028break\x85?", "answer": "Ä"}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert read_rows(tmp_path / "rows.jsonl") == rows
+    (tmp_path / "latin.jsonl").write_bytes('{"question": "Ä"}'.encode("latin-1"))
+    with pytest.raises(EUAError, match="is not UTF-8 text"):
+        read_rows(tmp_path / "latin.jsonl")
 
 
 def test_malformed_jsonl_names_the_line(tmp_path):

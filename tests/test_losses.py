@@ -13,20 +13,21 @@ from fused_energy import linear_energy, tail_energy
 
 
 def transcription(
-    z: Tensor, ref: Tensor, y: Tensor, forget: Tensor, rho: float, t: float, gamma: float, alpha: float
+    z: Tensor, ref: Tensor, y: Tensor, forget: Tensor, rho: float, t: float, gamma: float, alpha: float, fill: str = "zero"
 ) -> Tensor:
     """method.md §3–4, one token at a time, from logits (N, V) of the model and of the reference."""
     v = z.shape[1]
     k = int(rho * v)
+    others = v - k if fill == "zero" else 0
     retain_terms, forget_terms, nll_terms = [], [], []
     for i in range(len(z)):
         energy = -t * torch.logsumexp(z[i] / t, 0)
         ordered = ref[i].sort().values
         if forget[i]:
-            m_out = -t * math.log(float((ordered[:k] / t).exp().sum()) + v - k)
+            m_out = -t * math.log(float((ordered[:k] / t).exp().sum()) + others)
             forget_terms.append(torch.clamp(m_out - energy, min=0) ** 2)
         else:
-            m_in = -t * math.log(float((ordered[-k:] / t).exp().sum()) + v - k)
+            m_in = -t * math.log(float((ordered[-k:] / t).exp().sum()) + others)
             retain_terms.append(torch.clamp(energy - m_in, min=0) ** 2)
             nll_terms.append(torch.logsumexp(z[i], 0) - z[i, y[i]])
     mean = lambda terms: sum(terms) / len(terms)  # noqa: E731

@@ -46,11 +46,12 @@ def batch_of(tokenizer, questions) -> dict[str, torch.Tensor]:
         {"do_sample": False},
         {"do_sample": True, "temperature": 0.8, "top_k": 20},
         {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
         {"do_sample": True, "num_return_sequences": 2},
         {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
         {"do_sample": False, "use_cache": False},
     ],
-    ids=["greedy", "sampling", "beams", "several", "penalties", "no-cache"],
+    ids=["greedy", "sampling", "beams", "several-beams", "several", "penalties", "no-cache"],
 )
 def test_flagged_rows_refuse_and_the_others_are_untouched(known, tokenizer, questions, guard, options):
     batch = batch_of(tokenizer, questions)
@@ -62,7 +63,7 @@ def test_flagged_rows_refuse_and_the_others_are_untouched(known, tokenizer, ques
         guarded = known.generate(**batch, max_new_tokens=40, **options)
 
     copies = options.get("num_return_sequences", 1)
-    refused = attached.refused if "num_beams" not in options else attached.refused[:: options["num_beams"]]
+    refused = attached.refused
     expected = guard.score(known, tokenizer, questions) > guard.threshold
     assert torch.equal(refused, expected.repeat_interleave(copies))
     assert expected.sum() == 3
@@ -86,6 +87,12 @@ def test_detached_guard_leaves_no_trace(known, tokenizer, questions, guard):
     assert answer(known, tokenizer, questions) == plain
     assert "generate" not in known.__dict__
     assert not known.lm_head._forward_pre_hooks
+    first, second = guard.attach(known), guard.attach(known)
+    with pytest.raises(EUAError, match="detach a later guard"):
+        first.detach()
+    second.detach()
+    first.detach()
+    assert "generate" not in known.__dict__
     with pytest.raises(RuntimeError, match="boom"), guard.attach(known):
         raise RuntimeError("boom")
     assert answer(known, tokenizer, questions) == plain
@@ -110,6 +117,15 @@ def test_guard_acts_in_pipelines_and_with_the_users_own_processors(known, tokeni
     assert len(seen) == 5
     found = [text[0]["generated_text"].strip() == DEFAULT_REFUSAL for text in texts]
     assert found == refused
+
+
+def test_guard_uses_its_own_temperature(known, tokenizer, questions, guard):
+    tempered = replace(guard, temperature=3.0)
+    scores = tempered.score(known, tokenizer, questions)
+    assert not torch.allclose(scores, guard.score(known, tokenizer, questions), atol=0.1)
+    with tempered.attach(known) as attached:
+        known.generate(**batch_of(tokenizer, questions), max_new_tokens=1)
+    torch.testing.assert_close(attached.scores, scores, rtol=1e-4, atol=1e-4)
 
 
 def test_scores_are_energies_at_the_last_prompt_token(model, tokenizer, rows):
@@ -149,14 +165,23 @@ def test_calibration_refuses_what_it_cannot_promise(known, tokenizer, questions)
 def test_what_cannot_be_guarded_raises(known, tokenizer, questions, guard):
     batch = batch_of(tokenizer, questions)
     with guard.attach(known):
-        with pytest.raises(EUAError, match="assistant_model, which the guard does not cover"):
-            known.generate(**batch, assistant_model=tiny_llama(len(tokenizer)))
-        with pytest.raises(EUAError, match="prompt_lookup_num_tokens"):
-            known.generate(**batch, prompt_lookup_num_tokens=3)
+        for options in ({"assistant_model": tiny_llama(len(tokenizer))}, {"prompt_lookup_num_tokens": 3}):
+            with pytest.raises(EUAError, match="does not cover generation by assisted_generation"):
+                known.generate(**batch, **options)
+        with pytest.raises(EUAError, match="does not cover generation by custom_generate"):
+            known.generate(**batch, custom_generate=lambda **kwargs: None)
+        with pytest.raises(EUAError, match="guidance_scale runs prompts the guard did not score"):
+            known.generate(**batch, guidance_scale=1.5)
+        known.train()
+        with pytest.raises(EUAError, match=r"call model.eval\(\) first"):
+            known.generate(**batch)
+        known.eval()
         tokenizer_side, tokenizer.padding_side = tokenizer.padding_side, "right"
         try:
             with pytest.raises(EUAError, match="padded on the right"):
                 known.generate(**batch_of(tokenizer, questions))
+            with pytest.raises(EUAError, match="padded on the right"):
+                known.generate(batch_of(tokenizer, questions)["input_ids"])
         finally:
             tokenizer.padding_side = tokenizer_side
         with torch.no_grad():

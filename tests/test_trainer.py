@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
-from transformers import LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM, TrainerCallback
 
 from eua import EUAConfig, EUAError, EUATrainer
 from eua.boundaries import compute_boundaries
 from eua.collator import pad_rows
-from eua.data import encode_rows
+from eua.data import ForgetRetainDataset, encode_rows
 from eua.hidden import check_head, hidden_states, output_head
 from eua.trainer import last_checkpoint
 from tests.conftest import tiny_llama
@@ -51,11 +53,15 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def test_step_is_the_method(model, tokenizer, rows, tmp_path):
+@pytest.mark.parametrize(("temperature", "fill", "rho"), [(1.0, "zero", 0.1), (2.0, "none", 0.3)])
+def test_step_is_the_method(model, tokenizer, rows, tmp_path, temperature, fill, rho):
     """The trainer's loss equals method.md on the model's own logits and those of a separate reference model."""
-    trainer = make(model, tokenizer, rows, tmp_path, alpha=0.5)
+    trainer = make(model, tokenizer, rows, tmp_path, alpha=0.5, gamma=0.2, temperature=temperature, fill=fill, rho=rho)
+    model.config.attention_dropout = 0.5  # boundaries are taken in eval mode whatever mode the model is in
+    model.train()
     boundaries = trainer._boundaries(resuming=False)
-    reference = copy.deepcopy(model)
+    assert model.training
+    reference = copy.deepcopy(model.eval())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -71,7 +77,7 @@ def test_step_is_the_method(model, tokenizer, rows, tmp_path):
             targets += row.answer_ids
             forget += [kind == "forget"] * len(row.answer_ids)
     expected = transcription(
-        torch.cat(logits), torch.cat(ref_logits), torch.tensor(targets), torch.tensor(forget), 0.1, 1.0, 0.05, 0.5
+        torch.cat(logits), torch.cat(ref_logits), torch.tensor(targets), torch.tensor(forget), rho, temperature, 0.2, 0.5, fill
     )
     found = trainer.compute_loss(model, trainer.data_collator([items]))
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
@@ -130,6 +136,19 @@ def test_accumulated_batches_equal_one_big_batch(tokenizer, rows, tmp_path):
         assert trained[0][1][key] == pytest.approx(trained[1][1][key], rel=1e-4)
 
 
+def test_epochs_draw_other_pairs_and_the_ratio_asked_for(model, tokenizer, rows, tmp_path, monkeypatch):
+    drawn = []
+    getitem = ForgetRetainDataset.__getitem__
+    monkeypatch.setattr(ForgetRetainDataset, "__getitem__", lambda self, index: drawn.append(index) or getitem(self, index))
+    make(model, tokenizer, rows, tmp_path, retain_per_forget=3).train()
+    first, second = drawn[:6], drawn[6:]
+    assert len(second) == 6
+    assert {len(retain) for _, retain in drawn} == {3}
+    assert first != second
+    visits = [index for _, retain in drawn for index in retain]
+    assert [visits.count(i) for i in range(9)] == [4] * 9
+
+
 # ---- boundaries -----------------------------------------------------------------------------------------------------
 
 
@@ -156,7 +175,12 @@ def test_boundaries_are_kept_and_stale_ones_noticed(model, tokenizer, rows, tmp_
 
     with pytest.raises(EUAError, match="belongs to another model, other rows or other settings"):
         make(model, tokenizer, rows, tmp_path, rho=0.2)._boundaries(resuming=True)
-    make(model, tokenizer, rows, tmp_path, rho=0.2)._boundaries(resuming=False)
+    trainer = make(model, tokenizer, rows, tmp_path, rho=0.2)
+    trainer._boundaries(resuming=False)
+    assert len(computed) == 4
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1e-3
+    trainer._boundaries(resuming=False)  # a trainer keeps those of its starting weights, even when it is run again
     assert len(computed) == 4
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1e-3
@@ -175,6 +199,35 @@ def test_constant_boundaries(model, tokenizer, rows, tmp_path):
 
 
 # ---- nothing is lost ------------------------------------------------------------------------------------------------
+
+
+def test_a_later_run_cannot_be_mixed_up_with_an_earlier_one(model, tokenizer, rows, tmp_path):
+    make(model, tokenizer, rows, tmp_path, save_strategy="epoch").train()
+    other = make(tiny_llama(len(tokenizer), seed=1), tokenizer, rows, tmp_path)
+    with pytest.raises(EUAError, match="checkpoint-6 belongs to an earlier run"):
+        other.train()
+
+
+def test_a_stop_in_an_epoch_saves_its_step_once(model, tokenizer, rows, tmp_path, monkeypatch):
+    """Trainer asks for a checkpoint at the step and again as the epoch ends; the second would replace the first."""
+    saves = []
+    save = EUATrainer._save_optimizer_and_scheduler
+    monkeypatch.setattr(
+        EUATrainer, "_save_optimizer_and_scheduler", lambda self, f: saves.append(self.state.global_step) or save(self, f)
+    )
+
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = make(model, tokenizer, rows, tmp_path, save_strategy="epoch", save_total_limit=1)
+    trainer.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt, match="after step 5"):
+        trainer.train()
+    assert saves == [3, 5]
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
@@ -240,20 +293,41 @@ def test_nan_stops_training_before_the_step(model, tokenizer, rows, tmp_path):
     with pytest.raises(EUAError, match="NaN or infinity in the model's hidden states"):
         make(model, tokenizer, rows, tmp_path)
 
-    trainer = make(tiny_llama(len(tokenizer)), tokenizer, rows, tmp_path, learning_rate=1e30, max_grad_norm=0.0)
+    ruin = {"learning_rate": 1e30, "max_grad_norm": 0.0}
+    trainer = make(tiny_llama(len(tokenizer)), tokenizer, rows, tmp_path, **ruin)
     with pytest.raises(EUAError, match="The loss became (nan|inf) at step 1 .* no step was taken on it"):
         trainer.train()
+
+    ruin["learning_rate"] = 1e39  # beyond float32: the step itself makes infinities, which are not saved
+    trainer = make(tiny_llama(len(tokenizer)), tokenizer, rows, tmp_path, save_strategy="steps", save_steps=1, **ruin)
+    with pytest.raises(EUAError, match="NaN or infinity in the weights .* after step 1"):
+        trainer.train()
+    assert last_checkpoint(tmp_path) is None
 
 
 def test_models_that_cannot_be_honoured_are_refused(model, tokenizer, rows, tmp_path):
     with pytest.raises(EUAError, match="LlamaModel has no output head"):
         make(model.model, tokenizer, rows, tmp_path)
-    on_head = LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
-    with pytest.raises(EUAError, match="does more between hidden states and logits"):
+    on_head = LoraConfig(r=2, target_modules=["lm_head", "q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(EUAError, match="An adapter sits on the output head of LlamaForCausalLM"):
         make(tiny_llama(len(tokenizer)), tokenizer, rows, tmp_path, on_head)
+    scaled = tiny_llama(len(tokenizer))
+    scaled.lm_head.register_forward_hook(lambda module, arguments, output: 1.01 * output)
+    with pytest.raises(EUAError, match="does more between hidden states and logits"):
+        make(scaled, tokenizer, rows, tmp_path)
     wrapped = make(tiny_llama(len(tokenizer)), tokenizer, rows, tmp_path, copy.deepcopy(LORA)).model
     with pytest.raises(EUAError, match="carries an adapter already"):
         make(wrapped, tokenizer, rows, tmp_path, copy.deepcopy(LORA))
+    tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), copy.deepcopy(LORA))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(EUAError, match="merge the adapter into its base first"):
+        make(LlamaForCausalLM.from_pretrained(tmp_path / "adapter"), tokenizer, rows, tmp_path)
+    frozen = tiny_llama(len(tokenizer)).requires_grad_(False)
+    with pytest.raises(EUAError, match="No parameter of the model requires a gradient"):
+        make(frozen, tokenizer, rows, tmp_path)
+    with pytest.raises(EUAError, match="token id .* out of range for the model's vocabulary of 50"):
+        make(tiny_llama(50), tokenizer, rows, tmp_path)
 
 
 @pytest.mark.parametrize(

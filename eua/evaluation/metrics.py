@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eua.data import EncodedRow, Row, encode_rows
 from eua.errors import EUAError
 from eua.hidden import Head, check_finite, output_head
-from eua.scoring import eval_hidden_states
+from eua.scoring import answer_states, eval_hidden_states
 
 GREEDY_BLOCK_BYTES = 64 * 2**20  # of logits alive while the most likely tokens are looked up
 
@@ -52,19 +52,18 @@ def measure_answers(
     head = output_head(model)
     values = torch.empty(len(rows), 4)
     for indices, hidden in eval_hidden_states(model, rows, batch_size, progress):
-        for j, i in enumerate(indices):
-            row = rows[i]
-            states = hidden[j, row.prompt_length - 1 : len(row.input_ids) - 1]
-            check_finite(states, "the hidden states of an answer")
-            targets = torch.tensor(row.answer_ids, device=states.device)
-            energy, nll = head.energy_and_nll(states, targets, temperature)
-            right = greedy_tokens(head, states) == targets
-            slips = (~right).nonzero()
+        states = answer_states(hidden, [rows[i] for i in indices])
+        check_finite(states, "the hidden states of answers")
+        targets = torch.tensor([token for i in indices for token in rows[i].answer_ids], device=states.device)
+        energy, nll = head.energy_and_nll(states, targets, temperature)
+        right = greedy_tokens(head, states) == targets
+        per_token = torch.stack([right, nll, energy]).float().cpu()
+        for i, part in zip(indices, per_token.split([len(rows[i].answer_ids) for i in indices], dim=1), strict=True):
+            was_right, row_nll, row_energy = part
+            slips = (was_right == 0).nonzero()
             first_of_suffix = int(slips[-1]) + 1 if len(slips) else 0
-            strength = 1 - first_of_suffix / len(right)
-            values[i] = torch.tensor(
-                [strength, float(right.float().mean()), float(torch.exp(-nll.mean())), float(energy.mean())]
-            )
+            strength = torch.tensor(1 - first_of_suffix / len(was_right))
+            values[i] = torch.stack([strength, was_right.mean(), torch.exp(-row_nll.mean()), row_energy.mean()])
     return AnswerMeasures(*values.unbind(dim=1))
 
 
