@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 from eua.errors import EUAError
 
+SETTINGS_FILE = "settings.json"
 INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 
 
@@ -75,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--output", type=Path, required=True, help="folder for the unlearned model, and for checkpoints in it")
     unlearn.add_argument("--epochs", type=_positive(float), default=10.0, help="passes over the forget rows")
     unlearn.add_argument(
-        "--learning-rate", type=_positive(float), default=1e-5, help="small models need more, e.g. 5e-4 at 5M parameters"
+        "--learning-rate", type=_positive(float), default=1e-5, help="small models need more, e.g. 2e-4 at 5M parameters"
     )
     unlearn.add_argument("--batch-size", type=_positive(int), default=8, help="forget rows in a step")
     unlearn.add_argument("--retain-per-forget", type=_positive(int), default=1, help="retain rows beside each forget row")
@@ -89,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     unlearn.add_argument("--lora-rank", type=int, default=0, help="train a LoRA adapter of this rank; 0 trains every weight")
     unlearn.add_argument("--save-steps", type=_positive(int), help="steps between checkpoints (default: one an epoch)")
+    unlearn.add_argument(
+        "--bf16", action="store_true", help="compute in bfloat16 (weights stay float32), faster where supported"
+    )
     unlearn.add_argument("--seed", type=int, default=42, help="of pairing and order")
     unlearn.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     unlearn.add_argument("--overwrite", action="store_true", help="start anew in an output folder that is not empty")
@@ -170,13 +175,13 @@ def _default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "eua"
 
 
-def _load(name: str) -> tuple[Any, Any]:
+def _load(name: str, dtype: str = "auto") -> tuple[Any, Any]:
     """Model and tokenizer of a folder or hub name, on the fastest device there is."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -198,21 +203,22 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _unlearn(arguments: argparse.Namespace) -> None:
     from eua.config import EUAConfig
     from eua.data import read_rows
-    from eua.files import check_output_folder
+    from eua.files import check_output_folder, write_json
     from eua.trainer import EUATrainer, last_checkpoint
 
     check_output_folder(arguments.output, allowed=arguments.resume or arguments.overwrite, how="--resume or --overwrite")
+    checkpoints = arguments.output / "checkpoints"
+    if arguments.resume:
+        _check_same_run(checkpoints, arguments)
     forget, retain = read_rows(arguments.forget, "forget set"), read_rows(arguments.retain, "retain set")
-    model, tokenizer = _load(arguments.model)
+    # Weights that are trained must be float32: in bfloat16 most steps of a small learning rate round away.
+    model, tokenizer = _load(arguments.model, dtype="auto" if arguments.lora_rank else "float32")
     peft_config = None
     if arguments.lora_rank:
         from peft import LoraConfig
 
         rank = arguments.lora_rank
         peft_config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    checkpoints = arguments.output / "checkpoints"
-    if not arguments.resume:
-        shutil.rmtree(checkpoints, ignore_errors=True)  # those of an earlier run must not be resumed by a later one
     config = EUAConfig(
         output_dir=str(checkpoints),
         num_train_epochs=arguments.epochs,
@@ -229,11 +235,16 @@ def _unlearn(arguments: argparse.Namespace) -> None:
         save_steps=arguments.save_steps or 500,
         save_total_limit=1,
         seed=arguments.seed,
+        bf16=arguments.bf16,
+        use_cpu=model.device.type == "cpu",
         report_to="none",
     )
     trainer = EUATrainer(
         model, config, forget_dataset=forget, retain_dataset=retain, processing_class=tokenizer, peft_config=peft_config
     )
+    if not arguments.resume:
+        shutil.rmtree(checkpoints, ignore_errors=True)  # those of an earlier run must not be resumed by a later one
+    write_json(checkpoints / SETTINGS_FILE, _settings(arguments))
     checkpoint = last_checkpoint(checkpoints) if arguments.resume else None
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model(str(arguments.output))
@@ -242,10 +253,36 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     )
 
 
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a resumed run must have in common with the one it goes on with."""
+    free = ("command", "run", "resume", "overwrite", "output", "save_steps")
+    return {key: str(value) for key, value in vars(arguments).items() if key not in free}
+
+
+def _check_same_run(checkpoints: Path, arguments: argparse.Namespace) -> None:
+    """Raise when ``--resume`` would go on with another run, or finds files that are no run's."""
+    path = checkpoints / SETTINGS_FILE
+    if not path.is_file():
+        if arguments.output.is_dir() and any(arguments.output.iterdir()):
+            raise EUAError(
+                f"{arguments.output} holds files but no interrupted run to resume: name another folder, or --overwrite."
+            )
+        return  # interrupted before it began: start
+    earlier, now = json.loads(path.read_text(encoding="utf-8")), _settings(arguments)
+    changed = [f"--{key.replace('_', '-')} {earlier.get(key)} → {now[key]}" for key in now if earlier.get(key) != now[key]]
+    if changed:
+        raise EUAError(
+            f"The run to resume in {checkpoints} had other settings ({', '.join(changed)}), so its end would be neither's: "
+            "repeat the command as it was, or start anew with --overwrite."
+        )
+
+
 def _calibrate(arguments: argparse.Namespace) -> None:
     from eua.data import read_rows
     from eua.refusal import DEFAULT_REFUSAL, EnergyGuard
 
+    if arguments.output is None and not Path(arguments.model).is_dir():
+        raise EUAError(f"{arguments.model} is no folder on this machine, so the guard cannot be saved in it: pass --output.")
     rows = read_rows(arguments.prompts, "calibration prompts")
     forget = read_rows(arguments.forget, "forget set") if arguments.forget else None
     model, tokenizer = _load(arguments.model)
@@ -306,7 +343,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     if arguments.output:
         check_output_folder(arguments.output, allowed=arguments.overwrite, how="--overwrite")
-    paths = {"forget": arguments.forget, "retain": arguments.retain, **dict(arguments.also)}
+    paths = {"forget": arguments.forget, "retain": arguments.retain}
+    for name, path in arguments.also:
+        if name in paths:
+            raise EUAError(f"--also {name}={path} names a set that there is already: give it another name.")
+        paths[name] = path
     sets = {name: read_rows(path, f"{name} set") for name, path in paths.items()}
     guard_folder = arguments.guard or (arguments.model if (Path(arguments.model) / GUARD_FILE).is_file() else None)
     guard = EnergyGuard.from_pretrained(guard_folder) if guard_folder else None

@@ -89,6 +89,38 @@ def test_unlearn_with_lora_writes_an_adapter(tiny_folder, data, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert any("lora" in name for name, _ in loaded.named_parameters())
 
+    bad = unlearn_command(tiny_folder, data, tmp_path / "out", "--overwrite", "--rho", "2")
+    assert main(bad) == 2
+    assert (tmp_path / "out" / "checkpoints" / "settings.json").exists()  # nothing is deleted for a run that cannot start
+    full = unlearn_command(tiny_folder, data, tmp_path / "out", "--epochs", "1", "--overwrite", "--bf16")
+    assert main(full) == 0
+    assert not (tmp_path / "out" / "adapter_config.json").exists()  # or it would be loaded on top of the new weights
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+
+
+def test_options_reach_the_trainer(tiny_folder, data, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("eua.trainer.EUATrainer.__init__", lambda self, model, args, **kwargs: seen.update(vars(args)))
+    monkeypatch.setattr("eua.trainer.EUATrainer.train", lambda self, **kwargs: None)
+    monkeypatch.setattr("eua.trainer.EUATrainer.save_model", lambda self, folder: None)
+    options = {
+        "gamma": 0.3,
+        "alpha": 0.7,
+        "rho": 0.2,
+        "temperature": 1.5,
+        "max_length": 77,
+        "learning_rate": 0.5,
+        "retain_per_forget": 4,
+        "seed": 9,
+        "save_steps": 3,
+    }
+    renamed = {"epochs": 3.0, "batch_size": 5, "gradient_accumulation": 2}
+    flags = [part for key, value in (options | renamed).items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    assert main(unlearn_command(tiny_folder, data, tmp_path / "out", *flags)) == 0
+    expected = options | {"num_train_epochs": 3.0, "per_device_train_batch_size": 5, "gradient_accumulation_steps": 2}
+    assert {key: seen[key] for key in expected} == expected
+
 
 def run_process(arguments: list[str], stop_when: Path | None = None, how: int = signal.SIGINT) -> subprocess.CompletedProcess:
     """``eua`` in a process of its own; it gets the signal ``how`` once ``stop_when`` exists."""
@@ -124,6 +156,7 @@ def test_interrupted_unlearning_resumes_to_the_same_weights(tiny_folder, data, t
         assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == int(checkpoint.name.split("-")[1])
 
     assert main(unlearn_command(tiny_folder, data, broken, *steps)) == 2  # not resumed by accident
+    assert main(unlearn_command(tiny_folder, data, broken, *steps, "--resume", "--gamma", "0.1")) == 2  # nor mixed up
     assert main(unlearn_command(tiny_folder, data, broken, *steps, "--resume")) == 0
     expected, found = (load_file(folder / "model.safetensors") for folder in (whole, broken))
     for name, tensor in expected.items():
@@ -146,6 +179,10 @@ MISSING = ["--forget", "none.jsonl", "--retain", "none.jsonl"]
         (["calibrate", "--model", "{tiny}", "--prompts", "{data}/retain.jsonl", "--group-by", "person"], "add 9 more"),
         (["calibrate", "--model", "{tiny}", "--prompts", "{data}/retain.jsonl", "--tolerance", "2"], "tolerance = 2.0"),
         (["ask", "--model", "{tiny}", "Who?"], "holds no energy_guard.json: calibrate a guard for this model first"),
+        (["calibrate", "--model", "org/name", "--prompts", "{data}/retain.jsonl"], "pass --output"),
+        (["unlearn", "--model", "{tiny}", *ROWS, "--output", "{data}", "--resume"], "no interrupted run to resume"),
+        (["evaluate", "--model", "{tiny}", *ROWS, "--also", "forget={data}/test.jsonl"], "names a set that there is already"),
+        (["demo", "--output", "{new}", "--people", "20"], "20 people were asked for"),
         (["demo", "--output", "{data}"], "is not empty"),
         (["evaluate", "--model", "{tiny}", *ROWS, "--output", "{data}"], "is not empty"),
     ],

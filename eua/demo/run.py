@@ -18,6 +18,7 @@ from eua.config import EUAConfig
 from eua.data import Row, encode_rows
 from eua.demo import target
 from eua.demo.world import Fact, World, make_world
+from eua.errors import EUAError
 from eua.evaluation.pictures import energy_histograms
 from eua.evaluation.report import evaluate, render_tables
 from eua.files import fill_folder, write_json, write_jsonl
@@ -50,6 +51,8 @@ def run_demo(output: Path, cache: Path, *, people: int = 200, target_epochs: flo
         target_epochs: passes over all facts until the model knows them.
         seed: of world, training and pairing.
     """
+    if not 100 <= people <= 1000:
+        raise EUAError(f"{people} people were asked for: calibration needs 100 or more, and there are names for 1000.")
     logging.disable_progress_bar()  # of loading and saving, which take no time here; training keeps its own
     people_world = make_world(people, seed)
     groups = {name: getattr(people_world, name) for name in ("forget", "retain", "calibration", "test")}
