@@ -222,7 +222,8 @@ class EUATrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """The D² loss of one batch, as its share of the accumulation window."""
-        energy, nll = token_energies(model, inputs, self.args.temperature)
+        with self.accelerator.autocast():  # the head runs here, outside the forward that accelerate casts
+            energy, nll = token_energies(model, inputs, self.args.temperature)
         counted = inputs["labels"][:, 1:] != IGNORE_INDEX
         boundary = inputs["boundary"][:, 1:]
         forget = inputs["forget"][:, None]

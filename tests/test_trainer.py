@@ -109,6 +109,21 @@ def test_training_moves_energies_apart(trained_folder, tokenizer, rows, tmp_path
     assert last["met_forget"] > 0.5 > first["met_forget"]
 
 
+def test_mixed_precision_follows_full_precision(tokenizer, rows, tmp_path):
+    logs = []
+    for bf16 in (False, True):
+        model = tiny_llama(len(tokenizer))
+        # A norm that keeps the half precision of its input hands the float32 head half-precision states.
+        model.model.norm.register_forward_hook(lambda module, arguments, output: output.to(arguments[0].dtype))
+        trainer = make(model, tokenizer, rows, tmp_path / str(bf16), bf16=bf16, max_steps=3)
+        trainer.train()
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        logs.append(trainer.state.log_history[0])
+    for key in ("loss", "energy_forget", "nll_retain"):
+        assert logs[0][key] != logs[1][key]
+        assert logs[0][key] == pytest.approx(logs[1][key], rel=0.02)
+
+
 def test_accumulated_batches_equal_one_big_batch(tokenizer, rows, tmp_path):
     """Unequal answer lengths: only counts over the whole window make the two the same."""
     forget = [{"question": "Who?", "answer": "word " * n} for n in (1, 9, 2, 7)]
