@@ -32,6 +32,7 @@ UNLEARNING: dict[str, Any] = {
     "num_train_epochs": 12,
     "per_device_train_batch_size": 8,
     "retain_per_forget": 3,
+    "gamma": 0.01,
 }
 TOLERANCE = 0.05
 SET_NAMES = {
