@@ -13,7 +13,13 @@ from typing import Any
 from eua.errors import EUAError
 
 ENTRY_FILES = ("config.json", "adapter_config.json")
-MODEL_FILES = (*ENTRY_FILES, "*.safetensors", "*.safetensors.index.json", "generation_config.json", "energy_guard.json")
+MODEL_FILES = (
+    *ENTRY_FILES,
+    "model*.safetensors*",
+    "adapter_model*.safetensors*",
+    "generation_config.json",
+    "energy_guard.json",
+)
 
 
 @contextmanager

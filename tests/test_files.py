@@ -20,7 +20,13 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 
 
 def test_a_folder_is_filled_with_its_config_last_and_nothing_stale(tmp_path, monkeypatch):
-    for name in ("adapter_config.json", "adapter_model.safetensors", "energy_guard.json", "notes.txt"):
+    for name in (
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "energy_guard.json",
+        "boundaries.safetensors",
+        "notes.txt",
+    ):
         (tmp_path / name).write_text("old")
     moved = []
 
@@ -35,6 +41,8 @@ def test_a_folder_is_filled_with_its_config_last_and_nothing_stale(tmp_path, mon
     monkeypatch.setattr("eua.files.os.replace", lambda a, b: moved.append(Path(b).name) or replace(a, b))
     fill_folder(tmp_path, write)
     assert moved[-1] == "config.json"
+    assert (tmp_path / "boundaries.safetensors").exists()  # a run's, kept beside its last model
+    (tmp_path / "boundaries.safetensors").unlink()
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors", "notes.txt"}
 
