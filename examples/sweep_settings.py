@@ -26,8 +26,8 @@ from eua.scoring import prompt_scores
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "8 epochs, lr 5e-4, 1 retain row per forget row": {"num_train_epochs": 8, "learning_rate": 5e-4, "retain_per_forget": 1},
-    "12 epochs, lr 2e-4, 3 retain rows": {"num_train_epochs": 12, "learning_rate": 2e-4, "retain_per_forget": 3},
-    "12 epochs, lr 2e-4, 3 retain rows, γ = 0.01 (the demo)": {
+    "12 epochs, lr 2e-4, 3 retain rows (the demo)": {"num_train_epochs": 12, "learning_rate": 2e-4, "retain_per_forget": 3},
+    "12 epochs, lr 2e-4, 3 retain rows, γ = 0.01": {
         "num_train_epochs": 12,
         "learning_rate": 2e-4,
         "retain_per_forget": 3,

@@ -32,9 +32,9 @@ UNLEARNING: dict[str, Any] = {
     "num_train_epochs": 12,
     "per_device_train_batch_size": 8,
     "retain_per_forget": 3,
-    "gamma": 0.01,
 }
 TOLERANCE = 0.05
+IN_OTHER_WORDS = "forgotten people, in other words"
 SET_NAMES = {
     "forget": "forgotten people",
     "retain": "retained people, trained on",
@@ -65,9 +65,9 @@ def run_demo(output: Path, cache: Path, *, people: int = 200, target_epochs: flo
     tokenizer = AutoTokenizer.from_pretrained(target_folder)
     model = AutoModelForCausalLM.from_pretrained(target_folder)
     sets: dict[str, list[Row]] = {label: [vars(fact) for fact in groups[name]] for name, label in SET_NAMES.items()}
-    sets["forgotten people, in other words"] = [fact.paraphrase() for fact in groups["forget"]]
+    sets[IN_OTHER_WORDS] = [fact.paraphrase() for fact in groups["forget"]]
     before_guard = _calibrate(model, tokenizer, groups["calibration"])
-    before, _ = evaluate(model, tokenizer, sets, forget=SET_NAMES["forget"], guard=before_guard)
+    before, _ = evaluate(model, tokenizer, sets, forget=(SET_NAMES["forget"], IN_OTHER_WORDS), guard=before_guard)
     before_scores = _scores(before_guard, model, tokenizer, groups)
     boundaries = _mean_boundaries(model, tokenizer, groups)
     asked = [fact.question for name in ("forget", "test") for fact in _spread(groups[name], 3)]
@@ -91,7 +91,7 @@ def run_demo(output: Path, cache: Path, *, people: int = 200, target_epochs: flo
     fill_folder(unlearned, lambda folder: _save(folder, model, tokenizer, guard))
 
     print("4/4 What it knows, and what it refuses.\n")
-    after, _ = evaluate(model, tokenizer, sets, forget=SET_NAMES["forget"], guard=guard)
+    after, _ = evaluate(model, tokenizer, sets, forget=(SET_NAMES["forget"], IN_OTHER_WORDS), guard=guard)
     after_scores = _scores(guard, model, tokenizer, groups)
     picture = output / "energies.png"
     energy_histograms(

@@ -33,7 +33,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     sets: Mapping[str, Sequence[Row]],
     *,
-    forget: str = "forget",
+    forget: Sequence[str] = ("forget",),
     guard: EnergyGuard | None = None,
     temperature: float = 1.0,
     batch_size: int = 32,
@@ -45,7 +45,7 @@ def evaluate(
         model, tokenizer: what is measured. Knowledge is measured with the guard off.
         sets: name → rows. Rows with ``perturbed_answer`` get a truth ratio, rows with ``paraphrased_question`` a second
             share of refusals.
-        forget: the name of the set that should be forgotten.
+        forget: the names of the sets that should be forgotten; the first is told from each of the others.
         guard: adds the share of prompts it refuses.
         temperature: T of the energies; a guard's own is used when there is one.
         batch_size: rows per forward.
@@ -82,10 +82,10 @@ def evaluate(
                 entry["refused_paraphrased"] = float((paraphrased > guard.threshold).float().mean())
         report["sets"][name] = entry
     for name in sets:
-        if name != forget:
+        if name not in forget:
             report["separation"][name] = {
-                "auroc": auroc(scores[forget], scores[name]),
-                "fpr_at_95_tpr": false_positive_rate(scores[forget], scores[name]),
+                "auroc": auroc(scores[forget[0]], scores[name]),
+                "fpr_at_95_tpr": false_positive_rate(scores[forget[0]], scores[name]),
             }
     return report, scores
 
