@@ -49,6 +49,11 @@ def make(model, tokenizer, rows, folder, peft_config=None, forget=None, retain=N
     )
 
 
+def add_dropout(model: LlamaForCausalLM, share: float) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = share
+
+
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
@@ -56,8 +61,11 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("temperature", "fill", "rho"), [(1.0, "zero", 0.1), (2.0, "none", 0.3)])
 def test_step_is_the_method(model, tokenizer, rows, tmp_path, temperature, fill, rho):
     """The trainer's loss equals method.md on the model's own logits and those of a separate reference model."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 4  # a fresh model's logits are nearly flat, whatever its layers do
     trainer = make(model, tokenizer, rows, tmp_path, alpha=0.5, gamma=0.2, temperature=temperature, fill=fill, rho=rho)
-    model.config.attention_dropout = 0.5  # boundaries are taken in eval mode whatever mode the model is in
+    add_dropout(model, 0.5)  # boundaries are taken in eval mode whatever mode the model is in
     model.train()
     boundaries = trainer._boundaries(resuming=False)
     assert model.training
@@ -147,6 +155,9 @@ def test_accumulated_batches_equal_one_big_batch(tokenizer, rows, tmp_path):
         trained.append((weights(model), trainer.state.log_history[0]))
     for name, parameter in trained[0][0].items():
         torch.testing.assert_close(parameter, trained[1][0][name], rtol=1e-4, atol=1e-6)
+    for _, logged in trained:  # the parts are tallied apart from the loss; only right counts bring the two together
+        parts = 0.05 * (logged["loss_forget"] + logged["loss_retain"]) + logged["nll_retain"]
+        assert logged["loss"] == pytest.approx(parts, rel=1e-4)
     for key in ("loss", "loss_forget", "met_retain", "energy_forget"):
         assert trained[0][1][key] == pytest.approx(trained[1][1][key], rel=1e-4)
 
@@ -251,7 +262,7 @@ def test_resumed_training_reaches_the_same_weights(tokenizer, rows, tmp_path, pe
 
     def fresh(folder: Path) -> EUATrainer:
         model = tiny_llama(len(tokenizer))
-        model.config.attention_dropout = 0.1
+        add_dropout(model, 0.1)
         torch.manual_seed(5)
         return make(model, tokenizer, rows, folder, copy.deepcopy(peft_config), save_strategy="steps", save_steps=4)
 
