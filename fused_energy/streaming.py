@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fused_energy.shared import HeadOptions, accumulation_dtype, tail_energy_of_logits
 
-SCRATCH_BYTES = 16 * 2**20  # of one float32 tile; a handful of them are alive at a time, never more than 64 MiB
+SCRATCH_BYTES = 16 * 2**20  # of one float32 tile; a few of them are alive at a time, whatever N and V
 VOCABULARY_TILE = 8192  # long enough for the matmul, short enough that a tile of some hundred tokens stays in cache
 
 
