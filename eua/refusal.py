@@ -150,7 +150,7 @@ class EnergyGuard:
             scope = f"a prompt exchangeable with the {self.calibration_prompts} calibration prompts"
         else:
             scope = (
-                f"a prompt of a new group, exchangeable with the {self.calibration_groups} groups of the calibration prompts"
+                f"a prompt of a new group (exchangeable with the {self.calibration_groups} groups of the calibration prompts)"
             )
         return (
             f"The probability that {scope} is falsely refused is at most {self.tolerance:g}. "

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -98,8 +99,6 @@ class EUATrainer(Trainer):
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
         if peft_config is not None:
-            from peft import PeftModel, get_peft_model
-
             if isinstance(model, PeftModel):
                 raise EUAError("peft_config was given with a model that carries an adapter already: pass one or the other.")
             set_seed(args.seed)  # the adapter's start is drawn here
@@ -255,10 +254,11 @@ class EUATrainer(Trainer):
     def _tally(self, energy: Tensor, nll: Tensor, boundary: Tensor, forget: Tensor, retain: Tensor) -> None:
         """Sums over counted tokens, from which :meth:`log` makes token-weighted means."""
         gap_out, gap_in = (boundary - energy).relu(), (energy - boundary).relu()
+        # Masked sums rather than indexing, which would make a GPU wait for each of them.
         sums = [
             *(mask.sum() for mask in (forget, retain)),
-            *(x[forget].sum() for x in (gap_out.square(), energy, gap_out == 0)),
-            *(x[retain].sum() for x in (gap_in.square(), energy, gap_in == 0, nll)),
+            *(x.where(forget, 0.0).sum() for x in (gap_out.square(), energy, (gap_out == 0).float())),
+            *(x.where(retain, 0.0).sum() for x in (gap_in.square(), energy, (gap_in == 0).float(), nll)),
         ]
         step = torch.stack([x.float() for x in sums])
         self._tallies = step if self._tallies is None else self._tallies + step

@@ -13,9 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from eua.boundaries import compute_boundaries
 from eua.config import EUAConfig
-from eua.data import Row, encode_rows
+from eua.data import Row
 from eua.demo import target
 from eua.demo.world import Fact, World, make_world
 from eua.errors import EUAError
@@ -67,9 +66,7 @@ def run_demo(output: Path, cache: Path, *, people: int = 200, target_epochs: flo
     sets: dict[str, list[Row]] = {label: [vars(fact) for fact in groups[name]] for name, label in SET_NAMES.items()}
     sets[IN_OTHER_WORDS] = [fact.paraphrase() for fact in groups["forget"]]
     before_guard = _calibrate(model, tokenizer, groups["calibration"])
-    before, _ = evaluate(model, tokenizer, sets, forget=(SET_NAMES["forget"], IN_OTHER_WORDS), guard=before_guard)
-    before_scores = _scores(before_guard, model, tokenizer, groups)
-    boundaries = _mean_boundaries(model, tokenizer, groups)
+    before, before_scores = evaluate(model, tokenizer, sets, forget=(SET_NAMES["forget"], IN_OTHER_WORDS), guard=before_guard)
     asked = [fact.question for name in ("forget", "test") for fact in _spread(groups[name], 3)]
     before_answers = answer(model, tokenizer, asked)
 
@@ -91,12 +88,14 @@ def run_demo(output: Path, cache: Path, *, people: int = 200, target_epochs: flo
     fill_folder(unlearned, lambda folder: _save(folder, model, tokenizer, guard))
 
     print("4/4 What it knows, and what it refuses.\n")
-    after, _ = evaluate(model, tokenizer, sets, forget=(SET_NAMES["forget"], IN_OTHER_WORDS), guard=guard)
-    after_scores = _scores(guard, model, tokenizer, groups)
+    after, after_scores = evaluate(model, tokenizer, sets, forget=(SET_NAMES["forget"], IN_OTHER_WORDS), guard=guard)
+    # Mean boundaries at the last prompt token, where the histograms' scores are taken.
+    kept = trainer.train_dataset.boundaries
+    boundaries = {kind: float(torch.stack([row[0] for row in kept[kind]]).mean()) for kind in ("retain", "forget")}
     picture = output / "energies.png"
     energy_histograms(
         picture,
-        {"before unlearning": before_scores, "after unlearning": after_scores},
+        {"before unlearning": _panel(before_scores), "after unlearning": _panel(after_scores)},
         threshold=guard.threshold,
         boundaries=boundaries,
     )
@@ -151,23 +150,10 @@ def _calibrate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts
     return EnergyGuard.calibrate(model, tokenizer, questions, groups=people, tolerance=TOLERANCE)
 
 
-def _scores(
-    guard: EnergyGuard, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, groups: dict[str, list[Fact]]
-) -> dict[str, torch.Tensor]:
-    kinds = {"forget": groups["forget"], "retain": groups["retain"] + groups["test"]}
-    return {kind: guard.score(model, tokenizer, [fact.question for fact in facts]) for kind, facts in kinds.items()}
-
-
-def _mean_boundaries(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, groups: dict[str, list[Fact]]
-) -> dict[str, float]:
-    """Mean boundary at the last prompt token, where the histograms' scores are taken."""
-    means = {}
-    for kind in ("retain", "forget"):
-        rows = encode_rows([fact.row() for fact in groups[kind]], tokenizer, None)
-        per_row = compute_boundaries(model, rows, kind, fraction=0.1, temperature=1.0, fill="zero", progress=False)
-        means[kind] = float(torch.stack([row[0] for row in per_row]).mean())
-    return means
+def _panel(scores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The prompt scores of one histogram."""
+    retained = torch.cat([scores[SET_NAMES["retain"]], scores[SET_NAMES["test"]]])
+    return {"forget": scores[SET_NAMES["forget"]], "retain": retained}
 
 
 def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, guard: EnergyGuard) -> None:
