@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from fused_energy import validation
-from fused_energy.shared import HeadOptions, accumulation_dtype
+from fused_energy import autograd, dispatch, reference, streaming, validation
+from fused_energy.dispatch import Implementation
+from fused_energy.shared import LEFT_OUT, OUT_OF_RANGE, HeadOptions
 
-Implementation = Literal["auto", "reference", "streaming"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class EnergyNLL(NamedTuple):
@@ -33,6 +34,7 @@ def linear_energy(
     softcap: float | None = ...,
     ignore_index: int = ...,
     implementation: Implementation = ...,
+    process_group: ProcessGroup | None = ...,
 ) -> Tensor: ...
 
 
@@ -48,6 +50,7 @@ def linear_energy(
     softcap: float | None = ...,
     ignore_index: int = ...,
     implementation: Implementation = ...,
+    process_group: ProcessGroup | None = ...,
 ) -> EnergyNLL: ...
 
 
@@ -62,6 +65,7 @@ def linear_energy(
     softcap: float | None = None,
     ignore_index: int = -100,
     implementation: Implementation = "auto",
+    process_group: ProcessGroup | None = None,
 ) -> Tensor | EnergyNLL:
     """Energy of every token, and with ``targets`` its negative log-likelihood from the same pass.
 
@@ -75,39 +79,54 @@ def linear_energy(
     Args:
         hidden: hidden states (..., H), float16, bfloat16, float32 or float64.
         weight: the head's matrix (V, H), of the same dtype (under ``torch.autocast`` both are cast as a matmul would).
+            With ``process_group``, or as a ``DTensor`` sharded on dim 0, the rows that this rank holds.
         targets: token ids (...,), int64 or int32. Where a target is ``ignore_index``, energy and NLL are 0 and carry
-            no gradient, whatever the hidden state holds.
+            no gradient, whatever the hidden state holds. On the CPU a label out of range raises; on other devices and
+            under ``torch.compile``, where looking would cost a wait, the NLL of that token is NaN.
         bias: the head's bias (V,).
         temperature: T > 0, of the energy alone.
         logit_scale: multiplies the projection, before the bias.
         softcap: c > 0, or None.
         ignore_index: the target that marks a token to leave out.
         implementation: ``"reference"`` materializes the logits and is the definition; ``"streaming"`` holds a bounded
-            tile of them; ``"auto"`` picks streaming. A named one is used or raises; it never falls back.
+            tile of them, on any device; ``"triton"`` keeps them on the chip of a GPU. A named one is used or raises; it
+            never falls back. ``"auto"`` is ``"triton"`` for float16 and bfloat16 on a GPU it is compiled for (NVIDIA from
+            compute capability 8.0, AMD) unless the logits would fit into one 16 MiB tile, and ``"streaming"`` otherwise.
+        process_group: the ranks that hold consecutive stretches of the head's rows, in rank order and of any size. Every
+            rank passes the same tokens and gets all energies and the whole gradient of ``hidden``.
 
     Returns:
         energy (...,), or ``EnergyNLL(energy, nll)`` with targets; nats; float32, or float64 for float64 input.
 
     Raises:
         TypeError, ValueError: on shapes, dtypes, devices, labels or options that do not fit, saying which and why.
+        RuntimeError: if ``"triton"`` is named where it cannot run; for a second derivative, which only ``"reference"`` has.
     """
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    validation.check_tensors(hidden, weight, bias)
+    hidden, weight, bias, group = _local(hidden, weight, bias, process_group)
+    validation.check_tensors(hidden, weight, bias, sharded=group is not None)
     validation.check_options(temperature, logit_scale, softcap)
     options = HeadOptions(temperature, logit_scale, softcap)
-    implemented = _implementation(implementation)
+    chosen = dispatch.choose(implementation, hidden, weight, sharded=group is not None)
     shape = hidden.shape[:-1]
     rows = hidden.reshape(-1, hidden.shape[-1])
-    if targets is None:
-        return implemented.linear_energy(rows, weight, None, bias, options)[0].view(shape)
+    flat_targets = counted = None
+    if targets is not None:
+        validation.check_targets(targets, hidden)
+        # Reading the labels would make a GPU wait, and break a graph: there, one that is out of range makes its NLL NaN.
+        if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+            validation.check_labels(targets, _vocabulary(weight, group), ignore_index)
+        flat_targets = targets.reshape(-1).long()
+        counted = flat_targets != ignore_index
+        flat_targets = torch.where(counted, torch.where(flat_targets < 0, OUT_OF_RANGE, flat_targets), LEFT_OUT)
 
-    validation.check_targets(targets, hidden, weight.shape[0], ignore_index)
-    # Ignored tokens are taken out before anything is computed: they cost nothing, and a NaN in one reaches no gradient.
-    flat_targets = targets.reshape(-1).long()
-    counted = (flat_targets != ignore_index).nonzero()[:, 0]
-    energy, nll = implemented.linear_energy(rows[counted], weight, flat_targets[counted], bias, options)
-    zeros = rows.new_zeros(rows.shape[0], dtype=accumulation_dtype(rows.dtype))
-    return EnergyNLL(zeros.index_put((counted,), energy).view(shape), zeros.index_put((counted,), nll).view(shape))
+    if chosen == "reference":
+        energy, nll = reference.linear_energy(rows, weight, flat_targets, bias, options)
+    else:
+        lse, target_logit = autograd.logsumexp_and_target(rows, weight, bias, flat_targets, options, chosen, group)
+        energy, nll = -temperature * lse[0], lse[-1] - target_logit if counted is not None else None
+        if counted is not None and nll is not None:
+            energy, nll = torch.where(counted, energy, 0.0), torch.where(counted, nll, 0.0)
+    return energy.view(shape) if nll is None else EnergyNLL(energy.view(shape), nll.view(shape))
 
 
 @torch.no_grad()
@@ -123,6 +142,7 @@ def tail_energy(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     implementation: Implementation = "auto",
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Energy of the top or bottom share of each token's logits: the boundaries m_in and m_out of D².
 
@@ -130,7 +150,9 @@ def tail_energy(
     drops the ``V−k`` that stands for every other logit set to 0. Exact; takes no gradient.
 
     Args:
-        hidden, weight, bias, temperature, logit_scale, softcap, implementation: as in :func:`linear_energy`.
+        hidden, weight, bias, temperature, logit_scale, softcap, process_group: as in :func:`linear_energy`.
+        implementation: ``"reference"``, or ``"streaming"``, which ``"auto"`` stands for: whole rows of logits, a few tokens
+            at a time, and PyTorch's own selection among them.
         fraction: share of the vocabulary in the tail, in (0, 1]; at least one logit.
         side: ``"top"`` for the largest logits (m_in), ``"bottom"`` for the smallest (m_out).
         fill: ``"zero"`` (as released by the authors of D²) or ``"none"``.
@@ -141,27 +163,41 @@ def tail_energy(
     Raises:
         TypeError, ValueError: as :func:`linear_energy`; also for an empty tail.
     """
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    validation.check_tensors(hidden, weight, bias)
+    hidden, weight, bias, group = _local(hidden, weight, bias, process_group)
+    validation.check_tensors(hidden, weight, bias, sharded=group is not None)
     validation.check_options(temperature, logit_scale, softcap)
-    k = validation.check_tail(fraction, side, fill, weight.shape[0])
+    k = validation.check_tail(fraction, side, fill, _vocabulary(weight, group))
     options = HeadOptions(temperature, logit_scale, softcap)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    energy = _implementation(implementation).tail_energy(rows, weight, k, side, fill, bias, options)
+    chosen = dispatch.choose_for_tails(implementation, sharded=group is not None)
+    if group is not None:
+        from fused_energy import parallel
+
+        energy = parallel.tail_energy(rows, weight, k, side, fill, bias, options, group)
+    else:
+        module = reference if chosen == "reference" else streaming
+        energy = module.tail_energy(rows, weight, k, side, fill, bias, options)
     return energy.view(hidden.shape[:-1])
 
 
-def _implementation(name: str) -> ModuleType:
-    """The module that implements ``name``, imported only when it is chosen."""
-    if name in ("auto", "streaming"):
-        from fused_energy import streaming
+def _local(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, group: ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor | None, ProcessGroup | None]:
+    """Plain tensors of the dtype that a matmul would use, and the group over which the head is sharded, if it is."""
+    if any(type(x).__name__ == "DTensor" for x in (hidden, weight)):
+        from fused_energy import parallel
 
-        return streaming
-    if name == "reference":
-        from fused_energy import reference
+        hidden, weight, bias, own_group = parallel.unwrap(hidden, weight, bias)
+        group = own_group if group is None else group
+    return *_autocast(hidden, weight, bias), group
 
-        return reference
-    raise ValueError(f'implementation is {name!r}, which does not exist: choose "auto", "streaming" or "reference".')
+
+def _vocabulary(weight: Tensor, group: ProcessGroup | None) -> int:
+    if group is None:
+        return weight.shape[0]
+    from fused_energy import parallel
+
+    return parallel.VocabularyShard.of(weight, group).vocabulary
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_energy.shared import HeadOptions, accumulation_dtype, tail_energy_of_logits
+from fused_energy.shared import LEFT_OUT, HeadOptions, accumulation_dtype, tail_energy_of_logits
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:
@@ -23,16 +23,22 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOpt
 def linear_energy(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
-    targets: Tensor | None,  # (N,), every one within the vocabulary
+    targets: Tensor | None,  # (N,), within the vocabulary or LEFT_OUT
     bias: Tensor | None,  # (V,)
     options: HeadOptions,
 ) -> tuple[Tensor, Tensor | None]:
-    """``E = −T · logsumexp(z/T)`` and ``NLL = logsumexp(z) − z_y``, each (N,)."""
-    z = logits(hidden, weight, bias, options)
-    energy = -options.temperature * torch.logsumexp(z / options.temperature, dim=-1)
+    """``E = −T · logsumexp(z/T)`` and ``NLL = logsumexp(z) − z_y``, each (N,); both are 0 for tokens left out."""
     if targets is None:
-        return energy, None
-    return energy, torch.logsumexp(z, dim=-1) - z.gather(-1, targets[:, None])[:, 0]
+        return _energy(logits(hidden, weight, bias, options), options.temperature), None
+    counted = (targets != LEFT_OUT).nonzero()[:, 0]
+    z = logits(hidden[counted], weight, bias, options)
+    energy, nll = _energy(z, options.temperature), -_energy(z, 1.0) - z.gather(-1, targets[counted, None])[:, 0]
+    zeros = energy.new_zeros(len(hidden))
+    return zeros.index_put((counted,), energy), zeros.index_put((counted,), nll)
+
+
+def _energy(z: Tensor, temperature: float) -> Tensor:
+    return -temperature * torch.logsumexp(z / temperature, dim=-1)
 
 
 def tail_energy(
@@ -45,4 +51,4 @@ def tail_energy(
     options: HeadOptions,
 ) -> Tensor:
     """The energy of the k largest or smallest logits of each token, (N,)."""
-    return tail_energy_of_logits(logits(hidden, weight, bias, options), k, side, fill, options.temperature)
+    return tail_energy_of_logits(logits(hidden, weight, bias, options), k, side, fill, options.temperature, weight.shape[0])

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+SCRATCH_BYTES = 16 * 2**20  # of one float32 tile; a few of them are alive at a time, whatever N, H and V
+LEFT_OUT = -1  # the target of a token that is ignored, once ``ignore_index`` has been translated
+OUT_OF_RANGE = 2**62  # the target that stands for labels below zero; as any target outside of the vocabulary, its NLL is NaN
 
 
 class HeadOptions(NamedTuple):
@@ -16,10 +21,114 @@ class HeadOptions(NamedTuple):
     logit_scale: float
     softcap: float | None
 
+    def temperatures(self, with_targets: bool) -> tuple[float, ...]:
+        """The temperatures whose logsumexp is needed: the energy's, and last 1 where there is an NLL."""
+        return (self.temperature, 1.0) if with_targets and self.temperature != 1.0 else (self.temperature,)
+
+
+class Pass(NamedTuple):
+    """What one pass over the vocabulary leaves behind; K temperatures, N tokens. Zero for tokens left out.
+
+    ``weighted`` is what makes the gradient of the hidden states a row scaling, known before any upstream gradient is. The
+    target's own column is not in it: where the target holds nearly all of the mass, the gradient of the NLL is a small
+    difference, which rounding the sum to the dtype of ``hidden`` would drown.
+    """
+
+    lse: Tensor  # (K, N): logsumexp(z / T_k)
+    target_logit: Tensor  # (N,), NaN where a target is outside of the vocabulary; (0,) without targets
+    weighted: Tensor  # (K, N, H): Σ_{v ≠ y} softmax(z/T_k)_v · slope_v · W_v, dtype of hidden; (0,) where not asked for
+
+
+def empty_pass(hidden: Tensor, targets: Tensor | None, options: HeadOptions, store: bool) -> Pass:
+    """The outputs to fill, as for N tokens that are all left out."""
+    n, h = hidden.shape
+    k = len(options.temperatures(targets is not None))
+    floats = hidden.new_empty(0, dtype=accumulation_dtype(hidden.dtype))
+    return Pass(
+        floats.new_zeros(k, n),
+        floats.new_empty(0) if targets is None else torch.where(targets == LEFT_OUT, 0.0, torch.nan).to(floats.dtype),
+        hidden.new_zeros((k, n, h) if store else 0),
+    )
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays float64 (for gradient checks); everything else is accumulated, and returned, in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def blocks(length: int, size: int) -> Iterator[slice]:
+    """Slices of at most ``size`` that cover ``range(length)``."""
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def rows_within_scratch(width: int) -> int:
+    """How many rows of ``width`` float32 numbers fit into the scratch; at least one."""
+    return max(1, SCRATCH_BYTES // (4 * width))
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` in the accumulation dtype; half-precision products are not rounded where the device allows it."""
+    dtype = accumulation_dtype(left.dtype)
+    if left.is_cuda and left.dtype != dtype:
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
+
+
+def tile_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:
+    """One tile of logits, (R, H), (V', H) → (R, V'), in the accumulation dtype."""
+    z = matmul(hidden, weight.T)
+    if options.logit_scale != 1.0:
+        z *= options.logit_scale
+    if bias is not None:
+        z += bias
+    if options.softcap is not None:
+        z = z.div_(options.softcap).tanh_().mul_(options.softcap)
+    return z
+
+
+def softcap_slope(z: Tensor, softcap: float | None) -> Tensor | None:
+    """d softcap(x) / dx, from the capped value: ``1 − (z/c)²``. None where there is no cap."""
+    return None if softcap is None else 1 - (z / softcap).square()
+
+
+def rows_of_targets(weight: Tensor, targets: Tensor) -> Tensor:
+    """The rows (R, H) of the head that targets (R,) name; of tokens left out, some row."""
+    return weight[targets.clamp(0, weight.shape[0] - 1)]
+
+
+def hidden_gradient(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor | None,  # (N,)
+    options: HeadOptions,
+    done: Pass,
+    grad_lse: Tensor,  # (K, N)
+    grad_target: Tensor,  # (N,), ignored without targets
+    target_rows: Callable[[Tensor, Tensor], Tensor] = rows_of_targets,
+) -> Tensor:
+    """``s·(Σ_k g_k/T_k·U_k + (Σ_k g_k/T_k·p_k(y) + g_y)·slope_y·W_y)``, (N, H): no logits are needed again.
+
+    A token whose upstream gradients are all zero gets zero, whatever its hidden state holds.
+    """
+    divisor = grad_lse.new_tensor(options.temperatures(targets is not None))[:, None]
+    scales = grad_lse / divisor
+    active = (grad_lse != 0).any(dim=0)
+    if targets is not None:
+        of_target = (scales * torch.exp(done.target_logit / divisor - done.lse)).sum(dim=0) + grad_target
+        slope = softcap_slope(done.target_logit, options.softcap)
+        of_target = of_target if slope is None else of_target * slope
+        active = active | (grad_target != 0)
+
+    gradient = torch.empty_like(hidden)
+    for rows in blocks(hidden.shape[0], rows_within_scratch(hidden.shape[1])):
+        total = done.weighted[0, rows].to(grad_lse.dtype) * scales[0, rows, None]
+        for k in range(1, len(scales)):
+            total += done.weighted[k, rows] * scales[k, rows, None]
+        if targets is not None:
+            total += target_rows(weight, targets[rows]) * of_target[rows, None]
+        gradient[rows] = total.mul_(options.logit_scale).masked_fill_(~active[rows, None], 0.0)
+    return gradient
 
 
 def tail_size(fraction: float, vocabulary: int) -> int:
@@ -27,13 +136,13 @@ def tail_size(fraction: float, vocabulary: int) -> int:
     return math.floor(round(fraction * vocabulary, 6))
 
 
-def tail_energy_of_logits(logits: Tensor, k: int, side: str, fill: str, temperature: float) -> Tensor:
-    """Energy of rows of logits (R, V) of which only the k largest ("top") or smallest ("bottom") are kept.
+def tail_energy_of_logits(logits: Tensor, k: int, side: str, fill: str, temperature: float, vocabulary: int) -> Tensor:
+    """Energy of rows of logits (R, ≥ k) of which only the k largest ("top") or smallest ("bottom") are kept.
 
-    With ``fill="zero"`` every other logit counts as 0 and contributes exp(0) = 1.
+    With ``fill="zero"`` every other logit of the vocabulary counts as 0 and contributes exp(0) = 1.
     """
     kept = torch.topk(logits, k, dim=-1, largest=side == "top", sorted=False).values / temperature
-    others = logits.shape[-1] - k
+    others = vocabulary - k
     if fill == "zero" and others:
         kept = torch.cat([kept, kept.new_full((*kept.shape[:-1], 1), math.log(others))], dim=-1)
     return -temperature * torch.logsumexp(kept, dim=-1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_energy.shared import tail_size
 
 
-def check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, sharded: bool) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless hidden (..., H), weight (V, H) and bias (V,) belong together."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is None and name == "bias":
@@ -21,7 +21,7 @@ def check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise TypeError(f"{name} has dtype {tensor.dtype}, but energies need floating point: cast it, e.g. .float().")
     if hidden.ndim < 1:
         raise ValueError("hidden is a scalar, but its last dimension must be the hidden size H: pass (..., H).")
-    if weight.ndim != 2 or weight.shape[0] < 1:
+    if weight.ndim != 2 or (weight.shape[0] < 1 and not sharded):
         raise ValueError(f"weight has shape {tuple(weight.shape)}, but the head's matrix must be (V, H) with V ≥ 1.")
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -56,8 +56,8 @@ def check_options(temperature: float, logit_scale: float, softcap: float | None)
         raise ValueError(f"softcap is {softcap}, but c·tanh(x/c) needs a finite c > 0: pass None for no cap.")
 
 
-def check_targets(targets: Tensor, hidden: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Raise unless targets are integers (...,), each within the vocabulary or equal to ``ignore_index``."""
+def check_targets(targets: Tensor, hidden: Tensor) -> None:
+    """Raise unless targets are integers (...,), one for every token."""
     if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
         found = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
         raise TypeError(f"targets are {found}, but token ids must be int64 or int32 tensors: use targets.long().")
@@ -68,6 +68,10 @@ def check_targets(targets: Tensor, hidden: Tensor, vocabulary: int, ignore_index
         )
     if targets.device != hidden.device:
         raise ValueError(f"targets are on {targets.device} and hidden on {hidden.device}: move them to one device.")
+
+
+def check_labels(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Raise ``ValueError`` unless every target is within the vocabulary or equal to ``ignore_index``."""
     wrong = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
     if wrong.any():
         raise ValueError(

@@ -16,15 +16,21 @@ ALLOWED = {
     "fused_energy": {"fused_energy.api"},
     "fused_energy.api": {
         "torch",
-        "fused_energy.validation",
+        "fused_energy.autograd",
+        "fused_energy.dispatch",
+        "fused_energy.parallel",
+        "fused_energy.reference",
         "fused_energy.shared",
         "fused_energy.streaming",
-        "fused_energy.reference",
+        "fused_energy.validation",
     },
+    "fused_energy.dispatch": {"torch", "fused_energy.shared", "fused_energy.streaming", "fused_energy.triton"},
+    "fused_energy.autograd": {"torch", "fused_energy.dispatch", "fused_energy.parallel", "fused_energy.shared"},
     "fused_energy.validation": {"torch", "fused_energy.shared"},
     "fused_energy.shared": {"torch"},
     "fused_energy.reference": {"torch", "fused_energy.shared"},
     "fused_energy.streaming": {"torch", "fused_energy.shared"},
+    "fused_energy.parallel": {"torch", "fused_energy.shared"},
     "eua.errors": set(),
     "eua.files": {"eua.errors"},
     "eua.losses": {"torch"},
@@ -50,6 +56,11 @@ ALLOWED = {
 FORBIDDEN = {"eua.trainer": {"eua.refusal", "eua.calibration", "eua.evaluation", "eua.cli", "eua.demo"}}
 
 
+def is_ours(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
 def imports_of(path: Path) -> set[str]:
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -57,7 +68,7 @@ def imports_of(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             modules = {f"{node.module}.{alias.name}" for alias in node.names}
-            is_module = [(ROOT / f"{name.replace('.', '/')}.py").exists() for name in modules]
+            is_module = [is_ours(name) for name in modules]
             found |= modules if all(is_module) else {node.module}
     ours = ("eua", "fused_energy")
     return {name if name.split(".")[0] in ours else name.split(".")[0] for name in found} - OUTSIDE_EVERYWHERE
@@ -83,6 +94,12 @@ def test_fused_energy_knows_nothing_of_language_models():
     for name, path in modules().items():
         if name.startswith("fused_energy"):
             assert not {module for module in imports_of(path) if module.startswith(("eua", "transformers", "peft"))}
+
+
+def test_only_one_package_imports_triton():
+    for name, path in modules().items():
+        if name.split(".")[:2] != ["fused_energy", "triton"]:
+            assert "triton" not in imports_of(path), name
 
 
 def test_packages_never_use_asserts_or_pickles_for_users():

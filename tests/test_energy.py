@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fused_energy import EnergyNLL, linear_energy, streaming, tail_energy
+from fused_energy import EnergyNLL, linear_energy, shared, streaming, tail_energy
 
 IMPLEMENTATIONS = ("reference", "streaming")
 
@@ -18,10 +18,10 @@ IMPLEMENTATIONS = ("reference", "streaming")
 @pytest.fixture(autouse=True, scope="module")
 def _small_tiles():
     """Tiles so small that every case below crosses several of them, in both directions."""
-    saved = streaming.SCRATCH_BYTES, streaming.VOCABULARY_TILE
-    streaming.SCRATCH_BYTES, streaming.VOCABULARY_TILE = 4 * 3 * 7, 7
+    saved = shared.SCRATCH_BYTES, streaming.VOCABULARY_TILE
+    shared.SCRATCH_BYTES, streaming.VOCABULARY_TILE = 4 * 3 * 7, 7
     yield
-    streaming.SCRATCH_BYTES, streaming.VOCABULARY_TILE = saved
+    shared.SCRATCH_BYTES, streaming.VOCABULARY_TILE = saved
 
 
 @st.composite
@@ -283,7 +283,7 @@ def test_tail_size_counts_as_in_decimal():
 
 def test_scratch_is_bounded():
     """No tensor larger than the documented scratch, the inputs and the gradients is ever made."""
-    streaming.SCRATCH_BYTES, streaming.VOCABULARY_TILE = 2**16, 512
+    shared.SCRATCH_BYTES, streaming.VOCABULARY_TILE = 2**16, 512
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -300,7 +300,7 @@ def test_scratch_is_bounded():
         energy, nll = linear_energy(hidden, weight, torch.randint(0, 5000, (300,)))
         (energy + nll).sum().backward()
         tail_energy(hidden, weight, 0.1, "top")
-    streaming.SCRATCH_BYTES, streaming.VOCABULARY_TILE = 4 * 3 * 7, 7
+    shared.SCRATCH_BYTES, streaming.VOCABULARY_TILE = 4 * 3 * 7, 7
     assert largest <= max(2**16, weight.nbytes)
     assert 10 * largest < 300 * 5000 * 4
 

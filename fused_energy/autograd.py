@@ -1,0 +1,141 @@
+"""The differentiable operator behind ``linear_energy``, as PyTorch custom ops that ``torch.compile`` keeps whole.
+
+``lse, target_logit = logsumexp_and_target(...)`` from which energy and NLL are plain arithmetic. The gradients are the same
+for every implementation: the hidden states' from what the forward stored, the head's from a second pass over the logits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fused_energy import dispatch, shared
+from fused_energy.shared import HeadOptions, Pass
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def logsumexp_and_target(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor | None,  # (N,)
+    options: HeadOptions,
+    implementation: str,
+    group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """``logsumexp(z/T_k)`` (K, N) and the target's logit (N,), differentiable in hidden, weight and bias."""
+    store = hidden.requires_grad and torch.is_grad_enabled()
+    name = "" if group is None else group.group_name
+    lse, target_logit, _ = _forward(hidden, weight, bias, targets, *options, implementation, name, store)
+    return lse, target_logit
+
+
+def _implemented(implementation: str, group: str, weight: Tensor) -> Any:
+    """What offers ``forward``, ``hidden_gradient`` and ``head_gradient``: a module, or a module over shards of the head."""
+    if not group:
+        return dispatch.load(implementation)
+    from fused_energy.parallel import ShardedHead  # not every build of PyTorch has torch.distributed
+
+    return ShardedHead(dispatch.load(implementation), group, weight)
+
+
+@torch.library.custom_op("fused_energy::forward", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    implementation: str,
+    group: str,
+    store: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = HeadOptions(temperature, logit_scale, softcap)
+    return _implemented(implementation, group, weight).forward(hidden, weight, bias, targets, options, store)
+
+
+@_forward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    implementation: str,
+    group: str,
+    store: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return shared.empty_pass(hidden, targets, HeadOptions(temperature, logit_scale, softcap), store)
+
+
+@torch.library.custom_op("fused_energy::backward", mutates_args=())
+def _backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    implementation: str,
+    group: str,
+    lse: Tensor,
+    target_logit: Tensor,
+    weighted: Tensor,
+    grad_lse: Tensor,
+    grad_target: Tensor,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options, done = HeadOptions(temperature, logit_scale, softcap), Pass(lse, target_logit, weighted)
+    implemented = _implemented(implementation, group, weight)
+    grad_hidden = grad_weight = grad_bias = None
+    if needs_hidden:
+        grad_hidden = implemented.hidden_gradient(hidden, weight, targets, options, done, grad_lse, grad_target)
+    if needs_weight or needs_bias:
+        grad_weight, grad_bias = implemented.head_gradient(
+            hidden, weight, bias, targets, options, lse, grad_lse, grad_target, (needs_weight, needs_bias)
+        )
+    return tuple(hidden.new_empty(0) if x is None else x for x in (grad_hidden, grad_weight, grad_bias))  # type: ignore
+
+
+@_backward.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    likes = zip((hidden, weight, bias), others[-3:], strict=True)
+    return tuple(torch.empty_like(x) if needed else hidden.new_empty(0) for x, needed in likes)  # type: ignore
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    tensors, ctx.arguments = inputs[:4], inputs[4:9]
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any, grad_lse: Tensor | None, grad_target: Tensor | None, grad_weighted: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled() or grad_weighted is not None:
+        raise RuntimeError(
+            "A gradient of the energy's gradient was asked for (create_graph=True), which this implementation does not have: "
+            'pass implementation="reference", which is plain PyTorch.'
+        )
+    hidden, weight, bias, targets, lse, target_logit, weighted = ctx.saved_tensors
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+    grad_target = torch.zeros_like(target_logit) if grad_target is None else grad_target
+    needs = ctx.needs_input_grad[:3]
+    gradients = _backward(
+        hidden, weight, bias, targets, *ctx.arguments, lse, target_logit, weighted, grad_lse, grad_target, *needs
+    )
+    return *(x if needed else None for x, needed in zip(gradients, needs, strict=True)), *(None,) * 7
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)

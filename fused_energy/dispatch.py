@@ -1,0 +1,102 @@
+"""Which implementation runs: the rule behind ``implementation="auto"``, and the loading of the one that was chosen."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fused_energy.shared import SCRATCH_BYTES
+
+Implementation = Literal["auto", "reference", "streaming", "triton"]
+
+
+def choose(name: str, hidden: Tensor, weight: Tensor, sharded: bool) -> str:
+    """The implementation that ``name`` stands for with these inputs; a named one is taken or refused, never replaced.
+
+    ``"auto"`` is ``"triton"`` for float16 and bfloat16 on a GPU that it is compiled for (NVIDIA from compute capability 8.0,
+    AMD) when all logits together would be larger than one tile of ``"streaming"``; in every other case ``"streaming"``.
+    """
+    _check_name(name, sharded)
+    if name == "auto":
+        large = hidden.shape[:-1].numel() * weight.shape[0] * 4 > SCRATCH_BYTES
+        half = hidden.dtype in (torch.float16, torch.bfloat16)
+        suits = large and half and hidden.is_cuda and _has_triton() and _gpu_is_supported(hidden.device)
+        return "triton" if suits else "streaming"
+    if name == "triton":
+        _check_triton_can_run(hidden)
+    return name
+
+
+def choose_for_tails(name: str, sharded: bool) -> str:
+    """The same for ``tail_energy``, which has no kernel of its own."""
+    _check_name(name, sharded)
+    if name == "triton":
+        raise ValueError(
+            'implementation is "triton", but tails have no kernel of their own: choose "auto" or "streaming", which selects '
+            "among rows of logits with PyTorch's kernels, on a GPU too."
+        )
+    return "streaming" if name == "auto" else name
+
+
+def load(name: str) -> ModuleType:
+    """The module behind the name, imported only when it is chosen: ``forward``, ``hidden_gradient``, ``head_gradient``."""
+    if name == "triton":
+        from fused_energy import triton
+
+        return triton
+    from fused_energy import streaming
+
+    return streaming
+
+
+def _check_name(name: str, sharded: bool) -> None:
+    if name not in get_args(Implementation):
+        raise ValueError(
+            f'implementation is {name!r}, which does not exist: choose "auto", "streaming", "triton" or "reference".'
+        )
+    if name == "reference" and sharded:
+        raise ValueError(
+            'implementation is "reference" and the head is sharded, but the definition reads a whole head: gather it, or '
+            'pass implementation="streaming".'
+        )
+
+
+def _check_triton_can_run(hidden: Tensor) -> None:
+    if not _has_triton():
+        raise RuntimeError(
+            'implementation is "triton", but the triton package is not installed: install it (CUDA builds of PyTorch bring '
+            'it along), or pass implementation="streaming".'
+        )
+    if hidden.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(
+            f'implementation is "triton" and hidden is {hidden.dtype}, but its kernels take float16, bfloat16 and float32: '
+            'cast the inputs, or pass implementation="streaming".'
+        )
+    if hidden.is_cuda and not _gpu_is_supported(hidden.device):
+        raise RuntimeError(
+            f'implementation is "triton", but {torch.cuda.get_device_name(hidden.device)} is older than compute '
+            'capability 8.0, which its kernels need: pass implementation="streaming".'
+        )
+    if not hidden.is_cuda and not load("triton").INTERPRETED:
+        raise ValueError(
+            f'implementation is "triton" and hidden is on {hidden.device}, but its kernels run on a GPU: move the inputs to '
+            'one, or pass implementation="streaming".'
+        )
+
+
+@cache
+def _has_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # a stub without a spec stands in its place
+        return False
+
+
+@cache
+def _gpu_is_supported(device: torch.device) -> bool:
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,0 +1,159 @@
+"""The gradient of the logits, one stretch of the vocabulary at a time, for the tokens whose upstream gradient is not zero."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_energy import shared
+from fused_energy.shared import HeadOptions
+from fused_energy.triton.problem import Problem
+from fused_energy.triton.product import head_by_tokens
+from fused_energy.triton.tiles import active_rows, grouped_tile, logits_tile, target_column
+
+
+@triton.jit
+def _logit_gradient_kernel(
+    hidden,
+    weight,
+    bias,
+    targets,
+    order,
+    count,
+    lse,  # (N,), at the temperature
+    lse_at_one,
+    grad_lse,  # (N,)
+    grad_lse_at_one,
+    grad_target,  # (N,)
+    gradient,  # (slots, stretch): logit_scale · dL/dx, x the logits before the softcap
+    bias_sums,  # (row tiles, stretch): dL/dx summed over the tokens of a tile
+    first_slot,
+    slots,
+    first_column,
+    column_tiles,
+    hidden_size,
+    vocabulary,
+    hidden_stride,
+    hidden_step,
+    weight_stride,
+    weight_step,
+    logit_scale,
+    softcap,
+    inverse_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,
+    AND_AT_ONE: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr,
+    WHOLE_DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """``dL/dx = (Σ_k g_k/T_k · softmax(z/T_k) + g_y · onehot) · slope``, one tile of it."""
+    row_tile, column_tile = grouped_tile(tl.program_id(0), tl.cdiv(slots, ROWS), column_tiles, GROUP)
+    local = row_tile * ROWS + tl.arange(0, ROWS)
+    offsets = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    stretch = column_tiles * COLUMNS
+    if first_slot + row_tile * ROWS >= tl.load(count):
+        if NEEDS_BIAS:
+            tl.store(bias_sums + row_tile.to(tl.int64) * stretch + offsets, tl.zeros((COLUMNS,), tl.float32))
+        return
+    rows, held = active_rows(order, count, first_slot + local)
+    columns = offsets.to(tl.int64) + first_column
+    z = logits_tile(
+        hidden, weight, bias, rows, columns, hidden_size, vocabulary, hidden_stride, hidden_step, weight_stride,
+        weight_step, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, WHOLE_DEPTH, ROWS, COLUMNS, DEPTH, PRECISION, UPCAST,
+    )  # fmt: skip
+    g = tl.load(grad_lse + rows, mask=held, other=0.0) * inverse_temperature
+    dz = g[:, None] * tl.exp(z * inverse_temperature - tl.load(lse + rows)[:, None])
+    if AND_AT_ONE:
+        g = tl.load(grad_lse_at_one + rows, mask=held, other=0.0)
+        dz += g[:, None] * tl.exp(z - tl.load(lse_at_one + rows)[:, None])
+    if HAS_TARGETS:
+        g = tl.load(grad_target + rows, mask=held, other=0.0)
+        target = target_column(targets, rows, first_column + column_tile * COLUMNS, vocabulary, COLUMNS)
+        dz += tl.where(tl.arange(0, COLUMNS)[None, :] == target[:, None], g[:, None], 0.0)
+    if HAS_SOFTCAP:
+        dz *= 1 - (z / softcap) * (z / softcap)
+    # An empty slot points at some token, whose hidden state may be anything: 0 · inf must not get out.
+    dz = tl.where(held[:, None] & (columns < vocabulary)[None, :], dz, 0.0)
+    if NEEDS_BIAS:
+        tl.store(bias_sums + row_tile.to(tl.int64) * stretch + offsets, tl.sum(dz, 0))
+    first = row_tile.to(tl.int64) * ROWS * stretch + column_tile * COLUMNS
+    within = tl.arange(0, ROWS)[:, None] * stretch + tl.arange(0, COLUMNS)[None, :]
+    tl.store(gradient + first + within, (dz * logit_scale).to(gradient.dtype.element_ty))
+
+
+def head_gradient(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor | None,  # (N,)
+    options: HeadOptions,
+    lse: Tensor,  # (K, N)
+    grad_lse: Tensor,  # (K, N)
+    grad_target: Tensor,  # (N,), ignored without targets
+    needs: tuple[bool, bool],  # of weight, of bias
+) -> tuple[Tensor | None, Tensor | None]:
+    """Stretches of the vocabulary one after the other, each summed over all tokens in float32 before it is written."""
+    grad_weight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device) if needs[0] else None
+    grad_bias = torch.zeros_like(bias) if needs[1] and bias is not None else None
+    if hidden.shape[0] == 0:
+        return grad_weight, grad_bias
+    active = (grad_lse != 0).any(dim=0)
+    if targets is not None:
+        active = active | (grad_target != 0)
+    problem = Problem(hidden, weight, bias, targets, options, active)
+    tile = problem.logits_config
+    rows, stretch = problem.rows_and_stretch(1, tile.columns * hidden.element_size())
+    row_tiles = triton.cdiv(rows, tile.rows)
+    gradient = hidden.new_empty(row_tiles * tile.rows, stretch)
+    grad_lse = grad_lse.contiguous()
+
+    for columns in shared.blocks(problem.vocabulary, stretch):
+        column_tiles = triton.cdiv(columns.stop - columns.start, tile.columns)
+        width = column_tiles * tile.columns
+        sums = None
+        if grad_weight is not None and rows < problem.tokens:
+            sums = lse.new_zeros(columns.stop - columns.start, problem.hidden_size)
+        sum_bias = lse.new_zeros(width)
+        for block in shared.blocks(problem.tokens, rows):
+            slots = block.stop - block.start
+            bias_sums = lse.new_empty(triton.cdiv(slots, tile.rows) if grad_bias is not None else 0, width)
+            _logit_gradient_kernel[(triton.cdiv(slots, tile.rows) * column_tiles,)](
+                hidden,
+                weight,
+                problem.bias,
+                problem.targets,
+                problem.order,
+                problem.count,
+                lse[0],
+                lse[-1],
+                grad_lse[0],
+                grad_lse[-1],
+                grad_target,
+                gradient,
+                bias_sums,
+                block.start,
+                slots,
+                columns.start,
+                column_tiles,
+                *problem.head_arguments(),
+                **problem.head_constants(),
+                NEEDS_BIAS=grad_bias is not None,
+            )
+            if grad_weight is not None:
+                head_by_tokens(problem, gradient, width, block, grad_weight[columns] if sums is None else sums)
+            if grad_bias is not None:
+                sum_bias += bias_sums.sum(dim=0)
+        if grad_weight is not None and sums is not None:
+            grad_weight[columns] = sums
+        if grad_bias is not None:
+            grad_bias[columns] = sum_bias[: columns.stop - columns.start]
+    return grad_weight, grad_bias

@@ -1,0 +1,84 @@
+"""Launch settings as plain data, by kind of GPU.
+
+Each tile must fit the shared memory of its GPU without spilling a register; the tests compile every kernel with every setting
+for its GPU and check both. Which of the settings that fit is fastest can only be measured on that GPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Config(NamedTuple):
+    """Tile of one program: ``rows × columns`` of its output, ``depth`` of the sum at a time; ``group`` row tiles go together
+    through the columns, so that what they load stays in the L2 cache."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    group: int = 16
+
+
+class Configs(NamedTuple):
+    """``logits`` and ``crowded`` must be multiples of the products' rows (in columns) and depth, see ``product.py``."""
+
+    logits: Config  # kernels that make logits: output tokens × vocabulary
+    crowded: Config  # the same with a softcap or two temperatures, which need more registers
+    by_head: Config  # probabilities times rows of the head: output tokens × hidden size
+    by_tokens: Config  # gradients of logits times hidden states: output vocabulary × hidden size
+
+
+_GENERAL = Config(64, 64, 32, 8, 2)
+GENERAL = Configs(_GENERAL, _GENERAL, _GENERAL, _GENERAL)  # float32, and strides that allow no wide loads
+
+HALF_PRECISION: dict[str, Configs] = {
+    "sm80": Configs(
+        logits=Config(128, 128, 32, 8, 4),
+        crowded=Config(64, 128, 32, 8, 4),
+        by_head=Config(128, 128, 32, 8, 4),
+        by_tokens=Config(128, 128, 32, 8, 4),
+    ),
+    "sm90": Configs(
+        logits=Config(128, 256, 64, 8, 3),
+        crowded=Config(128, 128, 64, 8, 3),
+        by_head=Config(128, 256, 64, 8, 3),
+        by_tokens=Config(128, 256, 64, 8, 4),
+    ),
+    "sm100": Configs(
+        logits=Config(128, 128, 64, 8, 3),
+        crowded=Config(128, 128, 64, 8, 3),
+        by_head=Config(128, 128, 64, 8, 3),
+        by_tokens=Config(128, 128, 64, 8, 3),
+    ),
+    "hip": Configs(
+        logits=Config(128, 128, 32, 8, 2),
+        crowded=Config(128, 128, 32, 8, 2),
+        by_head=Config(128, 128, 32, 8, 2),
+        by_tokens=Config(128, 128, 32, 8, 2),
+    ),
+}
+
+_TINY = Config(16, 16, 16, 1, 1, 2)
+TINY = Configs(_TINY._replace(columns=32), _TINY._replace(columns=32), _TINY, _TINY)  # every test crosses several tiles
+
+
+def kind(device: torch.device) -> str:
+    """The key of the table for a GPU. Those of compute capability 8.x and 12.x, whose shared memory is as small as 99 KiB, use
+    the settings of 8.0, which fit."""
+    if torch.version.hip is not None:
+        return "hip"
+    major = torch.cuda.get_device_capability(device)[0]
+    return {9: "sm90", 10: "sm100", 11: "sm100"}.get(major, "sm80")
+
+
+def choose(hidden: Tensor, weight: Tensor) -> Configs:
+    """The settings for these inputs."""
+    if hidden.device.type == "cpu":
+        return TINY  # the interpreter
+    wide = all(x.stride(1) == 1 and x.stride(0) % 16 == 0 for x in (hidden, weight))
+    return HALF_PRECISION[kind(hidden.device)] if hidden.element_size() == 2 and wide else GENERAL

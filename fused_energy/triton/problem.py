@@ -1,0 +1,95 @@
+"""What every launch is told: tensors, strides, options, launch settings, and which tokens are to be computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fused_energy.shared import HeadOptions
+from fused_energy.triton import configs
+from fused_energy.triton.configs import Config
+
+SCRATCH_BYTES = 24 * 2**20  # of a stretch of probabilities or gradients, and again of the sums made with it, whatever N and V
+LONGEST_STRETCH = 65536  # columns; few tokens gain nothing from more
+
+
+class Problem:
+    """Tokens (N, H), a head (V, H), and the ``count`` first of ``order``: the tokens that are to be computed."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor | None,
+        options: HeadOptions,
+        chosen: Tensor | None,  # (N,) bool; None for all
+    ) -> None:
+        self.hidden, self.weight, self.options = hidden, weight, options
+        self.tokens, self.hidden_size = hidden.shape
+        self.vocabulary = weight.shape[0]
+        self.has_bias, self.has_targets = bias is not None, targets is not None
+        self.and_at_one = targets is not None and options.temperature != 1.0
+        # Kernels take a pointer for everything; where there is nothing, it is never read.
+        self.bias = hidden if bias is None else bias
+        self.targets = hidden if targets is None else targets
+        if chosen is None:
+            self.order = torch.arange(self.tokens, device=hidden.device)
+            self.count = self.order.new_full((1,), self.tokens)
+        else:
+            self.order = torch.argsort(~chosen, stable=True)
+            self.count = chosen.sum().view(1)
+        self.configs = configs.choose(hidden, weight)
+        crowded = self.and_at_one or options.softcap is not None
+        self.logits_config = self.configs.crowded if crowded else self.configs.logits
+
+    def head_arguments(self) -> tuple[Any, ...]:
+        """From ``hidden_size`` to ``inverse_temperature``, as all kernels that make logits take them."""
+        options = self.options
+        return (
+            self.hidden_size,
+            self.vocabulary,
+            *self.hidden.stride(),
+            *self.weight.stride(),
+            float(options.logit_scale),
+            float(options.softcap or 0.0),
+            1.0 / options.temperature,
+        )
+
+    def head_constants(self) -> dict[str, Any]:
+        """The compile-time arguments of the kernels that make logits."""
+        return self.tile_constants(self.logits_config) | {
+            "HAS_BIAS": self.has_bias,
+            "HAS_SOFTCAP": self.options.softcap is not None,
+            "HAS_TARGETS": self.has_targets,
+            "AND_AT_ONE": self.and_at_one,
+            "WHOLE_DEPTH": self.hidden_size % self.logits_config.depth == 0,
+        }
+
+    def tile_constants(self, config: Config) -> dict[str, Any]:
+        """Sizes, and how float32 is multiplied: as PyTorch was told to, which by default is without loss."""
+        interpreted = self.hidden.device.type == "cpu"
+        return {
+            "ROWS": config.rows,
+            "COLUMNS": config.columns,
+            "DEPTH": config.depth,
+            "GROUP": config.group,
+            "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+            "UPCAST": interpreted,  # the interpreter multiplies bfloat16 wrongly
+            "num_warps": config.warps,
+            "num_stages": config.stages,
+        }
+
+    def rows_and_stretch(self, copies: int, bytes_per_row: int) -> tuple[int, int]:
+        """How many tokens, and how many columns of the vocabulary, to take at a time so that scratch stays bounded.
+
+        ``copies`` tiles of (rows, stretch) in the dtype of ``hidden`` and ``bytes_per_row`` for every token have to fit.
+        """
+        tile = self.logits_config
+        rows = min(self.tokens, max(tile.rows, SCRATCH_BYTES // bytes_per_row // tile.rows * tile.rows))
+        padded = triton.cdiv(rows, tile.rows) * tile.rows
+        columns = min(self.vocabulary, LONGEST_STRETCH, SCRATCH_BYTES // (copies * padded * self.hidden.element_size()))
+        return rows, max(tile.columns, triton.cdiv(columns, tile.columns) * tile.columns)
