@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fused_energy import shared
@@ -103,9 +103,9 @@ def _check_same_hidden(hidden: Tensor, shard: VocabularyShard) -> None:
 class ShardedHead:
     """An implementation that sees the rank's own rows, made to act for the whole vocabulary."""
 
-    def __init__(self, implementation: Any, group: GroupName, weight: Tensor) -> None:
+    def __init__(self, implementation: Any, group: str, weight: Tensor) -> None:
         self.implementation = implementation
-        self.shard = VocabularyShard.of(weight, _resolve_process_group(group))
+        self.shard = VocabularyShard.of(weight, _resolve_process_group(group))  # type: ignore[arg-type]
 
     def forward(
         self,
