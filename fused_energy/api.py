@@ -184,11 +184,10 @@ def _local(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor | None, ProcessGroup | None]:
     """Plain tensors of the dtype that a matmul would use, and the group over which the head is sharded, if it is."""
-    if any(type(x).__name__ == "DTensor" for x in (hidden, weight)):
+    if any(type(x).__name__ == "DTensor" for x in (hidden, weight, bias)):
         from fused_energy import parallel
 
-        hidden, weight, bias, own_group = parallel.unwrap(hidden, weight, bias)
-        group = own_group if group is None else group
+        hidden, weight, bias, group = parallel.unwrap(hidden, weight, bias, group)
     return *_autocast(hidden, weight, bias), group
 
 

@@ -30,7 +30,7 @@ def logsumexp_and_target(
     """``logsumexp(z/T_k)`` (K, N) and the target's logit (N,), differentiable in hidden, weight and bias."""
     store = hidden.requires_grad and torch.is_grad_enabled()
     name = "" if group is None else group.group_name
-    lse, target_logit, _ = _forward(hidden, weight, bias, targets, *options, implementation, name, store)
+    lse, target_logit, _ = _LogsumexpAndTarget.apply(hidden, weight, bias, targets, *options, implementation, name, store)
     return lse, target_logit
 
 
@@ -114,28 +114,55 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tupl
     return tuple(torch.empty_like(x) if needed else hidden.new_empty(0) for x, needed in likes)  # type: ignore
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    tensors, ctx.arguments = inputs[:4], inputs[4:9]
-    ctx.save_for_backward(*tensors, *output)
-    ctx.set_materialize_grads(False)
+class _LogsumexpAndTarget(torch.autograd.Function):
+    """Ties the two ops together. The static ``setup_context`` is what ``torch.func.grad`` and ``vjp`` need."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        tensors, ctx.arguments = inputs[:4], inputs[4:9]
+        ctx.save_for_backward(*tensors, *output)
+        ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_lse: Tensor | None, grad_target: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, lse, target_logit, weighted = ctx.saved_tensors
+        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+        grad_target = torch.zeros_like(target_logit) if grad_target is None else grad_target
+        needs = ctx.needs_input_grad[:3]
+        # A compiled graph refuses second derivatives by itself, and does not know Functions within Functions.
+        differentiate = _backward if torch.compiler.is_compiling() else _Gradients.apply
+        gradients = differentiate(
+            hidden, weight, bias, targets, *ctx.arguments, lse, target_logit, weighted, grad_lse, grad_target, *needs
+        )
+        return *(x if needed else None for x, needed in zip(gradients, needs, strict=True)), *(None,) * 7
+
+    @staticmethod
+    def vmap(*_: Any) -> None:
+        raise NotImplementedError(
+            "linear_energy was called under torch.vmap, which it does not need: tokens are independent, and hidden may have "
+            "any number of leading dimensions. Pass them all in one call."
+        )
 
 
-def _differentiate(
-    ctx: Any, grad_lse: Tensor | None, grad_target: Tensor | None, grad_weighted: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled() or grad_weighted is not None:
-        raise RuntimeError(
-            "A gradient of the energy's gradient was asked for (create_graph=True), which this implementation does not have: "
+class _Gradients(torch.autograd.Function):
+    """The gradients, which have none themselves: whoever asks must be told, and not handed a zero."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise NotImplementedError(
+            "A second derivative of linear_energy was asked for (create_graph=True), which this implementation does not have: "
             'pass implementation="reference", which is plain PyTorch.'
         )
-    hidden, weight, bias, targets, lse, target_logit, weighted = ctx.saved_tensors
-    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
-    grad_target = torch.zeros_like(target_logit) if grad_target is None else grad_target
-    needs = ctx.needs_input_grad[:3]
-    gradients = _backward(
-        hidden, weight, bias, targets, *ctx.arguments, lse, target_logit, weighted, grad_lse, grad_target, *needs
-    )
-    return *(x if needed else None for x, needed in zip(gradients, needs, strict=True)), *(None,) * 7
-
-
-_forward.register_autograd(_differentiate, setup_context=_setup_context)

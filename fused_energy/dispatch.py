@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from functools import cache
+import os
 from types import ModuleType
 from typing import Literal, get_args
 
@@ -13,6 +13,18 @@ from torch import Tensor
 from fused_energy.shared import SCRATCH_BYTES
 
 Implementation = Literal["auto", "reference", "streaming", "triton"]
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # something without a spec stands in its place
+        return False
+
+
+# Looked up once, on import, so that torch.compile meets constants. Triton reads the variable when it is imported, too.
+HAS_TRITON = _installed("triton")
+TRITON_IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def choose(name: str, hidden: Tensor, weight: Tensor, sharded: bool) -> str:
@@ -25,7 +37,7 @@ def choose(name: str, hidden: Tensor, weight: Tensor, sharded: bool) -> str:
     if name == "auto":
         large = hidden.shape[:-1].numel() * weight.shape[0] * 4 > SCRATCH_BYTES
         half = hidden.dtype in (torch.float16, torch.bfloat16)
-        suits = large and half and hidden.is_cuda and _has_triton() and _gpu_is_supported(hidden.device)
+        suits = large and half and hidden.is_cuda and HAS_TRITON and _gpu_is_supported(hidden.device)
         return "triton" if suits else "streaming"
     if name == "triton":
         _check_triton_can_run(hidden)
@@ -67,7 +79,7 @@ def _check_name(name: str, sharded: bool) -> None:
 
 
 def _check_triton_can_run(hidden: Tensor) -> None:
-    if not _has_triton():
+    if not HAS_TRITON:
         raise RuntimeError(
             'implementation is "triton", but the triton package is not installed: install it (CUDA builds of PyTorch bring '
             'it along), or pass implementation="streaming".'
@@ -82,21 +94,13 @@ def _check_triton_can_run(hidden: Tensor) -> None:
             f'implementation is "triton", but {torch.cuda.get_device_name(hidden.device)} is older than compute '
             'capability 8.0, which its kernels need: pass implementation="streaming".'
         )
-    if not hidden.is_cuda and not load("triton").INTERPRETED:
+    if not hidden.is_cuda and not TRITON_IS_INTERPRETED:
         raise ValueError(
             f'implementation is "triton" and hidden is on {hidden.device}, but its kernels run on a GPU: move the inputs to '
             'one, or pass implementation="streaming".'
         )
 
 
-@cache
-def _has_triton() -> bool:
-    try:
-        return importlib.util.find_spec("triton") is not None
-    except ValueError:  # a stub without a spec stands in its place
-        return False
-
-
-@cache
+@torch.compiler.assume_constant_result
 def _gpu_is_supported(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)

@@ -18,34 +18,51 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fused_energy import shared
-from fused_energy.shared import LEFT_OUT, HeadOptions, Pass
+from fused_energy.shared import LEFT_OUT, OUT_OF_RANGE, HeadOptions, Pass
 
 
 class VocabularyShard(NamedTuple):
-    """The rows ``start : start + rows`` of a head with ``vocabulary`` rows, held by one rank of ``group``."""
+    """The rows of a head that one rank of ``group`` holds: those from ``start`` on, ``rows`` of ``vocabulary``."""
 
     group: ProcessGroup
-    start: int
-    rows: int
-    vocabulary: int
+    counts: tuple[int, ...]  # of rows, rank by rank
 
     @classmethod
     def of(cls, weight: Tensor, group: ProcessGroup) -> VocabularyShard:
-        """Found by asking every rank how many rows it holds; a collective call."""
-        own = torch.tensor([weight.shape[0]], device=weight.device)
-        sizes = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(sizes, own, group=group)
-        counts, rank = [int(size) for size in sizes], dist.get_rank(group)
-        return cls(group, sum(counts[:rank]), counts[rank], sum(counts))
+        """Found by asking every rank how many rows it holds; a collective call.
+
+        Raises:
+            ValueError: on every rank, where none holds a row.
+        """
+        counts = _gather(torch.tensor([weight.shape[0]], device=weight.device), group)
+        if not counts.any():
+            raise ValueError(
+                f"weight has shape {tuple(weight.shape)} and no rank of process_group holds a row of the head, but an energy "
+                "needs a vocabulary: pass each rank's rows (V_local, H), at least one of them on some rank."
+            )
+        return cls(group, tuple(counts[:, 0].tolist()))
+
+    @property
+    def start(self) -> int:
+        return sum(self.counts[: dist.get_rank(self.group)])
+
+    @property
+    def rows(self) -> int:
+        return self.counts[dist.get_rank(self.group)]
+
+    @property
+    def vocabulary(self) -> int:
+        return sum(self.counts)
 
     def inside(self, targets: Tensor) -> Tensor:
         return (targets >= self.start) & (targets < self.start + self.rows)
 
     def local(self, targets: Tensor | None) -> Tensor | None:
-        """Targets counted from this shard's first row; ``rows``, which is outside of it, where another rank holds them."""
+        """Targets counted from this shard's first row; out of range where another rank holds them."""
         if targets is None:
             return None
-        return torch.where(targets == LEFT_OUT, LEFT_OUT, torch.where(self.inside(targets), targets - self.start, self.rows))
+        own = torch.where(self.inside(targets), targets - self.start, OUT_OF_RANGE)
+        return torch.where(targets == LEFT_OUT, LEFT_OUT, own)
 
     def sum(self, x: Tensor) -> Tensor:
         dist.all_reduce(x, dist.ReduceOp.SUM, group=self.group)
@@ -56,47 +73,70 @@ class VocabularyShard(NamedTuple):
         return x
 
 
-def unwrap(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, ProcessGroup | None]:
+def unwrap(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, group: ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor | None, ProcessGroup | None]:
     """Local tensors, and the group that the head is sharded over, of arguments of which some are DTensors.
 
     Raises:
-        ValueError: for placements other than a head that is sharded on dim 0 or replicated, and replicated hidden states.
+        ValueError: for placements other than a head that is sharded on dim 0 or replicated, and replicated hidden states;
+            for a ``group`` that is not the one the head is placed on.
     """
-    group = None
     if isinstance(weight, DTensor):
         if weight.device_mesh.ndim != 1 or weight.placements[0] not in (Shard(0), Replicate()):
             raise ValueError(
-                f"weight is a DTensor placed {weight.placements} on a mesh of {weight.device_mesh.ndim} dimensions, but a head "
-                "can only be split by rows over one dimension: redistribute it to [Shard(0)], or pass full_tensor()."
+                f"weight is a DTensor placed {weight.placements} on a mesh of {weight.device_mesh.ndim} dimension(s), but a "
+                "head can only be split by rows, over one dimension: redistribute it to [Shard(0)] on one of them, or pass "
+                "weight.full_tensor()."
             )
-        group = weight.device_mesh.get_group() if weight.placements[0] == Shard(0) else None
-        if bias is not None and not (isinstance(bias, DTensor) and bias.placements == weight.placements):
-            raise ValueError("weight is a DTensor and bias is not placed like it: shard the bias with its rows of the head.")
-        weight, bias = weight.to_local(), None if bias is None else bias.to_local()
-    if isinstance(hidden, DTensor):
-        if any(placement != Replicate() for placement in hidden.placements):
+        own = weight.device_mesh.get_group() if weight.placements[0] == Shard(0) else None
+        if group is not None and (own is None or own.group_name != group.group_name):
             raise ValueError(
-                f"hidden is a DTensor placed {hidden.placements}, but every rank needs whole hidden states: redistribute it "
-                "to [Replicate()] first."
+                f"weight is a DTensor placed {weight.placements} and process_group is not the group it is sharded over, so it "
+                "is unclear who holds which rows: leave process_group out, a DTensor says it."
             )
-        hidden = hidden.to_local()
-    return hidden, weight, bias, group
-
-
-def _check_same_hidden(hidden: Tensor, shard: VocabularyShard) -> None:
-    """Raise ``ValueError`` on every rank where ranks hold different tokens, as data-parallel ranks do."""
-    mine = torch.stack(
-        [
-            torch.tensor(float(len(hidden)), dtype=torch.float64, device=hidden.device),
-            hidden.sum(dtype=torch.float64),
-            torch.linalg.vector_norm(hidden, 1, dtype=torch.float64),
-        ]
-    )
-    highest, lowest = shard.maximum(torch.cat([mine, -mine])).view(2, 3) * mine.new_tensor([[1.0], [-1.0]])
-    if ((highest - lowest) > highest[2] * mine.new_tensor([0.0, 1e-6, 1e-6])).any():
+        group = own
+    if (isinstance(weight, DTensor) and bias is not None or isinstance(bias, DTensor)) and _placed(weight) != _placed(bias):
         raise ValueError(
-            "The ranks of process_group hold different hidden states, but a vocabulary-sharded head needs the same tokens on "
-            "every rank of its group: pass the group that the head is split over, not the one that the data are."
+            f"weight is {_placed(weight)[0]} and bias is {_placed(bias)[0]}, but a rank needs the bias of the rows it holds: "
+            "distribute both over the same mesh with the same placements."
+        )
+    if isinstance(hidden, DTensor) and any(placement != Replicate() for placement in hidden.placements):
+        raise ValueError(
+            f"hidden is a DTensor placed {hidden.placements}, but every rank needs whole hidden states: redistribute it to "
+            "[Replicate()] first."
+        )
+    hidden, weight = (x.to_local() if isinstance(x, DTensor) else x for x in (hidden, weight))
+    return hidden, weight, bias.to_local() if isinstance(bias, DTensor) else bias, group
+
+
+def _placed(x: Tensor | None) -> tuple[str, object]:
+    return (f"a DTensor placed {x.placements}", x.device_mesh) if isinstance(x, DTensor) else ("a plain tensor", None)
+
+
+def _gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    """``x`` of every rank, (ranks, *x.shape)."""
+    of_ranks = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(of_ranks, x.contiguous(), group=group)
+    return torch.stack(of_ranks)
+
+
+def _check_same_tokens(hidden: Tensor, shard: VocabularyShard) -> None:
+    """Raise ``ValueError`` on every rank where ranks hold different tokens, as data-parallel ranks do; a collective call."""
+    n, h = hidden.shape
+    mine = torch.tensor([n, 0, 0], dtype=torch.float64, device=hidden.device)
+    for rows in shared.blocks(n, shared.rows_within_scratch(2 * h)):
+        part = hidden[rows].double().nan_to_num(0.0, 0.0, 0.0)  # a token that is not finite must not hide the others
+        mine[1] += part.sum()
+        mine[2] += part.abs_().sum()
+    of_ranks = _gather(mine, shard.group)
+    apart = (of_ranks - of_ranks[0]).abs().amax(dim=0)
+    # Equal up to how sums round: other tokens differ by far more, even where a batch has some 10⁸ numbers.
+    if (apart > of_ranks[:, 2].amax() * mine.new_tensor([0.0, 1e-6, 1e-6])).any():
+        raise ValueError(
+            f"The ranks of process_group pass different hidden states ({[int(x) for x in of_ranks[:, 0]]} tokens), but a head "
+            "that is split by rows needs the same tokens on every rank: pass the group that the head is split over, not the "
+            "one that the data are, and of a head that is sharded to save memory (FSDP) pass weight.full_tensor()."
         )
 
 
@@ -117,7 +157,7 @@ class ShardedHead:
         store: bool,
     ) -> Pass:
         shard = self.shard
-        _check_same_hidden(hidden, shard)
+        _check_same_tokens(hidden, shard)
         if shard.rows:
             own = self.implementation.forward(hidden, weight, bias, shard.local(targets), options, store)
         else:
@@ -134,9 +174,10 @@ class ShardedHead:
             found = shard.sum(torch.stack([torch.where(inside, own.target_logit, 0.0), inside.to(lse.dtype)]))
             target_logit = torch.where((found[1] == 1) | (targets == LEFT_OUT), found[0], math.nan)
         for k in range(own.weighted.shape[0]):
-            share = torch.exp(own.lse[k] - lse[k])[:, None]
+            share = torch.exp(own.lse[k] - lse[k])[:, None]  # of the softmax, that lies in the rank's rows
             for rows in shared.blocks(hidden.shape[0], shared.rows_within_scratch(hidden.shape[1])):
-                own.weighted[k, rows] = shard.sum(own.weighted[k, rows] * share[rows])
+                # Where a rank's logits are all −inf its mean is 0/0, and must not count.
+                own.weighted[k, rows] = shard.sum(torch.where(share[rows] == 0, 0.0, own.weighted[k, rows] * share[rows]))
         return Pass(lse, target_logit, own.weighted)
 
     def hidden_gradient(
@@ -178,17 +219,16 @@ def tail_energy(
 ) -> Tensor:
     """Tails of the whole vocabulary, (N,): what is in a rank's own tail is all that can be in that of the group."""
     shard = VocabularyShard.of(weight, group)
-    _check_same_hidden(hidden, shard)
-    width = int(shard.maximum(torch.tensor([min(k, shard.rows)], device=weight.device)))
+    _check_same_tokens(hidden, shard)
+    width = min(k, max(shard.counts))  # ranks with fewer rows pad, with what is chosen last: topk ranks NaN above all else
+    padding = -math.inf if side == "top" else math.nan
     energy = hidden.new_empty(hidden.shape[0], dtype=shared.accumulation_dtype(hidden.dtype))
-    for rows in shared.blocks(hidden.shape[0], shared.rows_within_scratch(shard.vocabulary)):
+    # The same blocks on every rank, whatever it holds; the candidates of all ranks can be more than the vocabulary.
+    for rows in shared.blocks(hidden.shape[0], shared.rows_within_scratch(max(*shard.counts, width * len(shard.counts)))):
         z = shared.tile_logits(hidden[rows], weight, bias, options)
         mine = torch.topk(z, min(k, shard.rows), dim=-1, largest=side == "top", sorted=False).values
-        padding = -math.inf if side == "top" else math.inf
-        mine = torch.nn.functional.pad(mine, (0, width - mine.shape[-1]), value=padding).contiguous()
-        candidates = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(candidates, mine, group=group)
+        candidates = _gather(torch.nn.functional.pad(mine, (0, width - mine.shape[-1]), value=padding), group)
         energy[rows] = shared.tail_energy_of_logits(
-            torch.cat(candidates, dim=-1), k, side, fill, options.temperature, shard.vocabulary
+            candidates.transpose(0, 1).flatten(1), k, side, fill, options.temperature, shard.vocabulary
         )
     return energy

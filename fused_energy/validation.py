@@ -48,11 +48,12 @@ def check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, sharded: 
 
 def check_options(temperature: float, logit_scale: float, softcap: float | None) -> None:
     """Raise ``ValueError`` for numbers that leave the energy undefined."""
-    if not (math.isfinite(temperature) and temperature > 0):
+    # Comparisons, not math.isfinite, which torch.compile cannot trace; NaN fails them all.
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}, but E = −T·logsumexp(z/T) needs a finite T > 0.")
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"logit_scale is {logit_scale}, but logits must stay finite: pass the model's scale (1.0 if none).")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap is {softcap}, but c·tanh(x/c) needs a finite c > 0: pass None for no cap.")
 
 
