@@ -117,9 +117,21 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tupl
 class _LogsumexpAndTarget(torch.autograd.Function):
     """Ties the two ops together. The static ``setup_context`` is what ``torch.func.grad`` and ``vjp`` need."""
 
+    # torch.compile counts these parameters to tell whether the first is a context; it must not see *inputs.
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward(*inputs)
+    def forward(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor | None,
+        temperature: float,
+        logit_scale: float,
+        softcap: float | None,
+        implementation: str,
+        group: str,
+        store: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward(hidden, weight, bias, targets, temperature, logit_scale, softcap, implementation, group, store)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
