@@ -3,6 +3,9 @@
 The ranks hold consecutive stretches of the vocabulary in rank order, of any size, empty ones included. Each makes its own
 pass; maxima, sums and weighted sums are then combined. Energy, NLL and the gradient of the hidden states come out whole and
 equal on every rank; the head's gradient is that of the rank's own rows.
+
+Forward and backward both talk to the other ranks. Every rank must make the same calls in the same order, with the same tokens
+and the same upstream gradients; how often ranks talk depends on neither what a rank holds nor what is in the tensors.
 """
 
 from __future__ import annotations
