@@ -91,7 +91,7 @@ def linear_energy(
         implementation: ``"reference"`` materializes the logits and is the definition; ``"streaming"`` holds a bounded
             tile of them, on any device; ``"triton"`` keeps them on the chip of a GPU. A named one is used or raises; it
             never falls back. ``"auto"`` is ``"triton"`` for float16 and bfloat16 on a GPU it is compiled for (NVIDIA from
-            compute capability 8.0, AMD) unless the logits would fit into one 16 MiB tile, and ``"streaming"`` otherwise.
+            compute capability 8.0, AMD) unless the logits would fit into one 8 MiB tile, and ``"streaming"`` otherwise.
         process_group: the ranks that hold consecutive stretches of the head's rows, in rank order and of any size. Every
             rank passes the same tokens and gets all energies and the whole gradient of ``hidden``.
 

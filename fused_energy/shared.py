@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SCRATCH_BYTES = 16 * 2**20  # of one float32 tile; a few of them are alive at a time, whatever N, H and V
+SCRATCH_BYTES = 8 * 2**20  # of one float32 tile; a few of them are alive at a time, whatever N, H and V
 LEFT_OUT = -1  # the target of a token that is ignored, once ``ignore_index`` has been translated
 OUT_OF_RANGE = 2**62  # the target that stands for labels below zero; as any target outside of the vocabulary, its NLL is NaN
 

@@ -8,7 +8,8 @@ maximum and a running sum (online logsumexp, Milakov and Gimelshein 2018), and d
 - The head's gradient sums over tokens and cannot be had early: its backward makes the tiles of logits again, for the
   tokens whose upstream gradient is not zero.
 
-Each tile, each sum and each temporary is at most ``shared.SCRATCH_BYTES`` large, and four of them are alive at once.
+Each tile, each sum and each temporary is at most ``shared.SCRATCH_BYTES`` large, and about four of them are alive at once (with
+a softcap and two temperatures, about seven). ``benches`` measures what that comes to.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fused_energy.shared import (
 
 __all__ = ["forward", "head_gradient", "hidden_gradient", "tail_energy"]  # what an implementation offers
 
-VOCABULARY_TILE = 8192  # long enough for the matmul, short enough that a tile of some hundred tokens stays in cache
+VOCABULARY_TILE = 4096  # long enough for the matmul, short enough that a tile of some hundred tokens stays in cache
 
 
 def forward(
@@ -98,8 +99,7 @@ def head_gradient(
     rows_per_tile = rows_within_scratch(max(vocabulary_tile, hidden.shape[1]))
     for vocabulary in blocks(weight.shape[0], vocabulary_tile):
         tile_weight, tile_bias = weight[vocabulary], None if bias is None else bias[vocabulary]
-        sum_weight = tile_weight.new_zeros(tile_weight.shape, dtype=lse.dtype) if needs[0] else None
-        sum_bias = tile_weight.new_zeros(tile_weight.shape[0], dtype=lse.dtype) if grad_bias is not None else None
+        sum_weight = sum_bias = None  # there may be no token at all
         for block in blocks(len(tokens), rows_per_tile):
             rows = tokens[block]
             block_hidden = hidden[rows]
@@ -117,10 +117,10 @@ def head_gradient(
                 dz[inside, column] += grad_target[rows][inside]
             if slope is not None:
                 dz *= slope
-            if sum_bias is not None:
-                sum_bias += dz.sum(dim=0)
-            if sum_weight is not None:
-                _add_product(sum_weight, dz.T, block_hidden)
+            if grad_bias is not None:
+                sum_bias = dz.sum(dim=0) if sum_bias is None else sum_bias.add_(dz.sum(dim=0))
+            if grad_weight is not None:
+                sum_weight = _add_product(sum_weight, dz.T, block_hidden)
         if grad_weight is not None and sum_weight is not None:
             grad_weight[vocabulary] = sum_weight.mul_(options.logit_scale)
         if grad_bias is not None and sum_bias is not None:
@@ -192,9 +192,10 @@ class _RunningLogsumexp:
         return self.weighted.div_(self.total)
 
 
-def _add_product(accumulator: Tensor, left: Tensor, right: Tensor) -> None:
-    """``accumulator += left @ right``, multiplied in the dtype of ``right``, summed in that of the accumulator."""
+def _add_product(accumulator: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """``accumulator + left @ right`` in place, multiplied in the dtype of ``right``, summed in that of ``left``."""
+    if accumulator is None:
+        return shared.matmul(left.to(right.dtype), right)
     if accumulator.dtype == right.dtype:
-        accumulator.addmm_(left, right)
-    else:
-        accumulator += shared.matmul(left.to(right.dtype), right)
+        return accumulator.addmm_(left, right)
+    return accumulator.add_(shared.matmul(left.to(right.dtype), right))
