@@ -1,57 +1,24 @@
-"""Collects medians, prints them as ratios to the bare matmul, and writes them to ``benches/results/``."""
+"""The report that all benchmarks fill, printed and written when the last of them is done."""
 
 from __future__ import annotations
 
-import json
-import platform
-import subprocess
+import re
 from collections.abc import Iterator
-from pathlib import Path
 
+import measure
 import pytest
 import torch
+from report import Report
 
-RESULTS = Path(__file__).parent / "results"
-
-
-class Ratios:
-    def __init__(self) -> None:
-        self.medians: dict[str, dict[str, dict[str, float]]] = {}
-
-    def add(self, dtype: str, what: str, peer: str, seconds: float) -> None:
-        self.medians.setdefault(dtype, {}).setdefault(what, {})[peer] = seconds
-
-    def to_matmul(self) -> dict[str, dict[str, dict[str, float]]]:
-        table: dict[str, dict[str, dict[str, float]]] = {}
-        for dtype, whats in self.medians.items():
-            base = whats.get("forward", {}).get("matmul")
-            if base is not None:
-                table[dtype] = {what: {peer: round(t / base, 3) for peer, t in peers.items()} for what, peers in whats.items()}
-        return table
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="session")
-def ratios(request: pytest.FixtureRequest) -> Iterator[Ratios]:
-    collected = Ratios()
-    yield collected
-    table = collected.to_matmul()
-    if not table:
-        return
-    lines = [
-        f"{dtype:10} {what:34} {peer:26} {x:7.2f}"
-        for dtype, w in table.items()
-        for what, p in w.items()
-        for peer, x in p.items()
-    ]
+def report(request: pytest.FixtureRequest) -> Iterator[Report]:
+    measure.check(DEVICE)
+    gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()) if DEVICE == "cuda" else ""
+    report = Report(f"energy-{gpu}-pytest" if gpu else "energy-cpu", "pytest benches --benchmark-only", DEVICE)
+    yield report
+    report.write()
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print("\n\nTime as a multiple of the bare matmul h @ Wᵀ (median of 5):\n" + "\n".join(lines))
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    RESULTS.mkdir(exist_ok=True)
-    content = {
-        "command": "pytest benches --benchmark-only",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": commit,
-        "times_of_matmul": table,
-    }
-    (RESULTS / "energy-cpu.json").write_text(json.dumps(content, indent=2) + "\n")
+        print(f"\n\n{report}\n\nWritten to {report.path}.")

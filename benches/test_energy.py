@@ -1,70 +1,147 @@
-"""Energy and NLL from hidden states, in ratios to the bare matmul ``h @ Wᵀ`` of the same run.
+"""Energy and NLL from hidden states: time in multiples of the bare matmul ``h @ Wᵀ``, and peak memory.
 
     pytest benches --benchmark-only
 
-Compared on equal work (one float32 or bfloat16 head, hidden states with gradient): ours, the plain path that materializes
-the logits, and PyTorch's chunked ``linear_cross_entropy``, which gives the NLL alone. The table at the end, and
-``benches/results/``, hold medians; absolute times of a CPU are not worth quoting.
+Everything is compared on equal work, in one process; before each round the matmul is timed as well, so that both see the same
+moods of the machine. Figures are ratios of medians. Absolute times of a CPU are not worth quoting.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from conftest import DEVICE
+from heads import FORWARD, FROZEN, TRAINABLE, WHATS, Head, random_head, trained_head
+from measure import peak_bytes, seconds
+from peers import peers
+from report import Report
 
 from fused_energy import linear_energy
 
-N, H, V = 1024, 1024, 32000
+N, H, V = (8192, 4096, 128256) if DEVICE == "cuda" else (1024, 1024, 32000)
+ROUNDS = 5
+MIB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STATES = {"random": random_head, "trained": trained_head}
+PEERS = {peer.name: peer for peer in peers(DEVICE)}
+FIRST_TIMES: dict[str, float] = {}  # of each implementation: seconds per token and vocabulary entry
+IMPLEMENTATIONS = ["streaming", "triton"] if DEVICE == "cuda" else ["streaming"]
 
 
-def streaming(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return sum(x.sum() for x in linear_energy(hidden, weight, targets, implementation="streaming"))
+@pytest.fixture(scope="module")
+def head() -> Callable[[str, str], Head]:
+    """Heads of the shape above, one at a time: they are large."""
+    held: dict[tuple[str, str], Head] = {}
+
+    def get(states: str, dtype: str) -> Head:
+        if (states, dtype) not in held:
+            held.clear()
+            held[states, dtype] = STATES[states](N, H, V, DTYPES[dtype], DEVICE)
+        return held[states, dtype]
+
+    return get
 
 
-def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits = (hidden @ weight.T).float()
-    lse = torch.logsumexp(logits, dim=-1)
-    return -lse.sum() + (lse - logits.gather(1, targets[:, None])[:, 0]).sum()
+def multiple_of_matmul(benchmark: Any, head: Head, step: Callable[..., Any], prepare: Callable[[], tuple] = tuple) -> float:
+    """Median time over the median time of the matmul before it. ``prepare`` makes the arguments of each run, untimed."""
+    matmul = []
+
+    def setup() -> tuple[tuple, dict]:
+        arguments = prepare()
+        matmul.append(seconds(head.matmul, DEVICE))
+        return arguments, {}
+
+    def timed(*arguments: Any) -> None:
+        step(*arguments)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(timed, setup=setup, rounds=ROUNDS, warmup_rounds=1)
+    return benchmark.stats.stats.median / statistics.median(matmul[1:])
 
 
-def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return torch.nn.functional.linear_cross_entropy(hidden, weight, targets, reduction="sum")
+CASES = [
+    (states, dtype, peer, what)
+    for states, dtype in (("random", "float32"), ("random", "bfloat16"), ("trained", "bfloat16"))
+    for peer in PEERS
+    for what in WHATS
+    # Once per run is enough where the sparseness of the softmax makes no difference.
+    if states == "random" or (what != FORWARD and peer in ("streaming", "triton", "plain"))
+]
 
 
-def matmul(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    with torch.no_grad():
-        return hidden @ weight.T
+@pytest.mark.parametrize(("states", "dtype", "peer", "what"), CASES)
+def test_peers(benchmark, report: Report, head, states, dtype, peer, what):
+    tables = [f"{x}, {states} hidden states, {dtype}, N, H, V = {N}, {H}, {V}" for x in ("Time / matmul", "Peak MiB")]
+    if PEERS[peer].run is None:
+        for table in tables:
+            report.add(table, peer, what, PEERS[peer].reason)
+        pytest.skip(PEERS[peer].reason)
+    inputs = head(states, dtype)
+    step, leaves = inputs.step(PEERS[peer].run, what)
+    report.add(tables[0], peer, what, multiple_of_matmul(benchmark, inputs, step))
+    report.add(tables[1], peer, what, peak_bytes(step, leaves, DEVICE) / MIB)
+    if states == "trained":
+        note = f"The trained head's softmax has a mean entropy of {inputs.entropy():.1f} nats, see heads.py."
+        report.notes = [note]
 
 
-PEERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"streaming": streaming, "plain": plain}
-if hasattr(torch.nn.functional, "linear_cross_entropy"):
-    PEERS["torch chunked (NLL only)"] = chunked
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.1, 0.0])
+def test_ignored_tokens(benchmark, report: Report, head, implementation, share):
+    """Forward and backward where only a share of the tokens has a target."""
+    inputs = head("random", "bfloat16")
+    targets = torch.where(torch.rand(N, device=DEVICE) < share, inputs.targets, -100)
+    step, _ = inputs._replace(targets=targets).step(PEERS[implementation].run, TRAINABLE)
+    table = "Time / matmul of all tokens, by share of active tokens, trainable head, bfloat16"
+    row = f"{implementation}: {TRAINABLE}, the others ignored"
+    report.add(table, row, f"{share:.0%}".rjust(6), multiple_of_matmul(benchmark, inputs, step))
 
 
-def cases() -> list[tuple[str, str]]:
-    whats = ("forward", "forward+backward, frozen head", "forward+backward, trainable head")
-    return [("matmul", "forward"), *((peer, what) for what in whats for peer in PEERS)]
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.1, 0.0])
+def test_tokens_without_upstream_gradient(benchmark, report: Report, head, implementation, share):
+    """Backward alone where only a share of the tokens has an upstream gradient that is not zero."""
+    inputs = head("random", "bfloat16")
+    hidden, weight = (x.detach().requires_grad_() for x in inputs[:2])
+    upstream = (torch.rand(N, device=DEVICE) < share).float()
 
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("peer", "what"), cases())
-def test_energy(benchmark, ratios, dtype, peer, what):
-    torch.manual_seed(0)
-    backward = what != "forward"
-    hidden = torch.randn(N, H, dtype=DTYPES[dtype], requires_grad=backward)
-    weight = (torch.randn(V, H) / H**0.5).to(DTYPES[dtype]).requires_grad_(what.endswith("trainable head"))
-    targets = torch.randint(0, V, (N,))
-    function = matmul if peer == "matmul" else PEERS[peer]
-
-    def step() -> None:
+    def forward() -> tuple:
         hidden.grad = weight.grad = None
-        result = function(hidden, weight, targets)
-        if backward:
-            result.backward()
+        return (linear_energy(hidden, weight, implementation=implementation),)
 
-    benchmark.pedantic(step, rounds=5, warmup_rounds=1)
-    ratios.add(dtype, what, peer, benchmark.stats.stats.median)
+    table = "Time / matmul of all tokens, by share of active tokens, trainable head, bfloat16"
+    row = f"{implementation}: backward, the others with an upstream gradient of 0"
+    ratio = multiple_of_matmul(benchmark, inputs, lambda energy: energy.backward(upstream), forward)
+    report.add(table, row, f"{share:.0%}".rjust(6), ratio)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("n", "v"), [(256, 8192), (256, 32768), (256, 131072), (512, 32768), (1024, 32768)])
+def test_growth(benchmark, report: Report, implementation, n, v):
+    """Time per token and vocabulary entry relative to the first row, which is 1 if it is linear; and peak memory."""
+    inputs = random_head(n, 256, v, torch.float32, DEVICE)
+    step, leaves = inputs.step(PEERS[implementation].run, TRAINABLE)
+    table, row = f"Growth of {implementation}: {TRAINABLE}, float32, H = 256", f"N = {n:4}, V = {v:6}"
+    report.add(table, row, "time / matmul", multiple_of_matmul(benchmark, inputs, step))
+    FIRST_TIMES.setdefault(implementation, benchmark.stats.stats.median / (n * v))
+    relative = benchmark.stats.stats.median / (n * v) / FIRST_TIMES[implementation]
+    report.add(table, row, "time / (N V), relative to the first", relative)
+    report.add(table, row, "peak MiB", peak_bytes(step, leaves, DEVICE) / MIB)
+
+
+@pytest.mark.parametrize("n", [1024, 8192])
+@pytest.mark.parametrize("what", [FROZEN, TRAINABLE])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scratch(benchmark, report: Report, dtype, what, n):
+    """Peak memory of streaming; it stores one tensor (N, H) in the dtype of the hidden states for the backward."""
+    inputs = random_head(n, 1024, 32000, DTYPES[dtype], DEVICE)
+    step, leaves = inputs.step(PEERS["streaming"].run, what)
+    peak = benchmark.pedantic(peak_bytes, args=(step, leaves, DEVICE), rounds=1)
+    table, row = "Peak MiB of streaming, H, V = 1024, 32000", f"N = {n}, {dtype}, {what}"
+    report.add(table, row, "beyond inputs, outputs and gradients", peak / MIB)
+    report.add(table, row, "and beyond what is stored for backward", (peak - inputs.hidden.nbytes) / MIB)

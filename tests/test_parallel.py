@@ -1,18 +1,9 @@
-"""Heads whose rows are split over ranks: the same energies, tails and gradients as with the whole head.
-
-Real processes with real collectives. They are started once and stay for all tests; a test sends them a function of this file,
-which every rank of a group runs at the same time and whose first failure on any rank fails the test. Ranks that wait for each
-other in vain are ended.
-"""
+"""Heads whose rows are split over ranks: the same energies, tails and gradients as with the whole head."""
 
 from __future__ import annotations
 
-import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,14 +12,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.multiprocessing import get_context
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_energy import EnergyNLL, linear_energy, shared, streaming, tail_energy
+from tests.processes import Ranks
 
-SECONDS = 20  # that a collective, and with it a test, may take
-WORLD = 3
-GROUPS = {3: [0, 1, 2], 2: [1, 2]}  # the group of two begins at rank 1, so that its ranks are not the world's
 TINY_SCRATCH = 4 * 36  # bytes: every case crosses several tiles
 
 # How many of the vocabulary's rows each rank holds.
@@ -45,70 +33,13 @@ V, N, H = 12, 9, 5
 splits = pytest.mark.parametrize("counts", SPLITS.values(), ids=SPLITS.keys())
 
 
-# ---------------------------------------------------------------------------------------------------- the processes
-
-
-class Ranks:
-    """Processes that run functions together. Started when first needed, and again after a failure left them apart."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.starts, self.workers = folder, 0, []
-
-    def run(self, ranks: int, check: Callable, *arguments: object) -> None:
-        """``check(group, *arguments)`` on every rank of the group of so many ranks."""
-        if not self.workers:
-            self._start()
-        chosen = [self.workers[rank] for rank in GROUPS[ranks]]
-        for _, pipe in chosen:
-            pipe.send((ranks, check, arguments))
-        deadline, failures = time.monotonic() + 2 * SECONDS, []
-        for rank, (_, pipe) in enumerate(chosen):
-            try:
-                failure = pipe.recv() if pipe.poll(max(0.0, deadline - time.monotonic())) else "it hangs"
-            except EOFError:
-                failure = "it died"
-            if failure:
-                failures.append(f"rank {rank} of {ranks}: {failure}")
-        if failures:
-            self.stop()
-            pytest.fail("\n".join(failures), pytrace=False)
-
-    def _start(self) -> None:
-        self.starts += 1
-        context = get_context("spawn")
-        for rank in range(WORLD):
-            pipe, theirs = context.Pipe()
-            arguments = (rank, f"file://{self.folder}/start-{self.starts}", theirs)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
-            self.workers.append((process, pipe))
-
-    def stop(self) -> None:
-        for process, _ in self.workers:
-            process.kill()
-        for process, _ in self.workers:
-            process.join(SECONDS)
-        self.workers = []
-
-
-def _serve(rank: int, meeting_point: str, pipe) -> None:
-    torch.set_num_threads(1)
-    timeout = timedelta(seconds=SECONDS)
-    dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=WORLD, timeout=timeout)
-    groups = {size: dist.new_group(ranks, timeout=timeout) for size, ranks in GROUPS.items()}
+def small_tiles() -> None:
     shared.SCRATCH_BYTES, streaming.VOCABULARY_TILE = TINY_SCRATCH, 3
-    while True:
-        size, check, arguments = pipe.recv()
-        try:
-            check(groups[size], *arguments)
-            pipe.send(None)
-        except (Exception, pytest.fail.Exception):
-            pipe.send(traceback.format_exc(limit=-6))
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    started = Ranks(tmp_path_factory.mktemp("ranks"))
+    started = Ranks(tmp_path_factory.mktemp("ranks"), small_tiles)
     yield started
     started.stop()
 

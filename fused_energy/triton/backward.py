@@ -112,8 +112,7 @@ def head_gradient(
     problem = Problem(hidden, weight, bias, targets, options, active)
     tile = problem.logits_config
     rows, stretch = problem.rows_and_stretch(1, tile.columns * hidden.element_size())
-    row_tiles = triton.cdiv(rows, tile.rows)
-    gradient = hidden.new_empty(row_tiles * tile.rows, stretch)
+    gradient = hidden.new_empty(problem.padded(rows), stretch)
     grad_lse = grad_lse.contiguous()
 
     for columns in shared.blocks(problem.vocabulary, stretch):

@@ -273,9 +273,8 @@ def _logsumexp_and_weighted(problem: Problem, done: Pass) -> None:
     temperatures = problem.options.temperatures(problem.has_targets)
     kinds = len(temperatures)
     rows, stretch = problem.rows_and_stretch(kinds, 4 * kinds * problem.hidden_size)
-    padded = triton.cdiv(rows, tile.rows) * tile.rows
-    probabilities = problem.hidden.new_empty(kinds, padded, stretch)
-    maxima = done.lse.new_empty(padded, stretch // tile.columns)
+    probabilities = problem.hidden.new_empty(kinds, problem.padded(rows), stretch)
+    maxima = done.lse.new_empty(problem.padded(rows), stretch // tile.columns)
     sums = done.lse.new_empty(kinds, *maxima.shape)
     for block in shared.blocks(problem.tokens, rows):
         slots = block.stop - block.start

@@ -90,6 +90,11 @@ class Problem:
         """
         tile = self.logits_config
         rows = min(self.tokens, max(tile.rows, SCRATCH_BYTES // bytes_per_row // tile.rows * tile.rows))
-        padded = triton.cdiv(rows, tile.rows) * tile.rows
-        columns = min(self.vocabulary, LONGEST_STRETCH, SCRATCH_BYTES // (copies * padded * self.hidden.element_size()))
+        bytes_per_column = copies * self.padded(rows) * self.hidden.element_size()
+        columns = min(self.vocabulary, LONGEST_STRETCH, SCRATCH_BYTES // bytes_per_column)
         return rows, max(tile.columns, triton.cdiv(columns, tile.columns) * tile.columns)
+
+    def padded(self, rows: int) -> int:
+        """``rows`` of scratch, rounded up to what any kernel that writes or reads them touches."""
+        largest = max(self.logits_config.rows, self.configs.by_head.rows)
+        return triton.cdiv(rows, largest) * largest

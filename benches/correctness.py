@@ -1,0 +1,112 @@
+"""Triton on a real GPU against float64: at most twice the error that plain PyTorch makes in the same dtype.
+
+The tests do the same in the interpreter; this part needs neither pytest nor hypothesis, and runs on the shapes and dtypes that
+only a GPU can multiply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_energy import linear_energy
+
+BOUND = 2.0
+SHAPES = [(1, 64, 300), (257, 96, 1031), (515, 1000, 5003), (1024, 1024, 32000)]
+TINY_SHAPES = [(5, 16, 70)]  # for a rehearsal
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "softcap": {"softcap": 5.0},
+    "scale, temperature": {"logit_scale": 0.7, "temperature": 0.5},
+    "all of them, bias": {"softcap": 5.0, "logit_scale": 1.3, "temperature": 2.0, "bias": True},
+}
+NAMES = ("energy", "nll", "d hidden", "d weight", "d bias")
+
+
+def failures(device: str, rehearse: bool, say: Callable[[str], None]) -> Iterator[str]:
+    """Everything that is not as promised, one line each; ``say`` is told the worst error of every case."""
+    shapes = TINY_SHAPES if rehearse else SHAPES
+    dtypes = [torch.float32, torch.float16] + ([] if rehearse else [torch.bfloat16])  # interpreted bfloat16 is truncated
+    for shape, dtype, (name, options) in product(shapes, dtypes, OPTIONS.items()):
+        case = f"{shape}, {dtype}, {name}"
+        inputs = _inputs(*shape, dtype, device, bool(options.get("bias")))
+        options = {key: value for key, value in options.items() if key != "bias"}
+        exact = _run("reference", [x if x is None else x.double() for x in inputs[:3]], *inputs[3:], options)
+        theirs = _run("plain", inputs[:3], *inputs[3:], options)
+        found, again = (_run("triton", inputs[:3], *inputs[3:], options) for _ in range(2))
+        worst = 0.0
+        for what, truth, plain, ours, same in zip(NAMES, exact, theirs, found, again, strict=False):
+            error, allowed = _error(ours, truth), BOUND * max(_error(plain, truth), _rounding(ours, truth))
+            worst = max(worst, error / allowed * BOUND)
+            if not error <= allowed:  # so that NaN fails
+                yield f"{case}: {what} is {error:.3g} from float64, where {allowed:.3g} is allowed"
+            if not torch.equal(ours, same):
+                yield f"{case}: {what} has other bits when run again"
+        say(f"{case}: at most {worst:.2f} × the error of plain PyTorch")
+    yield from _leaks(shapes[-1], device)
+
+
+def _leaks(shape: tuple[int, int, int], device: str) -> Iterator[str]:
+    """Tokens without a target, or without an upstream gradient, must leave no trace, even if they hold NaN."""
+    hidden, weight, _, targets, upstream = _inputs(*shape, torch.float16, device, False)
+    ignored = targets == -100
+    poisoned = hidden.masked_fill(ignored[:, None], torch.nan)
+    clean, dirty = (_run("triton", [x, weight, None], targets, upstream, {}) for x in (hidden, poisoned))
+    if not all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True)):
+        yield "ignored tokens that hold NaN change the result"
+    without = _run("triton", [hidden, weight, None], targets, torch.zeros_like(upstream), {})
+    if any(x.any() for x in without[2:]):
+        yield "upstream gradients of zero leave a gradient"
+
+
+def _inputs(n: int, h: int, v: int, dtype: torch.dtype, device: str, bias: bool) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(n + h + v)
+    hidden = torch.randn(n, h, generator=generator).to(device, dtype)
+    weight = (torch.randn(v, h, generator=generator) * 2 / h**0.5).to(device, dtype)
+    targets = torch.randint(0, v, (n,), generator=generator).where(torch.arange(n) % 5 != 4, -100).to(device)
+    upstream = torch.randn(2, n, generator=generator).to(device)
+    upstream[:, n // 2 : n // 2 + n // 4] = 0.0
+    return hidden, weight, torch.randn(v, generator=generator).to(device, dtype) if bias else None, targets, upstream
+
+
+def _run(implementation: str, tensors: list[Tensor | None], targets: Tensor, upstream: Tensor, options: Any) -> list[Tensor]:
+    """energy, NLL, and the gradients of Σ upstream · output in hidden, weight and bias."""
+    leaves = [None if x is None else x.detach().clone().requires_grad_() for x in tensors]
+    hidden, weight, bias = leaves
+    assert hidden is not None
+    assert weight is not None
+    if implementation == "plain":
+        energy, nll = _plain(hidden, weight, bias, targets, **options)
+    else:
+        energy, nll = linear_energy(hidden, weight, targets, bias=bias, implementation=implementation, **options)  # type: ignore
+    (upstream[0] * energy + upstream[1] * nll).sum().backward()
+    return [energy.detach(), nll.detach(), *(x.grad for x in leaves if x is not None and x.grad is not None)]
+
+
+def _plain(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+    temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What people write: logits in the dtype of the model, float32 after them."""
+    z = (hidden @ weight.T) * logit_scale
+    z = z if bias is None else z + bias
+    z = (z if softcap is None else softcap * torch.tanh(z / softcap)).float()
+    counted = targets != -100
+    energy = -temperature * torch.logsumexp(z / temperature, dim=-1)
+    nll = torch.logsumexp(z, dim=-1) - z.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return energy.where(counted, 0.0), nll.where(counted, 0.0)
+
+
+def _error(found: Tensor, truth: Tensor) -> float:
+    return float((found.double() - truth).abs().max())
+
+
+def _rounding(found: Tensor, truth: Tensor) -> float:
+    """Half a unit in the last place of the largest number: plain PyTorch may have met it by luck. Sums have a few of them."""
+    return 4 * torch.finfo(torch.float32).eps * max(1.0, float(truth.abs().max())) + (
+        torch.finfo(found.dtype).eps / 4 * float(truth.abs().max())
+    )

@@ -1,0 +1,118 @@
+"""Medians of time, and peak memory beyond inputs, outputs and gradients, on a CPU and on a GPU alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Step = Callable[[], Any]  # one run of the work; what it returns is its output
+
+
+def seconds(step: Step, device: str) -> float:
+    """One run. On a GPU between two events, so that the host's own delays show only where the device waits for them."""
+    if device != "cuda":
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def medians(steps: Mapping[str, Step], device: str, rounds: int = 5) -> dict[str, float]:
+    """Median seconds of each. Every round runs all of them once, so that all see the same moods of the machine."""
+    for step in steps.values():
+        step()
+    times = [{name: seconds(step, device) for name, step in steps.items()} for _ in range(rounds)]
+    return {name: statistics.median(t[name] for t in times) for name in steps}
+
+
+def peak_bytes(step: Step, gradients_of: list[Tensor], device: str) -> int:
+    """The most memory that one run holds at a time, without what was there before, its output, and the gradients it leaves.
+
+    Counted from the allocator's own record of every block, so that it is exact: blocks still there in the end are left out
+    from the moment they were taken. Run the step once before, lest what is allocated on first use and kept is counted.
+    """
+    for tensor in gradients_of:
+        tensor.grad = None
+    blocks = _blocks_on_gpu(step) if device == "cuda" else _blocks_on_cpu(step)
+    for tensor in gradients_of:
+        tensor.grad = None
+    return _peak(blocks)
+
+
+def _peak(events: list[tuple[int, int]]) -> int:
+    """The highest total of blocks that are given back, from (address, bytes), where bytes < 0 give a block back."""
+    freed_at: dict[int, list[int]] = {}
+    for when, (address, size) in enumerate(events):
+        if size < 0:
+            freed_at.setdefault(address, []).append(when)
+    total = highest = 0
+    held: set[int] = set()
+    for when, (address, size) in enumerate(events):
+        if size > 0 and any(later > when for later in freed_at.get(address, ())):
+            held.add(address)
+            total += size
+            highest = max(highest, total)
+        elif size < 0 and address in held:  # others were there before
+            held.remove(address)
+            total += size
+    return highest
+
+
+def _blocks_on_cpu(step: Step) -> list[tuple[int, int]]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = step()
+    del kept
+    found = []
+
+    def walk(events: list[Any]) -> Iterator[Any]:
+        for event in events:
+            yield event
+            yield from walk(event.children)
+
+    results = profile.profiler.kineto_results  # type: ignore[union-attr]
+    for event in walk(results.experimental_event_tree()):
+        if event.tag == torch._C._profiler._EventType.Allocation and event.extra_fields.device.type == "cpu":
+            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    return [(address, size) for _, address, size in sorted(found, key=lambda one: one[0])]
+
+
+def _blocks_on_gpu(step: Step) -> list[tuple[int, int]]:
+    torch.cuda.synchronize()
+    torch.cuda.memory._record_memory_history(max_entries=1_000_000, stacks="python", context=None)
+    kept = step()
+    torch.cuda.synchronize()
+    trace = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
+    torch.cuda.memory._record_memory_history(enabled=None)
+    del kept
+    sign = {"alloc": 1, "free_requested": -1}
+    return [(entry["addr"], sign[entry["action"]] * entry["size"]) for entry in trace if entry["action"] in sign]
+
+
+def check(device: str) -> None:
+    """The measurement against blocks of known sizes. Raises where it is off, so that no wrong figure is printed."""
+    mib = 2**20
+    leaf = torch.zeros(mib, dtype=torch.uint8, device=device)
+
+    def step() -> Tensor:
+        stays = torch.zeros(3 * mib, dtype=torch.uint8, device=device)
+        first = torch.zeros(8 * mib, dtype=torch.uint8, device=device)
+        second = torch.zeros(4 * mib, dtype=torch.uint8, device=device)
+        del first
+        third = torch.zeros(6 * mib, dtype=torch.uint8, device=device)
+        del second, third
+        return stays
+
+    found = peak_bytes(step, [leaf], device)
+    if not 12 * mib <= found <= 12 * mib + 4096:
+        raise RuntimeError(f"A peak of 12 MiB was measured as {found / mib:.3f} MiB: this PyTorch records memory differently.")

@@ -1,0 +1,113 @@
+"""What is compared: our implementations, the paths that PyTorch offers, and other libraries where they are installed.
+
+Every one takes (hidden, weight, targets, softcap) and returns one number to differentiate: the sum of energy and NLL, or of
+NLL alone where that is all it gives. What cannot run says why.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_energy import linear_energy
+
+Run = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
+
+
+class Peer(NamedTuple):
+    name: str
+    run: Run | None
+    reason: str = ""  # why it does not run
+
+
+def ours(implementation: str, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    energy, nll = linear_energy(hidden, weight, targets, softcap=softcap, implementation=implementation)  # type: ignore
+    return energy.sum() + nll.sum()
+
+
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    """Logits in the dtype of the head, then float32: what a model's own forward and loss do."""
+    logits = (hidden @ weight.T).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    lse = torch.logsumexp(logits, dim=-1)
+    return -lse.sum() + (lse - logits.gather(1, targets[:, None])[:, 0]).sum()
+
+
+def torch_linear_cross_entropy(options: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    return torch.nn.functional.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options)
+
+
+def peers(device: str, softcap: float | None = None) -> list[Peer]:
+    """All of them, in the order of the tables. A fresh list compiles ``torch.compile`` anew, for one shape."""
+    torch._dynamo.reset()
+    return [
+        Peer("reference", partial(ours, "reference")),
+        Peer("streaming", partial(ours, "streaming")),
+        Peer("triton", partial(ours, "triton")) if device == "cuda" else Peer("triton", None, "needs a GPU"),
+        Peer("plain", plain),
+        Peer("plain, torch.compile", torch.compile(plain, dynamic=False)),
+        *_torch_peers(softcap),
+        *_cut_cross_entropy(device),
+        _liger(device),
+    ]
+
+
+def _torch_peers(softcap: float | None) -> list[Peer]:
+    names = "torch linear_cross_entropy, not chunked (NLL only)", "torch linear_cross_entropy, chunked (NLL only)"
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return [Peer(name, None, f"not in torch {torch.__version__}") for name in names]
+    if softcap is not None:
+        return [Peer(name, None, "has no softcap") for name in names]
+    # Every option of the chunked path is "auto": the pick of PyTorch's authors for the device and dtype.
+    options = None, torch.nn.LinearCrossEntropyOptions()
+    return [Peer(name, partial(torch_linear_cross_entropy, one)) for name, one in zip(names, options, strict=True)]
+
+
+def _cut_cross_entropy(device: str) -> list[Peer]:
+    label = "cut-cross-entropy"
+    module, reason = _library("cut_cross_entropy", device)
+    if module is None:
+        return [Peer(f"{label}, {which}", None, reason) for which in ("exact", "default")]
+    function = module.linear_cross_entropy
+    with_lse = "return_lse" in inspect.signature(function).parameters  # later than the release 25.1.1
+
+    def run(filtering: dict[str, Any], hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+        if not with_lse:
+            return function(hidden, weight, targets, softcap=softcap, reduction="sum", **filtering)
+        nll, lse = function(hidden, weight, targets, softcap=softcap, reduction="sum", return_lse=True, **filtering)
+        return nll - lse.sum()
+
+    gives = "" if with_lse else " (NLL only)"
+    return [
+        Peer(f"{label}, exact{gives}", partial(run, {"filter_eps": None})),
+        Peer(f"{label}, default: drops small gradients{gives}", partial(run, {})),
+    ]
+
+
+def _liger(device: str) -> Peer:
+    name = "Liger (NLL only)"
+    module, reason = _library("liger_kernel.transformers.fused_linear_cross_entropy", device)
+    if module is None:
+        return Peer(name, None, reason)
+
+    def run(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+        return module.LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=softcap)(weight, hidden, targets)
+
+    return Peer(name, run)
+
+
+def _library(name: str, device: str) -> tuple[Any, str]:
+    """The module, or None and why there is none."""
+    if device != "cuda":
+        return None, "needs a GPU"
+    try:
+        return importlib.import_module(name), ""
+    except Exception as error:  # a peer built for other versions fails in its own ways
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,83 @@
+"""Tables of numbers: printed for people, written as JSON under ``benches/results/`` for everyone else."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+LIBRARIES = ("torch", "triton", "cut-cross-entropy", "liger-kernel")
+Cell = float | str  # a number, or why there is none
+
+
+class Report:
+    """Tables by title, each of rows and columns, with what one has to know to judge them."""
+
+    def __init__(self, name: str, command: str, device: str) -> None:
+        self.path = RESULTS / f"{name}.json"
+        self.about = {
+            "command": command,
+            "machine": _machine(device),
+            "versions": {"python": platform.python_version()} | {x: v for x in LIBRARIES if (v := _version(x))},
+            "commit": _commit(),
+        }
+        self.tables: dict[str, dict[str, dict[str, Cell]]] = {}
+        self.notes: list[str] = []
+
+    def add(self, title: str, row: str, column: str, value: Cell) -> None:
+        cell = float(f"{value:.4g}") if isinstance(value, float) else value
+        self.tables.setdefault(title, {}).setdefault(row, {})[column] = cell
+
+    def write(self) -> None:
+        """Under a temporary name first: a run that is killed leaves the last whole file."""
+        self.path.parent.mkdir(exist_ok=True)
+        content = self.about | {"notes": self.notes, "tables": self.tables}
+        part = self.path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        part.rename(self.path)
+
+    def __str__(self) -> str:
+        return "\n\n".join([*(table(title, rows) for title, rows in self.tables.items()), *self.notes])
+
+
+def table(title: str, rows: dict[str, dict[str, Cell]]) -> str:
+    """Aligned columns under the title. What did not run says why once, behind its name."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    width = max(len(name) for name in rows) + 2
+    lines = [title, " " * width + "  ".join(columns)]
+    for name, row in rows.items():
+        cells = [row.get(column, "") for column in columns]
+        if isinstance(cells[0], str) and len(set(cells)) == 1:
+            lines.append(f"{name:{width}}{cells[0]}")
+        else:
+            lines.append(f"{name:{width}}" + "  ".join(f"{x:>{len(c)}}" for x, c in zip(cells, columns, strict=True)))
+    return "\n".join(lines)
+
+
+def _machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    """The commit, marked where the code that is measured differs from it. A copy without its history has none."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+    except OSError:
+        found = ""
+    return found or "unknown"
