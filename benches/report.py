@@ -75,9 +75,12 @@ def _version(library: str) -> str | None:
 
 def _commit() -> str:
     """The commit, marked where the code that is measured differs from it. A copy without its history has none."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
-    except OSError:
-        found = ""
-    return found or "unknown"
+
+    def git(*arguments: str) -> str:
+        try:
+            return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parents[1]).stdout.strip()
+        except OSError:
+            return ""
+
+    changed = git("status", "--porcelain", "--", "fused_energy", "benches/*.py")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + (", with changes" if changed else "")
