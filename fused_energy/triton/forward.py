@@ -17,9 +17,6 @@ from fused_energy.triton.problem import Problem
 from fused_energy.triton.product import add_tokens_by_head
 from fused_energy.triton.tiles import FINITE_MAX, active_rows, grouped_tile, logits_tile, target_column
 
-SPLIT_BYTES = 2**20  # of partial maxima, and as much again of each sum
-PROGRAMS = 2048  # enough to fill any GPU several times over; fewer, longer programs fold more of the vocabulary on the chip
-
 
 @triton.jit
 def _logsumexp_kernel(
@@ -234,11 +231,8 @@ def forward(
 
 
 def _logsumexp(problem: Problem, done: Pass) -> None:
-    tile = problem.logits_config
-    row_tiles, column_tiles = triton.cdiv(problem.tokens, tile.rows), triton.cdiv(problem.vocabulary, tile.columns)
-    splits = min(column_tiles, max(1, PROGRAMS // row_tiles), max(1, SPLIT_BYTES // (4 * problem.tokens)))
-    tiles_per_split = triton.cdiv(column_tiles, splits)
-    splits = triton.cdiv(column_tiles, tiles_per_split)
+    row_tiles = triton.cdiv(problem.tokens, problem.logits_config.rows)
+    splits, tiles_per_split = problem.splits()
     temperatures = problem.options.temperatures(problem.has_targets)
     maxima = done.lse.new_empty(splits, problem.tokens)
     sums = done.lse.new_empty(len(temperatures), splits, problem.tokens)

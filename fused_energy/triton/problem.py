@@ -13,6 +13,8 @@ from fused_energy.triton import configs
 from fused_energy.triton.configs import Config
 
 SCRATCH_BYTES = 24 * 2**20  # of a stretch of probabilities or gradients, and again of the sums made with it, whatever N and V
+SPLIT_BYTES = 2**20  # of partial maxima, and as much again of each partial sum
+PROGRAMS = 2048  # enough to fill any GPU several times over; fewer, longer ones fold more of the vocabulary on the chip
 LONGEST_STRETCH = 65536  # columns; few tokens gain nothing from more
 
 
@@ -82,6 +84,14 @@ class Problem:
             "num_warps": config.warps,
             "num_stages": config.stages,
         }
+
+    def splits(self) -> tuple[int, int]:
+        """Into how many stretches, of how many tiles, the vocabulary is split where each is folded into a sum at once."""
+        tile = self.logits_config
+        row_tiles, column_tiles = triton.cdiv(self.tokens, tile.rows), triton.cdiv(self.vocabulary, tile.columns)
+        wanted = max(1, min(column_tiles, PROGRAMS // row_tiles, SPLIT_BYTES // (4 * self.tokens)))
+        tiles_per_split = triton.cdiv(column_tiles, wanted)
+        return triton.cdiv(column_tiles, tiles_per_split), tiles_per_split
 
     def rows_and_stretch(self, copies: int, bytes_per_row: int) -> tuple[int, int]:
         """How many tokens, and how many columns of the vocabulary, to take at a time so that scratch stays bounded.
