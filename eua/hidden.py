@@ -4,6 +4,9 @@ Hidden states are taken where the head takes them: a hook on the output embeddin
 position through, so no logits of a whole batch exist. That works for any architecture and through wrappers (PEFT, DDP),
 since the model is called the way everyone calls it. What a model does to its logits after the head is read from
 its config, and :func:`check_head` compares with the model's own logits: what is not understood is refused.
+
+The vocabulary is that of the model's logits: rows of the head beyond the tokenizer's length (a padded vocabulary) count,
+as they do in the model's own softmax and in what it generates.
 """
 
 from __future__ import annotations
@@ -22,6 +25,13 @@ from fused_energy import EnergyNLL, linear_energy, tail_energy
 
 Side = Literal["top", "bottom"]
 Fill = Literal["zero", "none"]
+
+# How configs name what happens to the logits after the head. The same name may mean something else in another
+# architecture, so that nothing here is taken on trust: check_head compares with the model.
+_DIVISORS = ("logits_scaling",)  # Granite
+_FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon-H1
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+_HEAD_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # float8 weights have scales beside them
 
 
 @dataclass(frozen=True)
@@ -70,9 +80,9 @@ def output_module(model: nn.Module) -> nn.Module:
     if isinstance(module, BaseTunerLayer):
         raise EUAError(
             f"An adapter sits on the output head of {type(model).__name__}, and the energy reads the head's plain matrix, so "
-            "the adapter would never be trained: leave the head out of target_modules."
+            "the adapter would never be trained: leave the head out of target_modules, or train all of it with modules_to_save."
         )
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.dtype not in _HEAD_DTYPES:
         raise EUAError(
             f"The output head of {type(model).__name__} is a {type(module).__name__} without a plain (V, H) weight matrix, "
             "which the energy needs: leave the head out of quantization and of LoRA's target_modules."
@@ -81,17 +91,24 @@ def output_module(model: nn.Module) -> nn.Module:
 
 
 def output_head(model: nn.Module) -> Head:
-    """The head's tensors, with the scale and softcap that the model's config states."""
+    """The head's tensors as the model uses them now, with the scale and softcap that its config states.
+
+    Adapters that replace the head's weight (PEFT's ``modules_to_save`` and ``trainable_token_indices``) are in it, with
+    their gradients; a low-rank adapter on the head is refused, see :func:`output_module`.
+    """
     module = output_module(model)
     config: Any = getattr(_unwrap(model), "config", None)
     config = config.get_text_config()
     scale = 1.0
-    if getattr(config, "logits_scaling", None):  # Granite divides
-        scale = 1.0 / config.logits_scaling
-    elif getattr(config, "logit_scale", None):  # Cohere multiplies
-        scale = config.logit_scale
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(module.weight, getattr(module, "bias", None), scale, softcap)  # type: ignore[arg-type]
+    for name in _DIVISORS:
+        scale /= getattr(config, name, None) or 1.0
+    for name in _FACTORS:
+        scale *= getattr(config, name, None) or 1.0
+    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)
+    bias: Any = getattr(module, "bias", None)
+    if bias is not None and scale != 1.0:
+        bias = scale * bias  # models scale what the head returns, its bias included
+    return Head(module.weight, bias, scale, softcap)  # type: ignore[arg-type]
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -106,9 +123,16 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
         captured.append(arguments[0])
         return (arguments[0][:, :1], *arguments[1:])
 
+    def run() -> None:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+
     hook = output_module(model).register_forward_pre_hook(capture)
     try:
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        run()
+        if not captured:
+            # torch.compile does not look for new hooks in a graph that it made before.
+            with torch.compiler.set_stance("force_eager"):
+                run()
     finally:
         hook.remove()
     if len(captured) != 1 or captured[0].shape[:2] != input_ids.shape:
@@ -123,26 +147,45 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
 def check_head(model: nn.Module) -> None:
     """Compare the head as understood here with the model's own logits on a few tokens.
 
+    The hidden states of the tokens are stretched until logits are as large as those of a trained model and beyond, where
+    a softcap or a scale that is not in the config shows, however flat the logits of a fresh model are.
+
     Raises:
         EUAError: when they differ by more than the dtype explains, or when a hidden state is NaN or infinite.
     """
-    head = output_head(model)
+    head, module = output_head(model), output_module(model)
+    name = type(_unwrap(model)).__name__
     ids = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
     mask = torch.ones_like(ids)
     training = model.training
     model.eval()
     try:
-        theirs = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-        hidden = hidden_states(model, ids, mask)
+        with torch.compiler.set_stance("force_eager"):  # leaves no compiled graph behind that knows no hook
+            hidden = hidden_states(model, ids, mask)
+            check_finite(hidden, "the model's hidden states on a probe of 8 tokens")
+            largest = nn.functional.linear(hidden, head.weight).float().abs().amax(dim=-1, keepdim=True)
+            wanted = 2.0 ** torch.arange(1, 9, device=hidden.device)[:, None]
+            hidden = (hidden * wanted / largest.clamp(min=1e-6)).to(hidden.dtype)
+            hook = module.register_forward_pre_hook(lambda module, arguments: (hidden, *arguments[1:]))
+            try:
+                theirs = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+            finally:
+                hook.remove()
     finally:
         model.train(training)
-    check_finite(hidden, "the model's hidden states on a probe of 8 tokens")
     ours = head.logits(hidden)
-    tolerance = max(4 * torch.finfo(hidden.dtype).eps, 1e-4) * ours.abs().amax().clamp(min=1.0)
-    if ours.shape != theirs.shape or (ours - theirs).abs().amax() > tolerance:
+    if ours.shape != theirs.shape:
         raise EUAError(
-            f"{type(_unwrap(model)).__name__} does more between hidden states and logits than a matrix, a bias, a scale and a "
-            "softcap from its config, so its energies would be wrong: this architecture is not supported."
+            f"{name} has a head of {head.weight.shape[0]} rows and gives logits of shape {tuple(theirs.shape)} for {ids.shape[1]} "
+            "tokens, so its energies would be over another vocabulary: this architecture is not supported."
+        )
+    tolerance = max(2 * torch.finfo(hidden.dtype).eps, 1e-4)
+    off = ((ours - theirs).abs().amax(dim=-1) / ours.abs().amax(dim=-1).clamp(min=1e-6)).amax().item()
+    if not off <= tolerance:
+        raise EUAError(
+            f"{name} does more between hidden states and logits than a matrix, a bias, and the scale ({head.logit_scale:g}) and "
+            f"softcap ({head.softcap}) that its config states: its logits are off by up to {off:.2g} of the largest, so its "
+            "energies would be wrong, and this architecture is not supported."
         )
 
 

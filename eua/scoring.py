@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from eua.collator import pad_rows
 from eua.data import EncodedRow
 from eua.errors import EUAError
-from eua.hidden import check_finite, hidden_states, output_head
+from eua.hidden import check_finite, check_head, hidden_states, output_head
 from fused_energy import EnergyNLL
 
 
@@ -81,6 +81,7 @@ def eval_hidden_states(
     Rows of like length share a batch, so little padding is computed; the longest come first, so memory that does not
     suffice fails at once.
     """
+    check_head(model)
     check_token_ids(model, (row.input_ids for row in rows))
     device = output_head(model).weight.device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
