@@ -159,6 +159,7 @@ def named_problems() -> dict[str, Problem]:
         "nothing to train": replace(problem(31, 37, 101), needs=(False, False, False)),
         "all ignored": replace(problem(9, 16, 40, with_bias=True), targets=torch.full((9,), IGNORED)),
     }
+    cases["everything, frozen hidden states"] = replace(cases["everything"], needs=(False, True, True))
     cases["flat rows"] = replace(problem(31, 37, 101), weight=torch.zeros(101, 37))
     # Every row has all of its mass on one word; for half of the tokens that word is the target, so that the NLL has next to
     # no gradient while the energy has all of it.
