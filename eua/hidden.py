@@ -176,16 +176,16 @@ def check_head(model: nn.Module) -> None:
     ours = head.logits(hidden)
     if ours.shape != theirs.shape:
         raise EUAError(
-            f"{name} has a head of {head.weight.shape[0]} rows and gives logits of shape {tuple(theirs.shape)} for {ids.shape[1]} "
-            "tokens, so its energies would be over another vocabulary: this architecture is not supported."
+            f"{name} has a head of {head.weight.shape[0]} rows and gives logits of shape {tuple(theirs.shape)} for a row of "
+            f"{ids.shape[1]} tokens, so its energies would be over another vocabulary: this architecture is not supported."
         )
     tolerance = max(2 * torch.finfo(hidden.dtype).eps, 1e-4)
     off = ((ours - theirs).abs().amax(dim=-1) / ours.abs().amax(dim=-1).clamp(min=1e-6)).amax().item()
     if not off <= tolerance:
         raise EUAError(
-            f"{name} does more between hidden states and logits than a matrix, a bias, and the scale ({head.logit_scale:g}) and "
-            f"softcap ({head.softcap}) that its config states: its logits are off by up to {off:.2g} of the largest, so its "
-            "energies would be wrong, and this architecture is not supported."
+            f"{name} does more between hidden states and logits than a matrix, a bias, and the scale ({head.logit_scale:g}) "
+            f"and softcap ({head.softcap}) that its config states (logits differ by up to {off:.2g} of the largest), so its "
+            "energies would be wrong: this architecture is not supported."
         )
 
 
