@@ -91,6 +91,11 @@ class EUATrainer(Trainer):
             # Weights that are trained must be float32: in bfloat16 most steps of a small learning rate round away.
             dtype = "auto" if peft_config is not None else torch.float32
             model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        if hasattr(model, "_orig_mod"):
+            raise EUAError(
+                "The model comes wrapped by torch.compile, and its weights would be saved under names that no model loads "
+                "(_orig_mod.*): pass the model itself, and torch_compile=True to EUAConfig."
+            )
         if getattr(model, "_hf_peft_config_loaded", False):
             raise EUAError(
                 "The model was loaded from an adapter's folder without PEFT, and what would be trained and saved is unclear: "
@@ -112,7 +117,7 @@ class EUATrainer(Trainer):
         }
         for kind in rows.values():
             check_token_ids(model, (row.input_ids for row in kind))
-        use_cache = model.config.use_cache
+        use_cache = getattr(model.config, "use_cache", None)  # a multimodal model's config leaves it to its text part
         self._stop_on_signal = _StopOnSignal()
         super().__init__(
             model=model,
