@@ -20,7 +20,8 @@ from eua.files import replacing
 from eua.hidden import Fill, Side, check_finite, output_head
 from eua.scoring import answer_states, eval_hidden_states
 
-SIDES: dict[str, Side] = {"forget": "bottom", "retain": "top"}  # m_out from the smallest logits, m_in from the largest
+# m_out from the smallest logits, m_in from the largest
+SIDES: dict[str, Side] = {"forget": "bottom", "retain": "top", "eval_forget": "bottom", "eval_retain": "top"}
 _SAMPLES_PER_TENSOR = 4096
 
 
@@ -40,7 +41,7 @@ def compute_boundaries(
     Args:
         model: the reference, i.e. the model before unlearning.
         rows: encoded rows.
-        kind: ``"retain"`` gives m_in, ``"forget"`` gives m_out (method.md §3).
+        kind: ``"retain"`` gives m_in, ``"forget"`` gives m_out (method.md §3); ``"eval_"`` before either makes no difference.
         fraction: ρ, the share of the vocabulary in the tail.
         temperature: T of the energy.
         fill: ``"zero"`` or ``"none"``, see :func:`fused_energy.tail_energy`.

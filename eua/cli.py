@@ -201,10 +201,11 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _unlearn(arguments: argparse.Namespace) -> None:
+    from eua.checkpoints import last_checkpoint
     from eua.config import EUAConfig
     from eua.data import read_rows
     from eua.files import check_output_folder, write_json
-    from eua.trainer import EUATrainer, last_checkpoint
+    from eua.trainer import EUATrainer
 
     check_output_folder(arguments.output, allowed=arguments.resume or arguments.overwrite, how="--resume or --overwrite")
     checkpoints = arguments.output / "checkpoints"

@@ -12,6 +12,19 @@ from transformers import TrainingArguments
 
 from eua.errors import EUAError
 
+# What evaluation during training reports, and whether more of it is better.
+EVAL_METRICS = {
+    "loss": False,
+    "loss_forget": False,
+    "loss_retain": False,
+    "nll_retain": False,
+    "energy_forget": True,
+    "energy_retain": False,
+    "met_forget": True,
+    "met_retain": True,
+    "auroc": True,
+}
+
 
 @dataclass
 class EUAConfig(TrainingArguments):
@@ -33,6 +46,9 @@ class EUAConfig(TrainingArguments):
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the batch carries boundaries, which no model's forward takes."}
+    )
+    greater_is_better: bool | None = field(
+        default=None, metadata={"help": "Whether more of metric_for_best_model is better. None: as is known of each metric."}
     )
     gamma: float = field(default=0.05, metadata={"help": "Weight of the two energy parts of the loss."})
     alpha: float = field(default=1.0, metadata={"help": "Weight of the retained tokens' negative log-likelihood."})
@@ -68,12 +84,16 @@ class EUAConfig(TrainingArguments):
             raise EUAError(
                 f"m_in = {self.m_in} and m_out = {self.m_out}, but constant boundaries come as a pair: give both, or neither."
             )
+        if self.metric_for_best_model is not None:
+            metric = self.metric_for_best_model.removeprefix("eval_")
+            if metric not in EVAL_METRICS:
+                raise EUAError(
+                    f"metric_for_best_model = {self.metric_for_best_model!r}, but evaluation reports no such metric: "
+                    f"choose one of {', '.join(f'eval_{name}' for name in EVAL_METRICS)}."
+                )
+            if self.greater_is_better is None:  # TrainingArguments would go by whether the name ends with "loss"
+                self.greater_is_better = EVAL_METRICS[metric]
         super().__post_init__()
-        if self.eval_strategy != "no":
-            raise EUAError(
-                f"eval_strategy = {self.eval_strategy.value!r}, but EUATrainer does not evaluate while it trains: "
-                'leave it at "no" and run `eua evaluate` on the result.'
-            )
 
     @property
     def constant_boundaries(self) -> tuple[float, float] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -58,3 +59,33 @@ def _mean(values: Tensor, mask: Tensor, count: Tensor | int | None) -> Tensor:
     count = mask.sum() if count is None else count
     total = values.where(mask, 0.0).sum()
     return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+
+
+_OF_FORGET = ("loss_forget", "energy_forget", "met_forget")
+_OF_RETAIN = ("loss_retain", "energy_retain", "met_retain", "nll_retain")
+
+
+def loss_sums(
+    energy: Tensor,  # (...,)
+    nll: Tensor,  # (...,)
+    boundary: Tensor,  # (...,)
+    forget: Tensor,  # (...,) bool, counted tokens to forget
+    retain: Tensor,  # (...,) bool, counted tokens to retain
+) -> Tensor:
+    """Counts of tokens and sums over them, (9,), which add up over batches: :func:`loss_means` reads them."""
+    gap_out, gap_in = (boundary - energy).relu(), (energy - boundary).relu()
+    # Masked sums rather than indexing, which would make a GPU wait for each of them.
+    sums = [
+        *(mask.sum() for mask in (forget, retain)),
+        *(x.where(forget, 0.0).sum() for x in (gap_out.square(), energy, (gap_out == 0).float())),
+        *(x.where(retain, 0.0).sum() for x in (gap_in.square(), energy, (gap_in == 0).float(), nll)),
+    ]
+    return torch.stack([x.float() for x in sums])
+
+
+def loss_means(sums: Tensor) -> dict[str, float]:
+    """Token-weighted means of what :func:`loss_sums` added up: the parts of the loss before their weights, mean energies
+    in nats (``energy_``), and the share of tokens beyond their boundary (``met_``). A part without tokens is 0."""
+    forget, retain, *totals = sums.tolist()
+    counts = [forget] * len(_OF_FORGET) + [retain] * len(_OF_RETAIN)
+    return {name: x / max(n, 1) for name, x, n in zip(_OF_FORGET + _OF_RETAIN, totals, counts, strict=True)}

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
-import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,40 +15,30 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
-    TrainerState,
-    TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import logging
 
 from eua.boundaries import compute_boundaries, fingerprint, load_boundaries, save_boundaries
+from eua.checkpoints import CheckpointingTrainer, last_checkpoint
 from eua.collator import ForgetRetainCollator, PairedSampler
 from eua.config import EUAConfig
 from eua.data import IGNORE_INDEX, ForgetRetainDataset, Row, encode_rows, read_rows
 from eua.errors import EUAError
-from eua.files import fill_folder
-from eua.hidden import check_finite, check_head
-from eua.losses import d2_loss
+from eua.held_out import held_out_metrics
+from eua.hidden import check_head
+from eua.losses import d2_loss, loss_means, loss_sums
 from eua.scoring import check_token_ids, token_energies
 
 logger = logging.get_logger(__name__)
 
 BOUNDARIES_FILE = "boundaries.safetensors"
-STAGING_FOLDER = ".checkpoint.partial"
-TRAINING_ARGS_PICKLE = "training_args.bin"
 
 
-def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint in a run's folder, or None. Every folder that bears the name is whole."""
-    found = get_last_checkpoint(str(run)) if run.is_dir() else None
-    return None if found is None else Path(found)
-
-
-class EUATrainer(Trainer):
+class EUATrainer(CheckpointingTrainer):
     """Trains forgotten tokens above one energy boundary and retained tokens below another (D², method.md §3–4).
 
     Boundaries are computed once, at the start of :meth:`train`, from the model as it was handed in; they are kept in
@@ -62,6 +48,8 @@ class EUATrainer(Trainer):
         model: a causal language model, or the name or path of one.
         args: :class:`EUAConfig`.
         forget_dataset, retain_dataset: a JSONL path, a ``datasets.Dataset`` or a list of rows, see :mod:`eua.data`.
+        eval_forget_dataset, eval_retain_dataset: rows held out from training, of the same formats, for :meth:`evaluate`, which
+            ``eval_strategy="steps"`` or ``"epoch"`` calls during training.
         processing_class: the model's tokenizer; loaded beside the model when left out.
         peft_config: trains an adapter (LoRA, …) on the frozen model.
         callbacks, optimizers: as in transformers' Trainer.
@@ -70,6 +58,8 @@ class EUATrainer(Trainer):
         EUAError: on rows, settings or models that cannot work, saying why.
     """
 
+    control: TrainerControl
+
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -77,6 +67,8 @@ class EUATrainer(Trainer):
         *,
         forget_dataset: str | Path | Iterable[Row],
         retain_dataset: str | Path | Iterable[Row],
+        eval_forget_dataset: str | Path | Iterable[Row] | None = None,
+        eval_retain_dataset: str | Path | Iterable[Row] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -87,6 +79,7 @@ class EUATrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process, which Trainer would use through DataParallel, and EUATrainer "
                 "cannot: start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
             )
+        _check_eval_datasets(args, eval_forget_dataset, eval_retain_dataset)
         if isinstance(model, str):
             # Weights that are trained must be float32: in bfloat16 most steps of a small learning rate round away.
             dtype = "auto" if peft_config is not None else torch.float32
@@ -111,20 +104,24 @@ class EUATrainer(Trainer):
         check_head(model)
         _check_trainable(model)
 
+        sets = {"forget": forget_dataset, "retain": retain_dataset}
+        if eval_forget_dataset is not None and eval_retain_dataset is not None:
+            sets |= {"eval_forget": eval_forget_dataset, "eval_retain": eval_retain_dataset}
         rows = {
-            "forget": encode_rows(read_rows(forget_dataset, "forget set"), processing_class, args.max_length, "forget set"),
-            "retain": encode_rows(read_rows(retain_dataset, "retain set"), processing_class, args.max_length, "retain set"),
+            kind: encode_rows(read_rows(dataset, name), processing_class, args.max_length, name)
+            for kind, dataset in sets.items()
+            for name in [f"{kind.replace('_', ' ')} set"]
         }
         for kind in rows.values():
             check_token_ids(model, (row.input_ids for row in kind))
         use_cache = getattr(model.config, "use_cache", None)  # a multimodal model's config leaves it to its text part
-        self._stop_on_signal = _StopOnSignal()
         super().__init__(
             model=model,
             args=args,
             data_collator=ForgetRetainCollator(),
+            eval_dataset=rows.get("eval_forget"),  # Trainer asks that there be one; evaluate() reads encoded_rows
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), self._stop_on_signal],
+            callbacks=callbacks,
             optimizers=optimizers,
         )
         model.config.use_cache = use_cache  # Trainer turns it off for good; the saved model should generate at full speed
@@ -134,8 +131,6 @@ class EUATrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._tallies: Tensor | None = None
         self._starting_boundaries: dict[str, list[Tensor]] | None = None
-        self._staging: Path | None = None
-        self._saved_step: int | None = None
 
     # ---- before the first step ----------------------------------------------------------------------------------
 
@@ -144,7 +139,7 @@ class EUATrainer(Trainer):
 
         SIGINT or SIGTERM finishes the step, saves a checkpoint and ends in ``KeyboardInterrupt``.
         """
-        earlier = last_checkpoint(Path(self.args.output_dir))
+        earlier = last_checkpoint(self.run_folder)
         if earlier is not None and not resume_from_checkpoint:
             raise EUAError(
                 f"{earlier} belongs to an earlier run, and a later resume could take it for one of this run: pass "
@@ -154,11 +149,11 @@ class EUATrainer(Trainer):
         self.train_dataset = ForgetRetainDataset(
             self.encoded_rows["forget"], self.encoded_rows["retain"], boundaries["forget"], boundaries["retain"]
         )
-        with self._stop_on_signal as stop:
+        with self.stop_on_signal as stop:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        if stop.received is not None and self.state.global_step < self.state.max_steps:
+        if self.is_interrupted():
             raise KeyboardInterrupt(f"stopped by signal {stop.received} after step {self.state.global_step}")
-        self._check_weights()
+        self.check_weights()
         self.model.eval()  # what comes next is calibrating and generating, without dropout
         return result
 
@@ -171,14 +166,13 @@ class EUATrainer(Trainer):
     def _make_boundaries(self, resuming: bool) -> dict[str, list[Tensor]]:
         if self.args.constant_boundaries is not None:
             m_in, m_out = self.args.constant_boundaries
-            constants = {"retain": m_in, "forget": m_out}
             return {
-                kind: [torch.full((len(row.answer_ids),), constants[kind]) for row in rows]
+                kind: [torch.full((len(row.answer_ids),), m_out if "forget" in kind else m_in) for row in rows]
                 for kind, rows in self.encoded_rows.items()
             }
         settings = {"fraction": self.args.rho, "temperature": self.args.temperature, "fill": self.args.fill}
         key = fingerprint(self.model, self.encoded_rows, settings)
-        path = Path(self.args.output_dir) / BOUNDARIES_FILE
+        path = self.run_folder / BOUNDARIES_FILE
         kept = load_boundaries(path, self.encoded_rows, key)
         if kept is not None:
             return kept
@@ -249,84 +243,74 @@ class EUATrainer(Trainer):
                 "no step was taken on it. Lower the learning rate, or use bfloat16 or float32 in place of float16, "
                 "and go on from a checkpoint of an earlier step."
             )
-        self._tally(energy.detach(), nll.detach(), boundary, forget & counted, ~forget & counted)
+        sums = loss_sums(energy.detach(), nll.detach(), boundary, forget & counted, ~forget & counted)
+        self._tallies = sums if self._tallies is None else self._tallies + sums
         # Gradients are averaged over processes, but the counts are already those of all processes.
         loss = parts.loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
         return (loss, {"energy": energy, "nll": nll}) if return_outputs else loss
 
     # ---- what one sees ------------------------------------------------------------------------------------------
 
-    def _tally(self, energy: Tensor, nll: Tensor, boundary: Tensor, forget: Tensor, retain: Tensor) -> None:
-        """Sums over counted tokens, from which :meth:`log` makes token-weighted means."""
-        gap_out, gap_in = (boundary - energy).relu(), (energy - boundary).relu()
-        # Masked sums rather than indexing, which would make a GPU wait for each of them.
-        sums = [
-            *(mask.sum() for mask in (forget, retain)),
-            *(x.where(forget, 0.0).sum() for x in (gap_out.square(), energy, (gap_out == 0).float())),
-            *(x.where(retain, 0.0).sum() for x in (gap_in.square(), energy, (gap_in == 0).float(), nll)),
-        ]
-        step = torch.stack([x.float() for x in sums])
-        self._tallies = step if self._tallies is None else self._tallies + step
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss, mean energies and the share of tokens beyond their boundary."""
         if self._tallies is not None:
-            forget, retain, *sums = self.accelerator.reduce(self._tallies, reduction="sum").tolist()
-            names = ("loss_forget", "energy_forget", "met_forget", "loss_retain", "energy_retain", "met_retain", "nll_retain")
-            counts = [forget] * 3 + [retain] * 4
-            logs.update({name: x / max(n, 1) for name, x, n in zip(names, sums, counts, strict=True)})
+            logs.update(loss_means(self.accelerator.reduce(self._tallies, reduction="sum")))
             self._tallies = None
         super().log(logs, start_time)
 
-    # ---- nothing is lost ----------------------------------------------------------------------------------------
+    def evaluate(
+        self, eval_dataset: None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The D² loss of the held-out rows with γ and α as configured, its parts, and ``auroc``, see :mod:`eua.held_out`.
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write the checkpoint under a temporary name; a folder called ``checkpoint-N`` is always whole."""
-        if self._saved_step == self.state.global_step:
-            return  # at the end of an epoch Trainer may ask twice
-        self._check_weights()
-        run = Path(self.args.output_dir)
-        staging = run / STAGING_FOLDER
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        self._staging = staging
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = None
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            (written,) = staging.iterdir()
-            if (run / written.name).exists():  # a step that is trained again after resuming from an earlier one
-                os.replace(run / written.name, staging / "replaced")
-            os.replace(written, run / written.name)
-            shutil.rmtree(staging)
-            self._delete_old_checkpoints(run)
-        self._saved_step = self.state.global_step
+        Every process measures all rows, so there is nothing to gather. Trainer's own loop is not used: its data loader draws
+        from the random state, and training would go on differently than without evaluation.
+        """
+        if eval_dataset is not None:
+            raise EUAError(
+                "evaluate() was given a dataset, but boundaries of held-out rows come from the model before training: "
+                "pass eval_forget_dataset and eval_retain_dataset to EUATrainer instead."
+            )
+        if "eval_forget" not in self.encoded_rows:
+            raise EUAError(
+                "evaluate() was called, but there are no rows to evaluate on: "
+                "pass eval_forget_dataset and eval_retain_dataset to EUATrainer."
+            )
+        started = time.time()
+        boundaries = self._boundaries(resuming=last_checkpoint(self.run_folder) is not None)
+        rows = {kind: self.encoded_rows[f"eval_{kind}"] for kind in ("forget", "retain")}
+        with self.accelerator.autocast():
+            measured = held_out_metrics(
+                self.model,
+                rows,
+                {kind: boundaries[f"eval_{kind}"] for kind in rows},
+                gamma=self.args.gamma,
+                alpha=self.args.alpha,
+                temperature=self.args.temperature,
+                batch_size=self.args.per_device_eval_batch_size,
+                progress=not self.args.disable_tqdm,
+            )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        metrics |= speed_metrics(metric_key_prefix, started, num_samples=sum(map(len, rows.values())))
+        super().log(metrics)  # not through log(), which would add what training has tallied since
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
-    def _delete_old_checkpoints(self, run: Path) -> None:
-        limit = self.args.save_total_limit or 0
-        steps = sorted(int(path.name.rpartition("-")[2]) for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
-        for step in steps[:-limit] if limit > 0 else []:
-            shutil.rmtree(run / f"{PREFIX_CHECKPOINT_DIR}-{step}", ignore_errors=True)
 
-    def _check_weights(self) -> None:
-        """Raise rather than save weights that a step has ruined."""
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                check_finite(parameter.detach(), f"the weights {name} after step {self.state.global_step}")
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As Trainer's, but whole or not at all, and without its pickle of the arguments."""
-
-        def write(folder: Path) -> None:
-            super(EUATrainer, self)._save(str(folder), state_dict)
-            (folder / TRAINING_ARGS_PICKLE).unlink(missing_ok=True)
-
-        fill_folder(Path(output_dir or self.args.output_dir), write)
+def _check_eval_datasets(args: EUAConfig, forget: object, retain: object) -> None:
+    """Raise when evaluation is asked for and there is nothing to evaluate on, or half of it."""
+    if (forget is None) != (retain is None):
+        given, missing = ("eval_retain_dataset", "eval_forget_dataset")[:: 1 if forget is None else -1]
+        raise EUAError(
+            f"{given} was given without {missing}, but what is measured compares rows to forget with rows to retain: "
+            "pass both, or neither."
+        )
+    if forget is None and (args.eval_strategy != "no" or args.eval_on_start):
+        how = "eval_on_start = True" if args.eval_on_start else f"eval_strategy = {args.eval_strategy.value!r}"
+        raise EUAError(
+            f"{how} was set, but there are no rows to evaluate on: "
+            'pass eval_forget_dataset and eval_retain_dataset, rows held out from training, or leave evaluation off ("no").'
+        )
 
 
 def _check_trainable(model: nn.Module) -> None:
@@ -339,33 +323,3 @@ def _check_trainable(model: nn.Module) -> None:
             "Trainable weights are in half precision, where small steps round away: load the model with "
             "dtype=torch.float32, and set bf16=True for speed."
         )
-
-
-class _StopOnSignal(TrainerCallback):
-    """While entered: on SIGINT or SIGTERM the step is finished, a checkpoint saved, and training ended."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopOnSignal:
-        self.received = None
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        self.previous.clear()
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:  # asked twice: stop now
-            raise KeyboardInterrupt
-        self.received = number
-        logger.warning("Stopping after this step; a checkpoint will be saved. Interrupt again to stop at once.")
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.received is not None:
-            control.should_save = control.should_training_stop = True

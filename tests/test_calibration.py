@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from eua import EUAError
-from eua.calibration import auroc, conformal_threshold, false_positive_rate
+from eua.calibration import conformal_threshold
+from eua.separation import auroc, false_positive_rate
 
 
 @pytest.mark.parametrize(("n", "tolerance"), [(19, 0.05), (20, 0.05), (99, 0.1), (7, 0.3), (1, 0.5)])

@@ -14,10 +14,10 @@ from transformers import LlamaForCausalLM, TrainerCallback
 
 from eua import EUAConfig, EUAError, EUATrainer
 from eua.boundaries import compute_boundaries
+from eua.checkpoints import last_checkpoint
 from eua.collator import pad_rows
 from eua.data import ForgetRetainDataset, encode_rows
 from eua.hidden import check_head, hidden_states, output_head
-from eua.trainer import last_checkpoint
 from tests.conftest import tiny_llama
 from tests.test_losses import transcription
 
@@ -38,7 +38,8 @@ def config(folder: Path, **options) -> EUAConfig:
     return EUAConfig(output_dir=str(folder), **defaults | options)
 
 
-def make(model, tokenizer, rows, folder, peft_config=None, forget=None, retain=None, **options) -> EUATrainer:
+def make(model, tokenizer, rows, folder, peft_config=None, forget=None, retain=None, passed=None, **options) -> EUATrainer:
+    """A trainer on a few rows; ``options`` are settings, ``passed`` goes to the trainer itself."""
     return EUATrainer(
         model,
         config(folder, **options),
@@ -46,6 +47,7 @@ def make(model, tokenizer, rows, folder, peft_config=None, forget=None, retain=N
         retain_dataset=rows["retain"][:9] if retain is None else retain,
         processing_class=tokenizer,
         peft_config=peft_config,
+        **(passed or {}),
     )
 
 
@@ -366,7 +368,10 @@ def test_models_that_cannot_be_honoured_are_refused(model, tokenizer, rows, tmp_
         ({"retain_per_forget": 0}, "retain_per_forget = 0"),
         ({"m_in": 1.0}, "constant boundaries come as a pair"),
         ({"remove_unused_columns": True}, "it would drop the boundaries"),
-        ({"eval_strategy": "epoch"}, "does not evaluate while it trains"),
+        (
+            {"metric_for_best_model": "eval_accuracy"},
+            "'eval_accuracy', but evaluation reports no such metric: choose one of eval_loss",
+        ),
     ],
 )
 def test_bad_settings_are_told_what_is_wrong(options, text, tmp_path):

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eua.calibration import auroc, false_positive_rate
 from eua.data import Row, encode_prompts, encode_rows
 from eua.evaluation.metrics import measure_answers, truth_ratios
 from eua.refusal import EnergyGuard
 from eua.scoring import prompt_scores
+from eua.separation import auroc, false_positive_rate
 
 # Report key → (heading, format). Measures are taken with the guard off; "refused" says what the guard adds.
 COLUMNS = {
