@@ -59,9 +59,9 @@ def multiple_of_matmul(benchmark: Any, head: Head, step: Callable[..., Any], pre
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    rounds = 3 if DEVICE == "cpu" and head.hidden.dtype == torch.float32 else 5  # float32 takes a CPU four times as long
-    benchmark.pedantic(timed, setup=setup, rounds=rounds, warmup_rounds=1)
-    return benchmark.stats.stats.median / statistics.median(matmul[1:])
+    warm_up = seconds(lambda: timed(*prepare()), DEVICE)
+    benchmark.pedantic(timed, setup=setup, rounds=5 if warm_up < 1.5 else 3)
+    return benchmark.stats.stats.median / statistics.median(matmul)
 
 
 CASES = [
