@@ -62,18 +62,9 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    implementation: str,
-    group: str,
-    store: bool,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return shared.empty_pass(hidden, targets, HeadOptions(temperature, logit_scale, softcap), store)
+    return shared.empty_pass(hidden, targets, HeadOptions(*others[:3]), store=others[-1])
 
 
 @torch.library.custom_op("fused_energy::backward", mutates_args=())

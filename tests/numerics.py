@@ -199,7 +199,7 @@ def problems(draw: st.DrawFn, dtypes: list[torch.dtype], largest: tuple[int, int
     problem = Problem(
         strided(seed, n, h) * scale,
         strided(seed + 1, v, h),
-        normal(seed + 2, v) if draw(st.booleans()) else None,
+        draw(st.sampled_from([None, normal(seed + 2, v), normal(seed + 2, 2 * v)[::2]])),
         some_targets(seed + 3, n, v) if draw(st.booleans()) else None,
         {
             "temperature": draw(st.sampled_from([0.3, 1.0, 2.5])),

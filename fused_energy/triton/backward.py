@@ -102,32 +102,43 @@ def head_gradient(
     needs: tuple[bool, bool],  # of weight, of bias
 ) -> tuple[Tensor | None, Tensor | None]:
     """Stretches of the vocabulary one after the other, each summed over all tokens in float32 before it is written."""
-    grad_weight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device) if needs[0] else None
-    grad_bias = torch.zeros_like(bias) if needs[1] and bias is not None else None
-    if hidden.shape[0] == 0:
-        return grad_weight, grad_bias
+    make = torch.zeros if hidden.shape[0] == 0 else torch.empty
+    grad_weight = make(weight.shape, dtype=weight.dtype, device=weight.device) if needs[0] else None
+    grad_bias = make(weight.shape[0], dtype=weight.dtype, device=weight.device) if needs[1] else None
     active = (grad_lse != 0).any(dim=0)
     if targets is not None:
         active = active | (grad_target != 0)
-    problem = Problem(hidden, weight, bias, targets, options, active)
-    tile = problem.logits_config
-    rows, stretch = problem.rows_and_stretch(1, tile.columns * hidden.element_size())
-    gradient = hidden.new_empty(problem.padded(rows), stretch)
-    grad_lse = grad_lse.contiguous()
+    if hidden.shape[0]:
+        with torch.cuda.device_of(hidden):  # Triton launches on the current device, whatever it is given
+            problem = Problem(hidden, weight, bias, targets, options, active)
+            _fill(problem, lse, grad_lse.contiguous(), grad_target.contiguous(), grad_weight, grad_bias)
+    return grad_weight, grad_bias
 
+
+def _fill(
+    problem: Problem,
+    lse: Tensor,  # (K, N)
+    grad_lse: Tensor,  # (K, N)
+    grad_target: Tensor,  # (N,)
+    grad_weight: Tensor | None,  # (V, H), written
+    grad_bias: Tensor | None,  # (V,), written
+) -> None:
+    tile = problem.logits_config
+    rows, stretch = problem.rows_and_stretch(1, tile.columns * problem.hidden.element_size())
+    gradient = problem.hidden.new_empty(problem.padded(rows), stretch)
     for columns in shared.blocks(problem.vocabulary, stretch):
         column_tiles = triton.cdiv(columns.stop - columns.start, tile.columns)
         width = column_tiles * tile.columns
         sums = None
         if grad_weight is not None and rows < problem.tokens:
-            sums = lse.new_zeros(columns.stop - columns.start, problem.hidden_size)
+            sums = lse.new_empty(columns.stop - columns.start, problem.hidden_size)
         sum_bias = lse.new_zeros(width)
         for block in shared.blocks(problem.tokens, rows):
             slots = block.stop - block.start
             bias_sums = lse.new_empty(triton.cdiv(slots, tile.rows) if grad_bias is not None else 0, width)
             _logit_gradient_kernel[(triton.cdiv(slots, tile.rows) * column_tiles,)](
-                hidden,
-                weight,
+                problem.hidden,
+                problem.weight,
                 problem.bias,
                 problem.targets,
                 problem.order,
@@ -155,4 +166,3 @@ def head_gradient(
             grad_weight[columns] = sums
         if grad_bias is not None:
             grad_bias[columns] = sum_bias[: columns.stop - columns.start]
-    return grad_weight, grad_bias

@@ -222,11 +222,12 @@ def forward(
     done = shared.empty_pass(hidden, targets, options, store)
     if hidden.shape[0] == 0:
         return done
-    problem = Problem(hidden, weight, bias, targets, options, None if targets is None else targets != LEFT_OUT)
-    if store:
-        _logsumexp_and_weighted(problem, done)
-    else:
-        _logsumexp(problem, done)
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device, whatever it is given
+        problem = Problem(hidden, weight, bias, targets, options, None if targets is None else targets != LEFT_OUT)
+        if store:
+            _logsumexp_and_weighted(problem, done)
+        else:
+            _logsumexp(problem, done)
     return done
 
 

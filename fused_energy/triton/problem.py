@@ -36,7 +36,7 @@ class Problem:
         self.has_bias, self.has_targets = bias is not None, targets is not None
         self.and_at_one = targets is not None and options.temperature != 1.0
         # Kernels take a pointer for everything; where there is nothing, it is never read.
-        self.bias = hidden if bias is None else bias
+        self.bias = hidden if bias is None else bias.contiguous()
         self.targets = hidden if targets is None else targets
         if chosen is None:
             self.order = torch.arange(self.tokens, device=hidden.device)
