@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
+
+from eua.losses import loss_means
 
 logger = logging.get_logger(__name__)
 
@@ -45,3 +51,47 @@ class StopOnSignal(TrainerCallback):
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.received is not None and state.epoch % 1:
             control.should_evaluate = False  # the epoch is not over: the whole run would not have evaluated here either
+
+
+class StopWhenMet(TrainerCallback):
+    """Ends training after an epoch in which at least a share of the forget tokens lay above their boundary.
+
+    The share is that of a whole epoch since an epoch meets every forget row once: a window of the log sees some of them, and
+    training would end earlier or later with another logging_steps.
+
+    Args:
+        share: in (0, 1].
+        over_processes: sums a tensor over all processes.
+    """
+
+    def __init__(self, share: float, over_processes: Callable[[Tensor], Tensor]) -> None:
+        self.share, self.over_processes = share, over_processes
+        self.sums: Tensor | None = None  # of the epoch so far, see loss_sums
+        self.last_epoch = 0.0  # the share met in the last whole epoch
+
+    def add(self, sums: Tensor) -> None:
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def exported(self) -> dict[str, Any]:
+        """What a checkpoint must hold so that a resumed run ends where the whole one does; all processes call this."""
+        sums = None if self.sums is None else self.over_processes(self.sums).tolist()
+        return {"sums": sums, "last_epoch": self.last_epoch}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        kept = state.stateful_callbacks.get(type(self).__name__, {"sums": None, "last_epoch": 0.0})
+        sums, self.last_epoch = kept["sums"], kept["last_epoch"]
+        # The sums of all processes go on in one of them.
+        self.sums = torch.tensor(sums, device=args.device) if sums is not None and args.process_index == 0 else None
+        if self.last_epoch >= self.share:
+            control.should_training_stop = True  # the run to resume had ended
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # The last step of an epoch, rather than its end, comes before any checkpoint that is saved at this step.
+        if state.epoch % 1 or self.sums is None:
+            return
+        self.last_epoch, self.sums = loss_means(self.over_processes(self.sums))["met_forget"], None
+        if self.last_epoch >= self.share:
+            control.should_training_stop = True
+            # As Trainer does at the last step of all; what goes by epochs comes at the epoch's end.
+            control.should_evaluate = control.should_evaluate or args.eval_strategy == IntervalStrategy.STEPS
+            control.should_save = control.should_save or args.save_strategy == SaveStrategy.STEPS

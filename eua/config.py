@@ -51,6 +51,15 @@ class EUAConfig(TrainingArguments):
         default=None, metadata={"help": "Whether more of metric_for_best_model is better. None: as is known of each metric."}
     )
     gamma: float = field(default=0.05, metadata={"help": "Weight of the two energy parts of the loss."})
+    gamma_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": 'After its rise gamma stays ("constant") or falls towards 0 until the last step ("linear", "cosine").'
+        },
+    )
+    gamma_warmup_ratio: float = field(
+        default=0.0, metadata={"help": "Share of the steps over which gamma rises from 0; 0: it starts at its full value."}
+    )
     alpha: float = field(default=1.0, metadata={"help": "Weight of the retained tokens' negative log-likelihood."})
     rho: float = field(default=0.1, metadata={"help": "Share of the vocabulary that a reference boundary is made of."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature T of the energy."})
@@ -68,6 +77,13 @@ class EUAConfig(TrainingArguments):
     max_length: int | None = field(
         default=1024, metadata={"help": "Longest row in tokens; longer answers are cut. None: no limit."}
     )
+    stop_when_met: float | None = field(
+        default=None,
+        metadata={
+            "help": "Training ends after an epoch in which this share of the forget tokens lay above their boundary. An epoch "
+            "meets every forget row once, so that the share is of all of them, whatever is logged when. None: all epochs."
+        },
+    )
     boundary_batch_size: int = field(default=16, metadata={"help": "Rows per forward while boundaries are computed."})
 
     def __post_init__(self) -> None:
@@ -76,6 +92,10 @@ class EUAConfig(TrainingArguments):
         _check("temperature", self.temperature, lambda x: math.isfinite(x) and x > 0, "T is finite and above 0")
         _check("rho", self.rho, lambda x: 0 < x <= 1, "a share of the vocabulary lies above 0 and at most at 1")
         _check("fill", self.fill, lambda x: x in ("zero", "none"), 'known are "zero" and "none"')
+        known = ("constant", "linear", "cosine")
+        _check("gamma_schedule", self.gamma_schedule, lambda x: x in known, 'known are "constant", "linear" and "cosine"')
+        _check("gamma_warmup_ratio", self.gamma_warmup_ratio, lambda x: 0 <= x < 1, "a share of the steps, 0 or more, below 1")
+        _check("stop_when_met", self.stop_when_met, lambda x: x is None or 0 < x <= 1, "a share of tokens, above 0, at most 1")
         _check("retain_per_forget", self.retain_per_forget, lambda x: x >= 1, "each forget row needs a retain row beside it")
         _check("boundary_batch_size", self.boundary_batch_size, lambda x: x >= 1, "a batch has at least one row")
         _check("max_length", self.max_length, lambda x: x is None or x >= 2, "a row has a prompt and an answer token")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,25 @@ def _mean(values: Tensor, mask: Tensor, count: Tensor | int | None) -> Tensor:
     count = mask.sum() if count is None else count
     total = values.where(mask, 0.0).sum()
     return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+
+
+def scheduled_gamma(gamma: float, schedule: str, warmup_ratio: float, step: int, steps: int) -> float:
+    """γ of one step: it rises from 0 over the first steps, then stays, or falls towards 0 until the last.
+
+    A function of the step alone, so a resumed run goes on with it.
+
+    Args:
+        gamma: the peak.
+        schedule: what follows the rise: ``"constant"``, or a fall that is ``"linear"`` or half a ``"cosine"``.
+        warmup_ratio: the share of the steps over which γ rises, in [0, 1).
+        step: steps made before this one.
+        steps: of the whole run.
+    """
+    done = step / steps
+    if done < warmup_ratio:
+        return gamma * done / warmup_ratio
+    left = (1 - done) / (1 - warmup_ratio)
+    return gamma * {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[schedule]
 
 
 _OF_FORGET = ("loss_forget", "energy_forget", "met_forget")

@@ -23,6 +23,7 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import logging
 
 from eua.boundaries import compute_boundaries, fingerprint, load_boundaries, save_boundaries
+from eua.callbacks import StopWhenMet
 from eua.checkpoints import CheckpointingTrainer, last_checkpoint
 from eua.collator import ForgetRetainCollator, PairedSampler
 from eua.config import EUAConfig
@@ -30,7 +31,7 @@ from eua.data import IGNORE_INDEX, ForgetRetainDataset, Row, encode_rows, read_r
 from eua.errors import EUAError
 from eua.held_out import held_out_metrics
 from eua.hidden import check_head
-from eua.losses import d2_loss, loss_means, loss_sums
+from eua.losses import d2_loss, loss_means, loss_sums, scheduled_gamma
 from eua.scoring import check_token_ids, token_energies
 
 logger = logging.get_logger(__name__)
@@ -115,6 +116,10 @@ class EUATrainer(CheckpointingTrainer):
         for kind in rows.values():
             check_token_ids(model, (row.input_ids for row in kind))
         use_cache = getattr(model.config, "use_cache", None)  # a multimodal model's config leaves it to its text part
+        self._stop_when_met: StopWhenMet | None = None
+        if args.stop_when_met is not None:
+            self._stop_when_met = StopWhenMet(args.stop_when_met, lambda x: self.accelerator.reduce(x, reduction="sum"))
+            callbacks = [*(callbacks or []), self._stop_when_met]
         super().__init__(
             model=model,
             args=args,
@@ -232,7 +237,7 @@ class EUATrainer(CheckpointingTrainer):
             boundary,
             forget,
             counted,
-            gamma=self.args.gamma,
+            gamma=self._gamma(self.state.global_step),
             alpha=self.args.alpha,
             forget_count=forget_count,
             retain_count=retain_count,
@@ -245,15 +250,32 @@ class EUATrainer(CheckpointingTrainer):
             )
         sums = loss_sums(energy.detach(), nll.detach(), boundary, forget & counted, ~forget & counted)
         self._tallies = sums if self._tallies is None else self._tallies + sums
+        if self._stop_when_met is not None:
+            self._stop_when_met.add(sums)
         # Gradients are averaged over processes, but the counts are already those of all processes.
         loss = parts.loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
         return (loss, {"energy": energy, "nll": nll}) if return_outputs else loss
 
+    def _gamma(self, step: int) -> float:
+        settings = self.args
+        steps = max(self.state.max_steps, 1)
+        return scheduled_gamma(settings.gamma, settings.gamma_schedule, settings.gamma_warmup_ratio, step, steps)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not self.control.should_training_stop:  # else what was resumed had ended
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_state(self, folder: Path) -> None:
+        if self._stop_when_met is not None:
+            self.state.stateful_callbacks[StopWhenMet.__name__] = self._stop_when_met.exported()
+        super()._save_state(folder)
+
     # ---- what one sees ------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the parts of the loss, mean energies and the share of tokens beyond their boundary."""
+        """Adds the parts of the loss, mean energies, the share of tokens beyond their boundary, and γ of the last step."""
         if self._tallies is not None:
+            logs["gamma"] = self._gamma(self.state.global_step - 1)
             logs.update(loss_means(self.accelerator.reduce(self._tallies, reduction="sum")))
             self._tallies = None
         super().log(logs, start_time)

@@ -37,7 +37,7 @@ ALLOWED = {
     "eua.losses": {"torch"},
     "eua.calibration": {"torch", "eua.errors"},
     "eua.separation": {"torch"},
-    "eua.callbacks": {"transformers"},
+    "eua.callbacks": {"torch", "transformers", "eua.losses"},
     "eua.checkpoints": {"torch", "transformers", "eua.callbacks", "eua.files", "eua.hidden"},
     "eua.data": {"torch", "transformers", "eua.errors"},
     "eua.collator": {"torch", "eua.data"},
