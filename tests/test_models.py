@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,15 @@ MODELS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     ),
 }
 DEFAULTS: dict[str, Any] = {"bias": None, "logit_scale": 1.0, "softcap": None}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors of a few numbers: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def random_model(name: str, vocabulary: int = V, **changed: Any) -> PreTrainedModel:
