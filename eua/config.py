@@ -18,6 +18,7 @@ EVAL_METRICS = {
     "loss_forget": False,
     "loss_retain": False,
     "nll_retain": False,
+    "kl_retain": False,
     "energy_forget": True,
     "energy_retain": False,
     "met_forget": True,
@@ -60,7 +61,14 @@ class EUAConfig(TrainingArguments):
     gamma_warmup_ratio: float = field(
         default=0.0, metadata={"help": "Share of the steps over which gamma rises from 0; 0: it starts at its full value."}
     )
-    alpha: float = field(default=1.0, metadata={"help": "Weight of the retained tokens' negative log-likelihood."})
+    alpha: float = field(default=1.0, metadata={"help": "Weight of what keeps the retained tokens, see retain_loss."})
+    retain_loss: str = field(
+        default="nll",
+        metadata={
+            "help": 'What alpha weighs: the retained tokens\' negative log-likelihood ("nll", as released), or the divergence '
+            'KL(reference || model) at them ("kl", which needs EUATrainer\'s ref_model).'
+        },
+    )
     rho: float = field(default=0.1, metadata={"help": "Share of the vocabulary that a reference boundary is made of."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature T of the energy."})
     fill: str = field(
@@ -94,6 +102,7 @@ class EUAConfig(TrainingArguments):
         _check("fill", self.fill, lambda x: x in ("zero", "none"), 'known are "zero" and "none"')
         known = ("constant", "linear", "cosine")
         _check("gamma_schedule", self.gamma_schedule, lambda x: x in known, 'known are "constant", "linear" and "cosine"')
+        _check("retain_loss", self.retain_loss, lambda x: x in ("nll", "kl"), 'known are "nll" and "kl"')
         _check("gamma_warmup_ratio", self.gamma_warmup_ratio, lambda x: 0 <= x < 1, "a share of the steps, 0 or more, below 1")
         _check("stop_when_met", self.stop_when_met, lambda x: x is None or 0 < x <= 1, "a share of tokens, above 0, at most 1")
         _check("retain_per_forget", self.retain_per_forget, lambda x: x >= 1, "each forget row needs a retain row beside it")
@@ -110,6 +119,11 @@ class EUAConfig(TrainingArguments):
                 raise EUAError(
                     f"metric_for_best_model = {self.metric_for_best_model!r}, but evaluation reports no such metric: "
                     f"choose one of {', '.join(f'eval_{name}' for name in EVAL_METRICS)}."
+                )
+            if metric == "kl_retain" and self.retain_loss != "kl":
+                raise EUAError(
+                    f'metric_for_best_model = {self.metric_for_best_model!r}, which is measured with retain_loss = "kl" only: '
+                    "set that, or choose eval_nll_retain."
                 )
             if self.greater_is_better is None:  # TrainingArguments would go by whether the name ends with "loss"
                 self.greater_is_better = EVAL_METRICS[metric]

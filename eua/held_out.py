@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from eua.data import EncodedRow
 from eua.hidden import check_finite, output_head
 from eua.losses import loss_means, loss_sums
+from eua.reference import Reference
 from eua.scoring import answer_states, eval_hidden_states
 from eua.separation import auroc
 
@@ -25,6 +26,7 @@ def held_out_metrics(
     temperature: float,
     batch_size: int,
     progress: bool = True,
+    kl_reference: Reference | None = None,
 ) -> dict[str, float]:
     """The D² loss of held-out rows, its parts, and how well the score of prompts tells forget from retain rows.
 
@@ -37,6 +39,7 @@ def held_out_metrics(
         gamma, alpha: weights of the loss.
         temperature: T of the energy.
         batch_size: rows per forward.
+        kl_reference: given, KL to it takes the place of the retained tokens' NLL in the loss.
 
     Returns:
         ``loss``, the names of :func:`eua.losses.loss_means`, and ``auroc``: of the prompts' scores, forget against retain.
@@ -47,6 +50,7 @@ def held_out_metrics(
     for kind in ("forget", "retain"):
         of_prompts: list[Tensor] = []
         title = f"held-out {kind} rows" if progress else None
+        reference = None if kl_reference is None else eval_hidden_states(kl_reference.model, rows[kind], batch_size)
         for indices, hidden in eval_hidden_states(model, rows[kind], batch_size, title):
             batch = [rows[kind][i] for i in indices]
             states = answer_states(hidden, batch)
@@ -55,11 +59,18 @@ def held_out_metrics(
             energy, nll = head.energy_and_nll(states, targets, temperature)
             boundary = torch.cat([boundaries[kind][i] for i in indices]).to(energy.device)
             is_forget = torch.full_like(boundary, kind == "forget", dtype=torch.bool)
-            totals.append(loss_sums(energy, nll, boundary, is_forget, ~is_forget))
+            kl = None
+            if kl_reference is not None and reference is not None:
+                _, theirs = next(reference)  # of the same rows: batches depend on the rows alone
+                kl = kl_reference.kl(answer_states(theirs, batch), states, head)
+            totals.append(loss_sums(energy, nll, boundary, is_forget, ~is_forget, kl))
             # What predicts an answer's first token is the prompt's last one: its energy is the prompt's score.
             starts = torch.tensor([0, *(len(row.answer_ids) for row in batch[:-1])], device=energy.device).cumsum(0)
             of_prompts.append(energy[starts].float().cpu())
         scores[kind] = torch.cat(of_prompts)
     means = loss_means(torch.stack(totals).sum(dim=0))
-    loss = gamma * (means["loss_forget"] + means["loss_retain"]) + alpha * means["nll_retain"]
+    loss = (
+        gamma * (means["loss_forget"] + means["loss_retain"])
+        + alpha * means["nll_retain" if kl_reference is None else "kl_retain"]
+    )
     return {"loss": loss, **means, "auroc": auroc(scores["forget"], scores["retain"])}

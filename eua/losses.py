@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 class D2Loss(NamedTuple):
@@ -35,7 +37,8 @@ def d2_loss(
     Means are over counted tokens. A token whose boundary is already met gets a gradient of exactly zero.
 
     Args:
-        energy, nll: per token, in nats, from :func:`fused_energy.linear_energy`.
+        energy: per token, in nats, from :func:`fused_energy.linear_energy`.
+        nll: what keeps the retained tokens, in nats: their NLL as released, or in its place :func:`reference_kl`.
         boundary: m_in at retain tokens and m_out at forget tokens, or the two as constants.
         forget: True at tokens to forget, False at tokens to retain; broadcast against ``energy``.
         counted: True at tokens that an answer consists of; others contribute nothing.
@@ -62,6 +65,32 @@ def _mean(values: Tensor, mask: Tensor, count: Tensor | int | None) -> Tensor:
     return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
 
+def reference_kl(
+    hidden: Tensor,  # (N, H)
+    ref_hidden: Tensor,  # (N, H'), of the reference
+    *,
+    logits: Callable[[Tensor], Tensor],
+    ref_logits: Callable[[Tensor], Tensor],
+    tile: int = 64,
+) -> Tensor:
+    """``KL(p_ref ‖ p) = Σ_v p_ref(v)·(log p_ref(v) − log p(v))`` of each token, (N,), in nats, at T = 1.
+
+    In place of the retained tokens' NLL it keeps all of what the reference would say there, not the answer alone. It is 0
+    where the model says the same, and its gradient in the logits is ``p − p_ref``.
+
+    Logits are made for ``tile`` tokens at a time, (tile, V), and made again in the backward pass; only hidden states are kept.
+    The reference gets no gradient.
+    """
+
+    def of_tile(part: Tensor, ref_part: Tensor) -> Tensor:
+        with torch.no_grad():
+            ref = ref_logits(ref_part).log_softmax(dim=-1)
+        return (ref.exp() * (ref - logits(part).log_softmax(dim=-1))).sum(dim=-1)
+
+    tiles = zip(hidden.split(tile), ref_hidden.split(tile), strict=True)
+    return torch.cat([checkpoint(of_tile, *parts, use_reentrant=False, preserve_rng_state=False) for parts in tiles])
+
+
 def scheduled_gamma(gamma: float, schedule: str, warmup_ratio: float, step: int, steps: int) -> float:
     """γ of one step: it rises from 0 over the first steps, then stays, or falls towards 0 until the last.
 
@@ -82,7 +111,7 @@ def scheduled_gamma(gamma: float, schedule: str, warmup_ratio: float, step: int,
 
 
 _OF_FORGET = ("loss_forget", "energy_forget", "met_forget")
-_OF_RETAIN = ("loss_retain", "energy_retain", "met_retain", "nll_retain")
+_OF_RETAIN = ("loss_retain", "energy_retain", "met_retain", "nll_retain", "kl_retain")
 
 
 def loss_sums(
@@ -91,14 +120,16 @@ def loss_sums(
     boundary: Tensor,  # (...,)
     forget: Tensor,  # (...,) bool, counted tokens to forget
     retain: Tensor,  # (...,) bool, counted tokens to retain
+    kl: Tensor | None = None,  # (...,) from reference_kl, where the loss has it
 ) -> Tensor:
-    """Counts of tokens and sums over them, (9,), which add up over batches: :func:`loss_means` reads them."""
+    """Counts of tokens and sums over them, (9,) or with ``kl`` (10,), to add up over batches and give to :func:`loss_means`."""
     gap_out, gap_in = (boundary - energy).relu(), (energy - boundary).relu()
     # Masked sums rather than indexing, which would make a GPU wait for each of them.
     sums = [
         *(mask.sum() for mask in (forget, retain)),
         *(x.where(forget, 0.0).sum() for x in (gap_out.square(), energy, (gap_out == 0).float())),
         *(x.where(retain, 0.0).sum() for x in (gap_in.square(), energy, (gap_in == 0).float(), nll)),
+        *(x.where(retain, 0.0).sum() for x in ([] if kl is None else [kl])),
     ]
     return torch.stack([x.float() for x in sums])
 
@@ -108,4 +139,5 @@ def loss_means(sums: Tensor) -> dict[str, float]:
     in nats (``energy_``), and the share of tokens beyond their boundary (``met_``). A part without tokens is 0."""
     forget, retain, *totals = sums.tolist()
     counts = [forget] * len(_OF_FORGET) + [retain] * len(_OF_RETAIN)
-    return {name: x / max(n, 1) for name, x, n in zip(_OF_FORGET + _OF_RETAIN, totals, counts, strict=True)}
+    # Without KL there is one total less than there are names.
+    return {name: x / max(n, 1) for name, x, n in zip(_OF_FORGET + _OF_RETAIN, totals, counts, strict=False)}

@@ -15,9 +15,13 @@ from eua.hidden import check_finite, check_head, hidden_states, output_head
 from fused_energy import EnergyNLL
 
 
-def token_energies(model: nn.Module, batch: dict[str, Tensor], temperature: float) -> EnergyNLL:
-    """Energy and NLL, each (B, S−1), of the tokens that ``labels[:, 1:]`` marks; 0 elsewhere."""
-    hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"])
+def token_energies(model: nn.Module, batch: dict[str, Tensor], temperature: float, hidden: Tensor | None = None) -> EnergyNLL:
+    """Energy and NLL, each (B, S−1), of the tokens that ``labels[:, 1:]`` marks; 0 elsewhere.
+
+    ``hidden`` are the batch's hidden states (B, S, H), where the caller has them already.
+    """
+    if hidden is None:
+        hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"])
     return output_head(model).energy_and_nll(hidden[:, :-1], batch["labels"][:, 1:], temperature)
 
 

@@ -30,8 +30,9 @@ from eua.config import EUAConfig
 from eua.data import IGNORE_INDEX, ForgetRetainDataset, Row, encode_rows, read_rows
 from eua.errors import EUAError
 from eua.held_out import held_out_metrics
-from eua.hidden import check_head
+from eua.hidden import check_head, hidden_states, output_head
 from eua.losses import d2_loss, loss_means, loss_sums, scheduled_gamma
+from eua.reference import Reference
 from eua.scoring import check_token_ids, token_energies
 
 logger = logging.get_logger(__name__)
@@ -51,6 +52,8 @@ class EUATrainer(CheckpointingTrainer):
         forget_dataset, retain_dataset: a JSONL path, a ``datasets.Dataset`` or a list of rows, see :mod:`eua.data`.
         eval_forget_dataset, eval_retain_dataset: rows held out from training, of the same formats, for :meth:`evaluate`, which
             ``eval_strategy="steps"`` or ``"epoch"`` calls during training.
+        ref_model: the model before unlearning, or its name or path, kept beside the one in training: boundaries are then taken
+            from it at every step, not computed beforehand, and ``retain_loss="kl"`` compares with it.
         processing_class: the model's tokenizer; loaded beside the model when left out.
         peft_config: trains an adapter (LoRA, …) on the frozen model.
         callbacks, optimizers: as in transformers' Trainer.
@@ -70,6 +73,7 @@ class EUATrainer(CheckpointingTrainer):
         retain_dataset: str | Path | Iterable[Row],
         eval_forget_dataset: str | Path | Iterable[Row] | None = None,
         eval_retain_dataset: str | Path | Iterable[Row] | None = None,
+        ref_model: str | PreTrainedModel | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -80,6 +84,7 @@ class EUATrainer(CheckpointingTrainer):
                 f"{args.n_gpu} GPUs are visible to one process, which Trainer would use through DataParallel, and EUATrainer "
                 "cannot: start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
             )
+        _check_ref_model(args, ref_model)
         _check_eval_datasets(args, eval_forget_dataset, eval_retain_dataset)
         if isinstance(model, str):
             # Weights that are trained must be float32: in bfloat16 most steps of a small learning rate round away.
@@ -104,6 +109,11 @@ class EUATrainer(CheckpointingTrainer):
             model = get_peft_model(model, peft_config)
         check_head(model)
         _check_trainable(model)
+        self.reference: Reference | None = None
+        if ref_model is not None:
+            if isinstance(ref_model, str):
+                ref_model = AutoModelForCausalLM.from_pretrained(ref_model, dtype="auto")
+            self.reference = Reference(ref_model, model, args.device)
 
         sets = {"forget": forget_dataset, "retain": retain_dataset}
         if eval_forget_dataset is not None and eval_retain_dataset is not None:
@@ -176,11 +186,20 @@ class EUATrainer(CheckpointingTrainer):
                 for kind, rows in self.encoded_rows.items()
             }
         settings = {"fraction": self.args.rho, "temperature": self.args.temperature, "fill": self.args.fill}
-        key = fingerprint(self.model, self.encoded_rows, settings)
+        source, wanted = self.model, self.encoded_rows
+        at_every_step: dict[str, list[Tensor]] = {}
+        if self.reference is not None:  # only held-out rows have theirs computed beforehand
+            source, wanted = self.reference.model, {kind: rows for kind, rows in wanted.items() if "eval" in kind}
+            unknown = torch.nan  # and compute_loss puts those of the step in its place
+            at_every_step = {
+                kind: [torch.full((len(row.answer_ids),), unknown) for row in self.encoded_rows[kind]]
+                for kind in ("forget", "retain")
+            }
+        key = fingerprint(source, self.encoded_rows, settings | {"at_every_step": bool(at_every_step)})
         path = self.run_folder / BOUNDARIES_FILE
-        kept = load_boundaries(path, self.encoded_rows, key)
+        kept = load_boundaries(path, wanted, key)
         if kept is not None:
-            return kept
+            return at_every_step | kept
         if resuming and path.exists():
             raise EUAError(
                 f"{path} belongs to another model, other rows or other settings than this run, so resuming would mix two runs: "
@@ -188,18 +207,18 @@ class EUATrainer(CheckpointingTrainer):
             )
         computed = {
             kind: compute_boundaries(
-                self.model,
+                source,
                 rows,
                 kind,
                 batch_size=self.args.boundary_batch_size,
                 progress=not self.args.disable_tqdm,
                 **settings,
             )
-            for kind, rows in self.encoded_rows.items()
+            for kind, rows in wanted.items()
         }
         if self.args.should_save:
             save_boundaries(path, computed, key)
-        return computed
+        return at_every_step | computed
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PairedSampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -225,15 +244,28 @@ class EUATrainer(CheckpointingTrainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """The D² loss of one batch, as its share of the accumulation window."""
+        hidden = None
         with self.accelerator.autocast():  # the head runs here, outside the forward that accelerate casts
-            energy, nll = token_energies(model, inputs, self.args.temperature)
+            if self.args.retain_loss == "kl":
+                hidden = hidden_states(model, inputs["input_ids"], inputs["attention_mask"])
+            energy, nll = token_energies(model, inputs, self.args.temperature, hidden)
         counted = inputs["labels"][:, 1:] != IGNORE_INDEX
         boundary = inputs["boundary"][:, 1:]
         forget = inputs["forget"][:, None]
+        kl = None
+        if self.reference is not None:
+            states = self.reference.states(inputs)
+            if self.args.constant_boundaries is None:
+                settings = self.args
+                boundary = self.reference.boundaries(states, inputs, settings.rho, settings.temperature, settings.fill)
+            if hidden is not None:
+                kept = ~forget & counted
+                values = self.reference.kl(states[kept], hidden[:, :-1][kept], output_head(model))
+                kl = torch.zeros_like(energy).masked_scatter(kept, values.to(energy.dtype))
         forget_count, retain_count = (None, None) if num_items_in_batch is None else num_items_in_batch.unbind()
         parts = d2_loss(
             energy,
-            nll,
+            nll if kl is None else kl,
             boundary,
             forget,
             counted,
@@ -248,7 +280,8 @@ class EUATrainer(CheckpointingTrainer):
                 "no step was taken on it. Lower the learning rate, or use bfloat16 or float32 in place of float16, "
                 "and go on from a checkpoint of an earlier step."
             )
-        sums = loss_sums(energy.detach(), nll.detach(), boundary, forget & counted, ~forget & counted)
+        tokens = (forget & counted, ~forget & counted)
+        sums = loss_sums(energy.detach(), nll.detach(), boundary, *tokens, None if kl is None else kl.detach())
         self._tallies = sums if self._tallies is None else self._tallies + sums
         if self._stop_when_met is not None:
             self._stop_when_met.add(sums)
@@ -311,12 +344,27 @@ class EUATrainer(CheckpointingTrainer):
                 temperature=self.args.temperature,
                 batch_size=self.args.per_device_eval_batch_size,
                 progress=not self.args.disable_tqdm,
+                kl_reference=self.reference if self.args.retain_loss == "kl" else None,
             )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         metrics |= speed_metrics(metric_key_prefix, started, num_samples=sum(map(len, rows.values())))
         super().log(metrics)  # not through log(), which would add what training has tallied since
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def _check_ref_model(args: EUAConfig, ref_model: object) -> None:
+    """Raise when a reference is needed and missing, or given for nothing."""
+    if args.retain_loss == "kl" and ref_model is None:
+        raise EUAError(
+            'retain_loss = "kl" was set without a ref_model, so there is nothing to compare the model with: '
+            'pass ref_model, a second copy of the model before unlearning, or leave retain_loss at "nll".'
+        )
+    if args.retain_loss == "nll" and args.constant_boundaries is not None and ref_model is not None:
+        raise EUAError(
+            f"ref_model was given with m_in = {args.m_in} and m_out = {args.m_out}, and nothing would be read from it, "
+            'since boundaries are these constants: leave out one or the other, or set retain_loss = "kl".'
+        )
 
 
 def _check_eval_datasets(args: EUAConfig, forget: object, retain: object) -> None:

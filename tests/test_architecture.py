@@ -44,7 +44,8 @@ ALLOWED = {
     "eua.hidden": {"torch", "transformers", "peft", "fused_energy", "eua.errors"},
     "eua.scoring": {"torch", "tqdm", "fused_energy", "eua.hidden", "eua.collator", "eua.data", "eua.errors"},
     "eua.boundaries": {"torch", "safetensors", "eua.hidden", "eua.scoring", "eua.data", "eua.errors", "eua.files"},
-    "eua.held_out": {"torch", "eua.hidden", "eua.losses", "eua.scoring", "eua.separation", "eua.data"},
+    "eua.reference": {"torch", "transformers", "eua.boundaries", "eua.data", "eua.errors", "eua.hidden", "eua.losses"},
+    "eua.held_out": {"torch", "eua.reference", "eua.hidden", "eua.losses", "eua.scoring", "eua.separation", "eua.data"},
     "eua.config": {"torch", "transformers", "eua.errors"},
     "eua.generation": {"torch", "transformers", "eua.data", "eua.scoring"},
     "eua.refusal": {

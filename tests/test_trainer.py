@@ -367,6 +367,8 @@ def test_models_that_cannot_be_honoured_are_refused(model, tokenizer, rows, tmp_
         ({"fill": "one"}, "fill = 'one'"),
         ({"gamma_schedule": "step"}, 'gamma_schedule = \'step\' cannot be used: known are "constant", "linear" and "cosine"'),
         ({"gamma_warmup_ratio": 1.0}, "gamma_warmup_ratio = 1.0 cannot be used: a share of the steps"),
+        ({"retain_loss": "mse"}, 'retain_loss = \'mse\' cannot be used: known are "nll" and "kl"'),
+        ({"metric_for_best_model": "kl_retain"}, 'measured with retain_loss = "kl" only: set that, or choose eval_nll_retain'),
         ({"stop_when_met": 0.0}, "stop_when_met = 0.0 cannot be used: a share of tokens"),
         ({"retain_per_forget": 0}, "retain_per_forget = 0"),
         ({"m_in": 1.0}, "constant boundaries come as a pair"),

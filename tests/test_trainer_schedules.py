@@ -44,7 +44,7 @@ def test_scheduled_training_resumes_to_the_same_weights(tokenizer, rows, tmp_pat
     assert all(torch.equal(p, weights(resumed.model)[name]) for name, p in weights(whole.model).items())
 
 
-SURE = {"learning_rate": 5e-3, "num_train_epochs": 8, "save_strategy": "steps", "save_steps": 100, "logging_steps": 7}
+SURE = {"learning_rate": 5e-4, "num_train_epochs": 8, "save_strategy": "steps", "save_steps": 100, "logging_steps": 7}
 
 
 def stopping(tokenizer, rows, folder: Path, **options) -> EUATrainer:
