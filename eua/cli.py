@@ -19,20 +19,31 @@ INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``eua``; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        arguments = _parser(_run_file(argv)).parse_args(argv)
         arguments.run(arguments)
     except EUAError as error:
-        print(f"eua {arguments.command}: {error}", file=sys.stderr)
+        print(f"eua {argv[0]}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = " Run the same command with --resume to go on." if arguments.command == "unlearn" else ""
-        print(f"eua {arguments.command}: interrupted.{hint}", file=sys.stderr)
+        hint = " Run the same command with --resume to go on." if argv[0] == "unlearn" else ""
+        print(f"eua {argv[0]}: interrupted.{hint}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _run_file(argv: Sequence[str]) -> Path | None:
+    """What ``eua unlearn --config`` names; it must be read before the rest is parsed, which it gives the defaults to."""
+    if argv[:1] != ["unlearn"]:
+        return None
+    parser = argparse.ArgumentParser(prog="eua unlearn", usage="eua unlearn --config RUN.yaml", add_help=False)
+    parser.add_argument("--config", type=Path)
+    path: Path | None = parser.parse_known_args(argv[1:])[0].config
+    return path
+
+
+def _parser(run_file: Path | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="eua",
         description="Make a language model forget what it must not know, and refuse when asked for it.",
@@ -69,11 +80,16 @@ def _parser() -> argparse.ArgumentParser:
         "train a model to forget some rows and keep others",
         "Energy-based unlearning alignment: forgotten tokens rise above one energy boundary, retained ones stay below another.",
     )
+    unlearn.add_argument(
+        "--config", type=Path, help="YAML of settings: these options by their long names, and any field of EUAConfig"
+    )
     _add_model(unlearn)
     unlearn.add_argument("--forget", type=Path, required=True, help="JSONL of the rows to forget")
     unlearn.add_argument(
         "--retain", type=Path, required=True, help="JSONL of rows to keep; the more of what must stay, the better"
     )
+    unlearn.add_argument("--eval-forget", type=Path, help="JSONL of forget rows held out from training, measured every epoch")
+    unlearn.add_argument("--eval-retain", type=Path, help="JSONL of retain rows held out from training, measured every epoch")
     unlearn.add_argument("--output", type=Path, required=True, help="folder for the unlearned model, and for checkpoints in it")
     unlearn.add_argument("--epochs", type=_positive(float), default=10.0, help="passes over the forget rows")
     unlearn.add_argument(
@@ -97,6 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--seed", type=int, default=42, help="of pairing and order")
     unlearn.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     unlearn.add_argument("--overwrite", action="store_true", help="start anew in an output folder that is not empty")
+    unlearn.set_defaults(fields={})
+    if run_file is not None:
+        from eua.run_file import apply_run_file
+
+        apply_run_file(run_file, unlearn)
 
     calibrate = command(
         "calibrate",
@@ -220,28 +241,47 @@ def _unlearn(arguments: argparse.Namespace) -> None:
 
         rank = arguments.lora_rank
         peft_config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    config = EUAConfig(
-        output_dir=str(checkpoints),
-        num_train_epochs=arguments.epochs,
-        learning_rate=arguments.learning_rate,
-        per_device_train_batch_size=arguments.batch_size,
-        gradient_accumulation_steps=arguments.gradient_accumulation,
-        retain_per_forget=arguments.retain_per_forget,
-        gamma=arguments.gamma,
-        alpha=arguments.alpha,
-        rho=arguments.rho,
-        temperature=arguments.temperature,
-        max_length=arguments.max_length,
-        save_strategy="steps" if arguments.save_steps else "epoch",
-        save_steps=arguments.save_steps or 500,
-        save_total_limit=1,
-        seed=arguments.seed,
-        bf16=arguments.bf16,
-        use_cpu=model.device.type == "cpu",
-        report_to="none",
-    )
+    settings: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "num_train_epochs": arguments.epochs,
+        "learning_rate": arguments.learning_rate,
+        "per_device_train_batch_size": arguments.batch_size,
+        "gradient_accumulation_steps": arguments.gradient_accumulation,
+        "retain_per_forget": arguments.retain_per_forget,
+        "gamma": arguments.gamma,
+        "alpha": arguments.alpha,
+        "rho": arguments.rho,
+        "temperature": arguments.temperature,
+        "max_length": arguments.max_length,
+        "eval_strategy": "no" if arguments.eval_forget is None else "epoch",
+        "save_strategy": "steps" if arguments.save_steps else "epoch",
+        "save_steps": arguments.save_steps or 500,
+        "save_total_limit": 1,
+        "seed": arguments.seed,
+        "bf16": arguments.bf16,
+        "use_cpu": model.device.type == "cpu",
+        "report_to": "none",
+    }
+    try:
+        config = EUAConfig(**settings | arguments.fields)
+    except EUAError:
+        raise
+    except (ValueError, TypeError) as error:  # of TrainingArguments, or a field of the wrong type
+        raise EUAError(
+            f"The settings {arguments.fields} cannot be used ({error}): correct them in {arguments.config}."
+        ) from error
+    # The reference of KL is the model as it is before unlearning.
+    ref_model = _load(arguments.model)[0] if config.retain_loss == "kl" else None
     trainer = EUATrainer(
-        model, config, forget_dataset=forget, retain_dataset=retain, processing_class=tokenizer, peft_config=peft_config
+        model,
+        config,
+        forget_dataset=forget,
+        retain_dataset=retain,
+        eval_forget_dataset=arguments.eval_forget,
+        eval_retain_dataset=arguments.eval_retain,
+        ref_model=ref_model,
+        processing_class=tokenizer,
+        peft_config=peft_config,
     )
     if not arguments.resume:
         shutil.rmtree(checkpoints, ignore_errors=True)  # those of an earlier run must not be resumed by a later one
@@ -256,8 +296,8 @@ def _unlearn(arguments: argparse.Namespace) -> None:
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What a resumed run must have in common with the one it goes on with."""
-    free = ("command", "run", "resume", "overwrite", "output", "save_steps")
-    return {key: str(value) for key, value in vars(arguments).items() if key not in free}
+    free = ("command", "run", "resume", "overwrite", "output", "save_steps", "config", "fields")
+    return {key: str(value) for key, value in (vars(arguments) | arguments.fields).items() if key not in free}
 
 
 def _check_same_run(checkpoints: Path, arguments: argparse.Namespace) -> None:
@@ -270,7 +310,8 @@ def _check_same_run(checkpoints: Path, arguments: argparse.Namespace) -> None:
             )
         return  # interrupted before it began: start
     earlier, now = json.loads(path.read_text(encoding="utf-8")), _settings(arguments)
-    changed = [f"--{key.replace('_', '-')} {earlier.get(key)} → {now[key]}" for key in now if earlier.get(key) != now[key]]
+    keys = [key for key in {**now, **earlier} if earlier.get(key) != now.get(key)]
+    changed = [f"--{key.replace('_', '-')} {earlier.get(key)} → {now.get(key)}" for key in keys]
     if changed:
         raise EUAError(
             f"The run to resume in {checkpoints} had other settings ({', '.join(changed)}), so its end would be neither's: "

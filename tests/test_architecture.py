@@ -47,6 +47,7 @@ ALLOWED = {
     "eua.reference": {"torch", "transformers", "eua.boundaries", "eua.data", "eua.errors", "eua.hidden", "eua.losses"},
     "eua.held_out": {"torch", "eua.reference", "eua.hidden", "eua.losses", "eua.scoring", "eua.separation", "eua.data"},
     "eua.config": {"torch", "transformers", "eua.errors"},
+    "eua.run_file": {"yaml", "eua.config", "eua.errors"},
     "eua.generation": {"torch", "transformers", "eua.data", "eua.scoring"},
     "eua.refusal": {
         "torch",

@@ -211,3 +211,96 @@ def test_help_explains_every_option(command, capsys):
     shown = capsys.readouterr().out
     assert "==SUPPRESS==" not in shown
     assert f"usage: eua {command}" in shown
+
+
+def write_run(folder: Path, text: str, tiny: Path, data: Path) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text.format(tiny=tiny, data=data, out=folder / "out"))
+    return path
+
+
+RUN = """
+model: {tiny}
+forget: {data}/forget.jsonl
+retain: {data}/retain.jsonl
+output: {out}
+learning-rate: 1e-3
+num_train_epochs: 1
+batch_size: 4
+"""
+
+
+def test_a_run_can_be_written_down(tiny_folder, data, tmp_path):
+    """The same weights as from the command line, which goes before the file; and fields that have no option."""
+    run = write_run(tmp_path, RUN, tiny_folder, data)
+    assert main(["unlearn", "--config", str(run)]) == 0
+    options = ("--learning-rate", "1e-3", "--epochs", "1", "--batch-size", "4")
+    assert main(unlearn_command(tiny_folder, data, tmp_path / "same", *options)) == 0
+    faster = ("--learning-rate", "2e-3", "--epochs", "1", "--batch-size", "4")
+    assert main(unlearn_command(tiny_folder, data, tmp_path / "faster", *faster)) == 0
+    assert main(["unlearn", "--conf", str(run), "--learning-rate", "2e-3", "--output", str(tmp_path / "over")]) == 0
+    of = {name: load_file(tmp_path / name / "model.safetensors") for name in ("out", "same", "faster", "over")}
+    assert all(torch.equal(tensor, of["same"][name]) for name, tensor in of["out"].items())
+    assert all(torch.equal(tensor, of["faster"][name]) for name, tensor in of["over"].items())
+    assert not torch.equal(of["out"]["lm_head.weight"], of["over"]["lm_head.weight"])
+
+
+def test_a_run_file_reaches_every_part_of_the_trainer(tiny_folder, data, tmp_path, capsys):
+    more = """
+eval-forget: {data}/forget.jsonl
+eval_retain: {data}/test.jsonl
+retain_loss: kl
+gamma_schedule: cosine
+gamma_warmup_ratio: 5e-2
+weight_decay: 1e-2
+load_best_model_at_end: true
+metric_for_best_model: eval_auroc
+save_total_limit: 2
+"""
+    run = write_run(tmp_path, RUN + more, tiny_folder, data)
+    assert main(["unlearn", "--config", str(run), "--epochs", "2"]) == 0
+    (newest,) = (tmp_path / "out" / "checkpoints").glob("checkpoint-4")
+    state = json.loads((newest / "trainer_state.json").read_text())
+    lines = [line for line in state["log_history"] if "eval_auroc" in line]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert "eval_kl_retain" in lines[0]
+    assert state["best_metric"] == max(line["eval_auroc"] for line in lines)
+
+    run.write_text(run.read_text().replace("cosine", "linear"))
+    assert main(["unlearn", "--config", str(run), "--epochs", "2", "--resume"]) == 2
+    assert "--gamma-schedule cosine → linear" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "gama: 0.1",
+            "sets 'gama', which is neither an option of `eua unlearn` nor a field of EUAConfig: did you mean 'gamma'?",
+        ),
+        ("num_train_epoch: 3", "did you mean 'num_train_epochs'? Correct it, or leave it out."),
+        ("epochs: many", "sets 'epochs' to 'many', but it takes a positive float: correct it, or leave it out"),
+        ("batch-size: 0", "sets 'batch-size' to 0, but it takes a positive int"),
+        ("bf16: 1", "sets 'bf16' to 1, but it takes true or false"),
+        ("alpha: true", "sets 'alpha' to True, but it takes a float"),
+        ("epochs: 1\nnum_train_epochs: 2", "sets 'epochs' and 'num_train_epochs', which are the same setting: leave one out"),
+        ("- gamma", "hold ['gamma'], not settings by name: write one `key: value` a line"),
+        ("gamma: [1", "are not YAML (while parsing"),
+        ("config: other.yaml", "sets 'config', which is neither"),
+        ("gamma_schedule: step", "gamma_schedule = 'step' cannot be used: known are"),
+        ("gamma_warmup_ratio: long", "The settings {{'gamma_warmup_ratio': 'long'}} cannot be used ("),
+        ("lr_scheduler_type: none", "The settings {{'lr_scheduler_type': 'none'}} cannot be used ("),
+    ],
+)
+def test_run_files_that_cannot_be_used_say_why(text, message, tiny_folder, data, tmp_path, capsys):
+    base = RUN.replace("num_train_epochs: 1\nbatch_size: 4\n", "")
+    run = write_run(tmp_path, text if text.startswith("-") else base + text, tiny_folder, data)
+    assert main(["unlearn", "--config", str(run)]) == 2
+    assert message.replace("{{", "{").replace("}}", "}") in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_run_file_that_is_not_there(tmp_path, capsys):
+    assert main(["unlearn", "--config", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml cannot be read" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["unlearn", "--config"])

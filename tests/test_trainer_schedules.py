@@ -96,3 +96,18 @@ def test_training_that_never_meets_enough_runs_to_its_end(tokenizer, rows, tmp_p
     trainer = stopping(tokenizer, rows, tmp_path, stop_when_met=1.0, m_in=0.0, m_out=1e6, num_train_epochs=2)
     trainer.train()
     assert trainer.state.global_step == 6
+
+
+def test_tensorboard_shows_the_parts_of_the_loss(tokenizer, rows, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer = evaluated(
+        tiny_llama(len(tokenizer)), tokenizer, rows, tmp_path, report_to="tensorboard", eval_strategy="epoch", logging_steps=2
+    )
+    trainer.train()
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    shown = accumulator.EventAccumulator(str(events)).Reload()
+    logged = [line for line in trainer.state.log_history if "loss_forget" in line]
+    for name in ("loss", "loss_forget", "loss_retain", "nll_retain", "met_forget", "energy_forget", "gamma"):
+        points = shown.Scalars(f"train/{name}")
+        assert [(point.step, point.value) for point in points] == [(line["step"], pytest.approx(line[name])) for line in logged]
+    assert [point.step for point in shown.Scalars("eval/auroc")] == [3, 6]
