@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout that 
 import correctness
 import measure
 import torch
-from heads import TRAINABLE, WHATS, Head, random_head, trained_head
+from heads import CACHE, TRAINABLE, WHATS, Head, random_head, trained_head
 from peers import Peer, ours, peers
 from report import Report
 
@@ -64,8 +64,11 @@ class Run:
         self.tokens = 8 if rehearse else TOKENS
         self.dtype = torch.float32 if rehearse else torch.bfloat16
         self.shapes = [Shape("rehearsal", 16, 70, trained=True)] if rehearse else SHAPES
-        gpu = "rehearsal" if rehearse else re.sub(r"\W+", "-", torch.cuda.get_device_name().lower())
-        self.report = Report(f"energy-{gpu}", command, self.device)
+        if rehearse:  # no figure of it is worth keeping
+            self.report = Report("rehearsal", command, self.device, CACHE)
+        else:
+            gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower())
+            self.report = Report(f"energy-{gpu}", command, self.device)
         self.began = self.until = time.monotonic()
 
     def say(self, text: str) -> None:
@@ -129,7 +132,6 @@ def compare(run: Run, head: Head, shape: Shape, states: str) -> None:
             step, leaves = head.step(peer.run, what, shape.softcap)
             try:
                 times = measure.medians({"matmul": head.matmul, peer.name: step}, run.device, ROUNDS)
-                peak = measure.peak_bytes(step, leaves, run.device)
             except Exception as error:  # a peer that fails must not end the run
                 run.report.add(tables[0], peer.name, what, f"{type(error).__name__}: {error}".splitlines()[0][:120])
                 continue
@@ -139,10 +141,14 @@ def compare(run: Run, head: Head, shape: Shape, states: str) -> None:
             run.report.add(tables[1], peer.name, what, times[peer.name] * 1e3)
             run.report.add(tables[1], f"(matmul beside {peer.name})", what, times["matmul"] * 1e3)
             run.report.add(tables[2], peer.name, what, matmuls * times["matmul"] / times[peer.name])
-            run.report.add(tables[3], peer.name, what, peak / MIB)
+            try:
+                peak: float | str = measure.peak_bytes(step, leaves, run.device) / MIB
+            except Exception as error:  # the times stand without it
+                peak = type(error).__name__
+            run.report.add(tables[3], peer.name, what, peak)
             run.say(
                 f"{peer.name}, {what}: {times[peer.name] / times['matmul']:.2f} × matmul, {times[peer.name] * 1e3:.2f} ms, "
-                f"matmul {flops / times['matmul'] / 1e12:.0f} TFLOP/s, {peak / MIB:.1f} MiB"
+                f"matmul {flops / times['matmul'] / 1e12:.0f} TFLOP/s, peak MiB {peak}"
             )
             run.report.write()
 

@@ -90,13 +90,18 @@ def _blocks_on_cpu(step: Step) -> list[tuple[int, int]]:
 def _blocks_on_gpu(step: Step) -> list[tuple[int, int]]:
     torch.cuda.synchronize()
     torch.cuda.memory._record_memory_history(max_entries=1_000_000, stacks="python", context=None)
+    before = len(_trace())  # not every version forgets what it recorded earlier
     kept = step()
     torch.cuda.synchronize()
-    trace = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
+    trace = _trace()[before:]
     torch.cuda.memory._record_memory_history(enabled=None)
     del kept
     sign = {"alloc": 1, "free_requested": -1}
     return [(entry["addr"], sign[entry["action"]] * entry["size"]) for entry in trace if entry["action"] in sign]
+
+
+def _trace() -> list[dict[str, Any]]:
+    return torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
 
 
 def check(device: str) -> None:

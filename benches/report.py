@@ -19,8 +19,8 @@ Cell = float | str  # a number, or why there is none
 class Report:
     """Tables by title, each of rows and columns, with what one has to know to judge them."""
 
-    def __init__(self, name: str, command: str, device: str) -> None:
-        self.path = RESULTS / f"{name}.json"
+    def __init__(self, name: str, command: str, device: str, folder: Path = RESULTS) -> None:
+        self.path = folder / f"{name}.json"
         self.about = {
             "command": command,
             "machine": _machine(device),
@@ -36,7 +36,7 @@ class Report:
 
     def write(self) -> None:
         """Under a temporary name first: a run that is killed leaves the last whole file."""
-        self.path.parent.mkdir(exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         content = self.about | {"notes": self.notes, "tables": self.tables}
         part = self.path.with_suffix(f".{os.getpid()}")
         part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
