@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import math
 import mmap
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,3 +159,13 @@ def test_a_named_implementation_never_falls_back():
         linear_energy(normal(0, 2, 4).double(), normal(1, 9, 4).double(), implementation="triton")
     with pytest.raises(ValueError, match="tails have no kernel of their own"):
         tail_energy(normal(0, 2, 4), normal(1, 9, 4), 0.5, "top", implementation="triton")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the script itself can be run here")
+def test_gpu_script_rehearses():
+    """Device time is dear: the script that spends it is walked through, tiny and interpreted, from end to end."""
+    script = Path(__file__).parent.parent / "benches" / "gpu.py"
+    done = subprocess.run([sys.executable, script, "--rehearse"], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "correctness: 0 failures" in done.stdout
+    assert "tuned at" in done.stdout
