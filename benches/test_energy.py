@@ -60,7 +60,7 @@ def multiple_of_matmul(benchmark: Any, head: Head, step: Callable[..., Any], pre
             torch.cuda.synchronize()
 
     warm_up = seconds(lambda: timed(*prepare()), DEVICE)
-    benchmark.pedantic(timed, setup=setup, rounds=5 if warm_up < 1.5 else 3)
+    benchmark.pedantic(timed, setup=setup, rounds=5 if warm_up < 1.0 else 3 if warm_up < 2.0 else 1)
     return benchmark.stats.stats.median / statistics.median(matmul)
 
 

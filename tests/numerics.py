@@ -98,6 +98,8 @@ def assert_no_worse_than_plain(problem: Problem, implementation: str, bound: flo
     # On a CPU PyTorch multiplies half precision into half precision: streaming's logits are rounded as the plain ones are.
     half_on_cpu = implementation == "streaming" and device == "cpu" and problem.hidden.dtype != torch.float32
     rounded_logits = torch.finfo(problem.hidden.dtype).eps / 2 * z_scale if half_on_cpu else 0.0
+    # A probability is exp(z/T − lse), and both of these have been rounded.
+    rounded_exponents = torch.finfo(torch.float32).eps / 2 * z_scale / problem.options.get("temperature", 1.0)
     upstream = 1.0 if problem.upstream is None or not len(problem.hidden) else problem.upstream.abs().max().item()
     largest = {
         "energy": z_scale,
@@ -112,7 +114,7 @@ def assert_no_worse_than_plain(problem: Problem, implementation: str, bound: flo
             continue
         error, of_plain = ((x[name].double() - truth).abs().max().item() for x in (found, theirs))
         rounding = bound * torch.finfo(found[name].dtype).eps / 4 * truth.abs().max().item()
-        of_logits = rounded_logits * (1.0 if name in ("energy", "nll") else largest[name])
+        of_logits = rounded_logits if name in ("energy", "nll") else (rounded_logits + rounded_exponents) * largest[name]
         slack = rounding + 4 * torch.finfo(torch.float32).eps * largest[name] + of_logits
         assert error <= bound * of_plain + slack, (
             f"{name}: {error:.3g} from float64, plain PyTorch {of_plain:.3g}, slack {slack:.3g}"
