@@ -98,12 +98,15 @@ def assert_no_worse_than_plain(problem: Problem, implementation: str, bound: flo
     # On a CPU PyTorch multiplies half precision into half precision: streaming's logits are rounded as the plain ones are.
     half_on_cpu = implementation == "streaming" and device == "cpu" and problem.hidden.dtype != torch.float32
     rounded_logits = torch.finfo(problem.hidden.dtype).eps / 2 * z_scale if half_on_cpu else 0.0
+    # float32 sums round by the size of what they add, which may cancel: |h|·|W|ᵀ.
+    terms = problem.hidden.double().abs() @ problem.weight.double().abs().T * abs(problem.options.get("logit_scale", 1.0))
+    sum_scale = max(z_scale, terms.max().item() if terms.numel() else 0.0)
     # A probability is exp(z/T − lse): both are rounded, and z is made twice, not always in the same order of summing.
-    rounded_exponents = 4 * torch.finfo(torch.float32).eps / 2 * z_scale / problem.options.get("temperature", 1.0)
+    rounded_exponents = 4 * torch.finfo(torch.float32).eps / 2 * sum_scale / problem.options.get("temperature", 1.0)
     upstream = 1.0 if problem.upstream is None or not len(problem.hidden) else problem.upstream.abs().max().item()
     largest = {
-        "energy": z_scale,
-        "nll": z_scale,
+        "energy": sum_scale,
+        "nll": sum_scale,
         "dhidden": upstream * problem.weight.double().abs().max().item(),
         "dweight": upstream * (problem.hidden.double().abs().max().item() if len(problem.hidden) else 0.0),
         "dbias": upstream,
