@@ -97,6 +97,12 @@ def rows_of_targets(weight: Tensor, targets: Tensor) -> Tensor:
     return weight[targets.clamp(0, weight.shape[0] - 1)]
 
 
+def active_tokens(targets: Tensor | None, grad_lse: Tensor, grad_target: Tensor) -> Tensor:
+    """Which tokens have an upstream gradient, in (K, N) of lse or (N,) of the target's logit, that is not zero: (N,) bool."""
+    active = (grad_lse != 0).any(dim=0)
+    return active if targets is None else active | (grad_target != 0)
+
+
 def hidden_gradient(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
@@ -113,12 +119,11 @@ def hidden_gradient(
     """
     divisor = grad_lse.new_tensor(options.temperatures(targets is not None))[:, None]
     scales = grad_lse / divisor
-    active = (grad_lse != 0).any(dim=0)
+    active = active_tokens(targets, grad_lse, grad_target)
     if targets is not None:
         of_target = (scales * torch.exp(done.target_logit / divisor - done.lse)).sum(dim=0) + grad_target
         slope = softcap_slope(done.target_logit, options.softcap)
         of_target = of_target if slope is None else of_target * slope
-        active = active | (grad_target != 0)
 
     gradient = torch.empty_like(hidden)
     for rows in blocks(hidden.shape[0], rows_within_scratch(hidden.shape[1])):

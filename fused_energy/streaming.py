@@ -87,10 +87,7 @@ def head_gradient(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Tiles of logits once more, vocabulary outermost: each stretch of the gradient is finished before the next."""
     temperatures = options.temperatures(targets is not None)
-    active = (grad_lse != 0).any(dim=0)
-    if targets is not None:
-        active = active | (grad_target != 0)
-    tokens = _indices(active)
+    tokens = _indices(shared.active_tokens(targets, grad_lse, grad_target))
     grad_weight = torch.zeros_like(weight) if needs[0] else None
     grad_bias = torch.zeros_like(bias) if needs[1] and bias is not None else None
 

@@ -105,9 +105,7 @@ def head_gradient(
     make = torch.zeros if hidden.shape[0] == 0 else torch.empty
     grad_weight = make(weight.shape, dtype=weight.dtype, device=weight.device) if needs[0] else None
     grad_bias = make(weight.shape[0], dtype=weight.dtype, device=weight.device) if needs[1] else None
-    active = (grad_lse != 0).any(dim=0)
-    if targets is not None:
-        active = active | (grad_target != 0)
+    active = shared.active_tokens(targets, grad_lse, grad_target)
     if hidden.shape[0]:
         with torch.cuda.device_of(hidden):  # Triton launches on the current device, whatever it is given
             problem = Problem(hidden, weight, bias, targets, options, active)
