@@ -102,7 +102,7 @@ def our_step(model: nn.Module, boundary: Tensor, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def boundaries_of(model: nn.Module, batch: Batch) -> Tensor:
-    hidden, head = hidden_states(model, batch["input_ids"], batch["attention_mask"])[:, :-1], output_head(model)
+    hidden, head = hidden_states(model, batch)[:, :-1], output_head(model)
     sides = [head.tail_energy(hidden, RHO, side, "zero", 1.0) for side in ("bottom", "top")]
     return torch.where(batch["forget"][:, None], *sides)
 

@@ -82,6 +82,13 @@ class EUAConfig(TrainingArguments):
         default=None, metadata={"help": "Constant boundary of forget tokens, in nats, in place of the reference's."}
     )
     retain_per_forget: int = field(default=1, metadata={"help": "Retain rows in a batch for each forget row."})
+    padding_free: bool = field(
+        default=False,
+        metadata={
+            "help": "Rows of a batch follow one another in one row without padding. Fastest with flash attention; other "
+            "attention computes a mask of all tokens by all tokens, which pays for short rows of very different lengths."
+        },
+    )
     max_length: int | None = field(
         default=1024, metadata={"help": "Longest row in tokens; longer answers are cut. None: no limit."}
     )
@@ -109,6 +116,12 @@ class EUAConfig(TrainingArguments):
         _check("boundary_batch_size", self.boundary_batch_size, lambda x: x >= 1, "a batch has at least one row")
         _check("max_length", self.max_length, lambda x: x is None or x >= 2, "a row has a prompt and an answer token")
         _check("remove_unused_columns", self.remove_unused_columns, lambda x: not x, "it would drop the boundaries")
+        _check(
+            "train_sampling_strategy",
+            self.train_sampling_strategy,
+            lambda x: x in ("random", "group_by_length"),
+            'forget and retain rows are paired at random ("random") or by like length ("group_by_length")',
+        )
         if (self.m_in is None) != (self.m_out is None):
             raise EUAError(
                 f"m_in = {self.m_in} and m_out = {self.m_out}, but constant boundaries come as a pair: give both, or neither."

@@ -11,6 +11,7 @@ as they do in the model's own softmax and in what it generates.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ Fill = Literal["zero", "none"]
 _DIVISORS = ("logits_scaling",)  # Granite
 _FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon-H1
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 _HEAD_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # float8 weights have scales beside them
 
 
@@ -111,12 +113,17 @@ def output_head(model: nn.Module) -> Head:
     return Head(module.weight, bias, scale, softcap)  # type: ignore[arg-type]
 
 
-def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """What the head reads at every position: (B, S) token ids → (B, S, H).
+def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """What the head reads at every position: ``input_ids`` (B, S) → (B, S, H).
+
+    ``batch`` holds ``attention_mask`` (B, S) where rows are padded, or ``position_ids`` where they follow one another in one
+    row, see :mod:`eua.collator`; whatever else is in it is left aside.
 
     Raises:
         EUAError: when the head was not called with one hidden state per token.
     """
+    input_ids = batch["input_ids"]
+    inputs = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
     captured: list[Tensor] = []
 
     def capture(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -124,7 +131,7 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
         return (arguments[0][:, :1], *arguments[1:])
 
     def run() -> None:
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        model(**inputs, use_cache=False)
 
     hook = output_module(model).register_forward_pre_hook(capture)
     try:
@@ -156,19 +163,19 @@ def check_head(model: nn.Module) -> None:
     head, module = output_head(model), output_module(model)
     name = type(_unwrap(model)).__name__
     ids = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
-    mask = torch.ones_like(ids)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     training = model.training
     model.eval()
     try:
         with torch.compiler.set_stance("force_eager"):  # leaves no compiled graph behind that knows no hook
-            hidden = hidden_states(model, ids, mask)
+            hidden = hidden_states(model, batch)
             check_finite(hidden, "the model's hidden states on a probe of 8 tokens")
             largest = nn.functional.linear(hidden, head.weight).float().abs().amax(dim=-1, keepdim=True)
             wanted = 2.0 ** torch.arange(1, 9, device=hidden.device)[:, None]
             hidden = (hidden * wanted / largest.clamp(min=1e-6)).to(hidden.dtype)
             hook = module.register_forward_pre_hook(lambda module, arguments: (hidden, *arguments[1:]))
             try:
-                theirs = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+                theirs = model(**batch, use_cache=False).logits.float()
             finally:
                 hook.remove()
     finally:

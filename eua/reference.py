@@ -47,15 +47,15 @@ class Reference:
     @torch.no_grad()
     def states(self, batch: dict[str, Tensor]) -> Tensor:
         """The hidden states that predict ``labels[:, 1:]``, (B, S−1, H)."""
-        return hidden_states(self.model, batch["input_ids"], batch["attention_mask"])[:, :-1]
+        return hidden_states(self.model, batch)[:, :-1]
 
     @torch.no_grad()
     def boundaries(self, states: Tensor, batch: dict[str, Tensor], fraction: float, temperature: float, fill: Fill) -> Tensor:
         """m_out at the answer tokens of forget rows and m_in at those of retain rows (method.md §3), (B, S−1); 0 elsewhere."""
         counted = batch["labels"][:, 1:] != IGNORE_INDEX
         boundary = torch.zeros(counted.shape, device=states.device)
-        for kind, is_kind in (("forget", batch["forget"]), ("retain", ~batch["forget"])):
-            tokens = counted & is_kind[:, None]
+        forget = batch["forget"][:, 1:]
+        for kind, tokens in (("forget", counted & forget), ("retain", counted & ~forget)):
             boundary[tokens] = self.head.tail_energy(states[tokens], fraction, SIDES[kind], fill, temperature).float()
         return boundary
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from eua.collator import pad_rows
+from eua.collator import flatten_rows, pad_rows
 from eua.data import EncodedRow
 from eua.errors import EUAError
 from eua.hidden import check_finite, check_head, hidden_states, output_head
@@ -21,7 +21,7 @@ def token_energies(model: nn.Module, batch: dict[str, Tensor], temperature: floa
     ``hidden`` are the batch's hidden states (B, S, H), where the caller has them already.
     """
     if hidden is None:
-        hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"])
+        hidden = hidden_states(model, batch)
     return output_head(model).energy_and_nll(hidden[:, :-1], batch["labels"][:, 1:], temperature)
 
 
@@ -65,6 +65,37 @@ def answer_states(hidden: Tensor, rows: Sequence[EncodedRow]) -> Tensor:
     return torch.cat([states[row.prompt_length - 1 : len(row.input_ids) - 1] for states, row in zip(hidden, rows, strict=True)])
 
 
+@torch.no_grad()
+def check_padding_free(model: nn.Module) -> None:
+    """Raise :class:`EUAError` when the model does not keep rows apart that follow one another in one row."""
+    weight = output_head(model).weight
+    rows = [
+        EncodedRow([i % len(weight) for i in range(start, start + length)], 1) for start, length in ((1, 7), (3, 4), (2, 6))
+    ]
+    padded = {name: tensor.to(weight.device) for name, tensor in pad_rows(rows).items()}
+    flat = flatten_rows(padded)
+    is_first = torch.arange(flat["input_ids"].shape[1], device=weight.device) < len(rows[0].input_ids)
+    other_first = flat | {"input_ids": flat["input_ids"].where(~is_first, 0)}
+    training = model.training
+    model.eval()
+    try:
+        alone = hidden_states(model, padded)[padded["attention_mask"].bool()]
+        found, after_another = (hidden_states(model, batch)[0] for batch in (flat, other_first))
+    except TypeError as error:  # its forward takes no position_ids
+        raise EUAError(f"padding_free = True cannot be used with this model ({error}): leave it at False.") from error
+    finally:
+        model.train(training)
+    largest, eps = alone.abs().max(), torch.finfo(alone.dtype).eps
+    mixed = (after_another - found)[~is_first].abs().max() / largest
+    off = (found - alone).abs().max() / largest  # positions that do not start anew show here, above the dtype's rounding
+    if not (mixed <= 8 * eps and off <= max(16 * eps, 1e-4)):
+        raise EUAError(
+            "padding_free = True, but this model does not keep rows apart that follow one another in one row (its hidden "
+            f"states differ by up to {max(mixed, off):.2g} of the largest): leave it at False, or load the model with "
+            'another attn_implementation, e.g. "sdpa" or "flash_attention_2".'
+        )
+
+
 def check_token_ids(model: nn.Module, rows: Iterable[Sequence[int]]) -> None:
     """Raise :class:`EUAError` when a token id of ``rows`` is beyond the model's vocabulary."""
     vocabulary = output_head(model).weight.shape[0]
@@ -95,7 +126,7 @@ def eval_hidden_states(
     try:
         for start in tqdm(batches, desc=progress, disable=progress is None, leave=False):
             indices = order[start : start + batch_size]
-            batch = pad_rows([rows[i] for i in indices])
-            yield indices, hidden_states(model, batch["input_ids"].to(device), batch["attention_mask"].to(device))
+            batch = {name: tensor.to(device) for name, tensor in pad_rows([rows[i] for i in indices]).items()}
+            yield indices, hidden_states(model, batch)
     finally:
         model.train(training)

@@ -33,7 +33,7 @@ from eua.held_out import held_out_metrics
 from eua.hidden import check_head, hidden_states, output_head
 from eua.losses import d2_loss, loss_means, loss_sums, scheduled_gamma
 from eua.reference import Reference
-from eua.scoring import check_token_ids, token_energies
+from eua.scoring import check_padding_free, check_token_ids, token_energies
 
 logger = logging.get_logger(__name__)
 
@@ -108,6 +108,8 @@ class EUATrainer(CheckpointingTrainer):
             set_seed(args.seed)  # the adapter's start is drawn here
             model = get_peft_model(model, peft_config)
         check_head(model)
+        if args.padding_free:
+            check_padding_free(model)
         _check_trainable(model)
         self.reference: Reference | None = None
         if ref_model is not None:
@@ -133,7 +135,7 @@ class EUATrainer(CheckpointingTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=ForgetRetainCollator(),
+            data_collator=ForgetRetainCollator(args.padding_free),
             eval_dataset=rows.get("eval_forget"),  # Trainer asks that there be one; evaluate() reads encoded_rows
             processing_class=processing_class,
             callbacks=callbacks,
@@ -222,8 +224,9 @@ class EUATrainer(CheckpointingTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PairedSampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        forget, retain = self.encoded_rows["forget"], self.encoded_rows["retain"]
-        return PairedSampler(len(forget), len(retain), self.args.retain_per_forget, seed)
+        forget, retain = ([len(row.input_ids) for row in self.encoded_rows[kind]] for kind in ("forget", "retain"))
+        group = self.args.per_device_train_batch_size if self.args.train_sampling_strategy == "group_by_length" else 1
+        return PairedSampler(forget, retain, self.args.retain_per_forget, seed, group)
 
     # ---- the step -----------------------------------------------------------------------------------------------
 
@@ -231,9 +234,9 @@ class EUATrainer(CheckpointingTrainer):
         """Answer tokens to forget and to retain, (2,), over the accumulation window and all processes."""
         counts = torch.zeros(2)
         for batch in batch_samples:
-            per_row = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1).cpu()
-            forget = batch["forget"].cpu()
-            counts += torch.stack([per_row[forget].sum(), per_row[~forget].sum()])
+            counted = (batch["labels"][:, 1:] != IGNORE_INDEX).cpu()
+            forget = batch["forget"][:, 1:].cpu()
+            counts += torch.stack([(counted & forget).sum(), (counted & ~forget).sum()])
         return self.accelerator.reduce(counts.to(device), reduction="sum")
 
     def compute_loss(
@@ -247,11 +250,11 @@ class EUATrainer(CheckpointingTrainer):
         hidden = None
         with self.accelerator.autocast():  # the head runs here, outside the forward that accelerate casts
             if self.args.retain_loss == "kl":
-                hidden = hidden_states(model, inputs["input_ids"], inputs["attention_mask"])
+                hidden = hidden_states(model, inputs)
             energy, nll = token_energies(model, inputs, self.args.temperature, hidden)
         counted = inputs["labels"][:, 1:] != IGNORE_INDEX
         boundary = inputs["boundary"][:, 1:]
-        forget = inputs["forget"][:, None]
+        forget = inputs["forget"][:, 1:]
         kl = None
         if self.reference is not None:
             states = self.reference.states(inputs)

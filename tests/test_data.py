@@ -121,12 +121,21 @@ def test_a_batch_holds_both_kinds_with_their_boundaries():
     boundaries = [torch.tensor([-1.0, -2.0])], [torch.tensor([-3.0]), torch.tensor([-4.0])]
     dataset = ForgetRetainDataset(forget, retain, *boundaries)
     batch = ForgetRetainCollator()([dataset[0, (1, 0)]])
-    assert batch["forget"].tolist() == [True, False, False]
+    assert batch["forget"].tolist() == [[True] * 4, [False] * 4, [False] * 4]
     assert batch["boundary"].tolist() == [[0, -1, -2, 0], [0, 0, 0, -4], [0, -3, 0, 0]]
+
+    flat = ForgetRetainCollator(padding_free=True)([dataset[0, (1, 0)]])
+    assert {name: tensor.tolist() for name, tensor in flat.items()} == {
+        "input_ids": [[5, 6, 7, 3, 4, 5, 6, 1, 2]],
+        "position_ids": [[0, 1, 2, 0, 1, 2, 3, 0, 1]],
+        "labels": [[-100, 6, 7, -100, -100, -100, 6, -100, 2]],
+        "boundary": [[0, -1, -2, 0, 0, 0, -4, 0, -3]],
+        "forget": [[True] * 3 + [False] * 6],
+    }
 
 
 def test_pairs_are_seeded_and_visit_all_alike():
-    sampler = PairedSampler(5, 7, ratio=2, seed=1)
+    sampler = PairedSampler([1] * 5, [1] * 7, ratio=2, seed=1)
     epochs = []
     for epoch in range(7):
         sampler.set_epoch(epoch)
@@ -136,4 +145,33 @@ def test_pairs_are_seeded_and_visit_all_alike():
     assert epochs[0] != epochs[1]
     visits = [index for epoch in epochs for _, retain in epoch for index in retain]
     assert [visits.count(i) for i in range(7)] == [10] * 7
-    assert epochs[0] != list(PairedSampler(5, 7, ratio=2, seed=2))
+    assert epochs[0] != list(PairedSampler([1] * 5, [1] * 7, ratio=2, seed=2))
+
+
+def test_rows_of_like_length_stand_together():
+    generator = torch.Generator().manual_seed(0)
+    lengths = [torch.randint(5, 100, (size,), generator=generator).tolist() for size in (50, 70)]
+    samplers = {group: PairedSampler(*lengths, ratio=2, seed=1, group=group) for group in (1, 4)}
+
+    def padding(sampler: PairedSampler) -> float:
+        """Share of a padded epoch that no token stands at, in batches of four forget rows."""
+        pairs, tokens, places = list(sampler), 0, 0
+        for start in range(0, len(pairs), 4):
+            batch = pairs[start : start + 4]
+            of_rows = [lengths[0][f] for f, _ in batch] + [lengths[1][r] for _, retain in batch for r in retain]
+            tokens, places = tokens + sum(of_rows), places + len(of_rows) * max(of_rows)
+        return 1 - tokens / places
+
+    assert padding(samplers[4]) < 0.6 * padding(samplers[1])
+    for epoch in range(3):
+        for sampler in samplers.values():
+            sampler.set_epoch(epoch)
+        plain, grouped = (list(sampler) for sampler in samplers.values())
+        assert grouped == list(samplers[4])
+        assert grouped != plain
+        for rows in ([[forget] for forget, _ in pairs] for pairs in (plain, grouped)):
+            assert sorted(rows) == [[i] for i in range(50)]
+        assert sorted(r for _, retain in plain for r in retain) == sorted(r for _, retain in grouped for r in retain)
+        # Long rows do not always come first.
+        longest = [max(lengths[0][f] for f, _ in grouped[start : start + 4]) for start in range(0, 48, 4)]
+        assert longest != sorted(longest, reverse=True)

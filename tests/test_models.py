@@ -26,10 +26,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from eua import EUAConfig, EUAError, EUATrainer
-from eua.collator import pad_rows
+from eua.collator import flatten_rows, pad_rows
 from eua.data import EncodedRow
 from eua.hidden import check_head, hidden_states, output_head, output_module
-from eua.scoring import prompt_scores, token_energies
+from eua.scoring import check_padding_free, prompt_scores, token_energies
 from tests.conftest import tiny_llama
 
 V = 64
@@ -176,7 +176,7 @@ def test_energies_are_those_of_the_models_logits(name, dtype):
     has = {field for field, default in DEFAULTS.items() if getattr(head, field) is not default}
     assert {field for field in has if field != "logit_scale" or head.logit_scale != 1.0} == MODELS[name][2]
     with torch.no_grad():
-        hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"])
+        hidden = hidden_states(model, batch)
         theirs = -torch.logsumexp(plain_logits(model, batch), dim=-1)
     tolerance = torch.finfo(dtype).eps * theirs.abs().max()
     for field in MODELS[name][2]:  # the values are such that leaving one out would be seen above
@@ -190,7 +190,7 @@ def test_tail_energies_are_those_of_the_models_logits(name, dtype):
     model, batch = random_model(name).to(dtype), padded_batch()
     with torch.no_grad():
         z = plain_logits(model, batch)
-        hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"])
+        hidden = hidden_states(model, batch)
     k = V // 8
     for side, fill in (("top", "zero"), ("bottom", "zero"), ("top", "none"), ("bottom", "none")):
         found = output_head(model).tail_energy(hidden, 1 / 8, side, fill, 2.0)
@@ -210,6 +210,44 @@ def test_padding_changes_no_energy(name):
             torch.testing.assert_close(together[row : row + 1, : length - 1], energy, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_without_padding_are_kept_apart_or_refused(name, dtype):
+    model, batch = random_model(name).to(dtype), padded_batch()
+    if name == "opt":  # its positions come from the attention mask alone
+        with pytest.raises(
+            EUAError, match=r"padding_free = True, but this model does not keep rows apart .* leave it at False"
+        ):
+            check_padding_free(model)
+        return
+    check_padding_free(model)
+    flat = flatten_rows(batch)
+    with torch.no_grad():
+        alone = token_energies(model, batch, 1.0)
+        together = token_energies(model, flat, 1.0)
+    counted = [rows["labels"][:, 1:] != -100 for rows in (batch, flat)]
+    assert counted[0].sum() == counted[1].sum()
+    for theirs, ours in zip(alone, together, strict=True):
+        tolerance = (1e-4 if dtype == torch.float32 else 0.05) * theirs.abs().max().item()
+        torch.testing.assert_close(ours[counted[1]], theirs[counted[0]], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ("MambaConfig", {}),  # states run on from row to row
+        ("BloomConfig", {"n_head": 4}),  # takes no position_ids
+        ("MptConfig", {"d_model": 32, "n_layers": 2, "n_heads": 4}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_models_that_would_mix_rows_without_padding_are_refused(config, options):
+    sizes = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2}
+    model = randomized(AutoModelForCausalLM.from_config(config_of(config, sizes | options)))
+    with pytest.raises(EUAError, match="padding_free = True"):
+        check_padding_free(model)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "gemma3", "granite", "cohere", "phi", "opt", "mixtral"])
 def test_gradients_are_those_of_the_models_logits(name):
     model = random_model(name)
@@ -221,7 +259,7 @@ def test_gradients_are_those_of_the_models_logits(name):
 
 def test_hidden_states_are_those_after_the_last_projection():
     model, batch = random_model("opt"), padded_batch()
-    assert hidden_states(model, batch["input_ids"], batch["attention_mask"]).shape == (3, 12, 16)
+    assert hidden_states(model, batch).shape == (3, 12, 16)
 
 
 def test_multimodal_wrapper_on_text():
@@ -392,8 +430,8 @@ def test_compiled_models():
     assert not compilations
     batch = padded_batch()
     for _ in range(2):
-        found = hidden_states(compiled, batch["input_ids"], batch["attention_mask"])
-        torch.testing.assert_close(found, hidden_states(model, batch["input_ids"], batch["attention_mask"]))
+        found = hidden_states(compiled, batch)
+        torch.testing.assert_close(found, hidden_states(model, batch))
     assert len(compilations) == 1
     assert_same_energies(compiled)
     assert_same_gradients(compiled)

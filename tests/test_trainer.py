@@ -401,9 +401,9 @@ def test_bad_runs_are_told_what_is_wrong(model, tokenizer, rows, tmp_path, optio
 
 def test_hidden_states_are_the_heads_input(model, tokenizer, rows):
     batch = pad_rows(encode_rows(rows["forget"][:3], tokenizer, None))
-    ids, mask = batch["input_ids"], batch["attention_mask"]
     with torch.no_grad():
-        hidden, theirs = hidden_states(model, ids, mask), model(input_ids=ids, attention_mask=mask).logits
+        hidden = hidden_states(model, batch)
+        theirs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     torch.testing.assert_close(output_head(model).logits(hidden), theirs)
     check_head(model)
     assert not model.lm_head._forward_pre_hooks
