@@ -6,15 +6,19 @@ The reference is frozen and the data do not change, so no second model and no re
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from eua.data import EncodedRow
+from eua.distributed import from_first, gather, rank, shape_of, share, whole, world_size
 from eua.errors import EUAError
 from eua.files import replacing
 from eua.hidden import Fill, Side, check_finite, output_head
@@ -22,7 +26,112 @@ from eua.scoring import answer_states, eval_hidden_states
 
 # m_out from the smallest logits, m_in from the largest
 SIDES: dict[str, Side] = {"forget": "bottom", "retain": "top", "eval_forget": "bottom", "eval_retain": "top"}
+Boundaries = dict[str, list[Tensor | None]]  # (A,) of each row by kind; None: not computed yet
+
 _SAMPLES_PER_TENSOR = 4096
+_BATCHES_AT_ONCE = 32
+_SECONDS_BETWEEN_SAVES = 30.0
+
+
+class RunBoundaries:
+    """Boundaries of the model as it is before a run's first step: computed once, kept in a file, found again by a resumed run.
+
+    Two calls, since weights that are spread over processes can be read before training is prepared, but only run after that.
+    What was computed when a run was interrupted is not computed again.
+
+    Args:
+        path: the safetensors file.
+        rows: encoded rows by kind, see :data:`SIDES`.
+        constants: (m_in, m_out), in nats, in place of computed ones.
+        every_step: those of training rows are made at every step by the caller; here they are NaN.
+        settings: ``fraction``, ``temperature`` and ``fill`` of :func:`compute_boundaries`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        rows: Mapping[str, Sequence[EncodedRow]],
+        *,
+        constants: tuple[float, float] | None = None,
+        every_step: bool = False,
+        **settings: Any,
+    ) -> None:
+        self.path, self.every_step, self.settings = path, every_step, settings
+        self.rows = rows
+        self.values: dict[str, list[Tensor]] = {}  # (A,) float32 on the CPU for each row
+        self._found: Boundaries | None = None
+        self._key = ""
+        if constants is not None:
+            m_in, m_out = constants
+            self._fill(rows, {"bottom": m_out, "top": m_in})
+        elif every_step:
+            self._fill([kind for kind in rows if "eval" not in kind], {"bottom": torch.nan, "top": torch.nan})
+        self.wanted = {kind: rows[kind] for kind in rows if kind not in self.values}
+
+    def _fill(self, kinds: Iterable[str], values: Mapping[Side, float]) -> None:
+        for kind in kinds:
+            self.values[kind] = [torch.full((len(row.answer_ids),), values[SIDES[kind]]) for row in self.rows[kind]]
+
+    @property
+    def missing(self) -> int:
+        """Rows without boundaries."""
+        if self._found is None:
+            return sum(map(len, self.wanted.values()))
+        return sum(boundary is None for boundaries in self._found.values() for boundary in boundaries)
+
+    def look_up(self, model: nn.Module, *, resuming: bool) -> None:
+        """Read the file, if it belongs to these rows, settings and weights; all processes call this.
+
+        Raises:
+            EUAError: when the file of a run to resume belongs to another one, or cannot be read.
+        """
+        if self._found is not None or not self.wanted:
+            return
+        self._key = fingerprint(model, self.rows, self.settings | {"at_every_step": self.every_step})
+        is_first = rank() == 0  # only its disk may have the file
+        found, stale = from_first(
+            (load_boundaries(self.path, self.wanted, self._key), self.path.exists()) if is_first else ({}, 0)
+        )
+        if found is None and stale and resuming:
+            raise EUAError(
+                f"{self.path} belongs to another model, other rows or other settings than this run, so resuming would mix two "
+                "runs: start from the model, rows and settings of the interrupted run, or train anew into another folder."
+            )
+        self._found = found or {kind: [None] * len(rows) for kind, rows in self.wanted.items()}
+
+    def complete(self, model: nn.Module, *, batch_size: int = 16, progress: bool = True) -> None:
+        """Compute what was not found; all processes call this, and each computes a part.
+
+        Args:
+            model: the one that :meth:`look_up` was given, with the same weights.
+            batch_size: rows per forward.
+            progress: show progress bars.
+        """
+        if self._found is None:
+            return
+        saved = time.monotonic()
+        for kind in self.wanted:
+            rows, found = self.rows[kind], self._found[kind]
+            longest_first = sorted(range(len(rows)), key=[-len(row.input_ids) for row in rows].__getitem__)
+            missing = [i for i in longest_first if found[i] is None]  # so memory that does not suffice fails at once
+            step = batch_size * _BATCHES_AT_ONCE * world_size()
+            with tqdm(total=len(missing), desc=f"boundaries of {kind} rows", disable=not progress, leave=False) as bar:
+                for start in range(0, len(missing), step):
+                    part = share(missing[start : start + step])
+                    values = compute_boundaries(model, [rows[i] for i in part], kind, batch_size=batch_size, **self.settings)
+                    for i, boundary in gather(list(zip(part, values, strict=True))):
+                        found[i] = boundary
+                    bar.update(len(missing[start : start + step]))
+                    if time.monotonic() > saved + _SECONDS_BETWEEN_SAVES:
+                        self._save()
+                        saved = time.monotonic()
+            if missing:
+                self._save()
+        self.values |= cast("dict[str, list[Tensor]]", self._found)
+
+    def _save(self) -> None:
+        if rank() == 0 and self._found is not None:
+            save_boundaries(self.path, self._found, self.wanted, self._key)
 
 
 def compute_boundaries(
@@ -34,7 +143,6 @@ def compute_boundaries(
     temperature: float,
     fill: Fill,
     batch_size: int = 16,
-    progress: bool = True,
 ) -> list[Tensor]:
     """The boundary of every answer token: a list of (A,) float32 tensors on the CPU, one per row.
 
@@ -45,54 +153,63 @@ def compute_boundaries(
         fraction: ρ, the share of the vocabulary in the tail.
         temperature: T of the energy.
         fill: ``"zero"`` or ``"none"``, see :func:`fused_energy.tail_energy`.
+        batch_size: rows per forward.
     """
     head = output_head(model)
     boundaries: list[Tensor] = [torch.empty(0)] * len(rows)
-    title = f"boundaries of {kind} rows" if progress else None
-    for indices, hidden in eval_hidden_states(model, rows, batch_size, title):
+    for indices, hidden in eval_hidden_states(model, rows, batch_size):
         states = answer_states(hidden, [rows[i] for i in indices])
         check_finite(states, f"the reference's hidden states on {kind} rows")
         try:
             values = head.tail_energy(states, fraction, SIDES[kind], fill, temperature).float().cpu()
         except ValueError as error:  # a fraction that leaves no logit; only here is the vocabulary known
             raise EUAError(f"rho cannot be used with this model: {error}") from error
+        check_finite(values, f"the boundaries of {kind} rows")  # in the file NaN stands for what is not computed yet
         for i, part in zip(indices, values.split([len(rows[i].answer_ids) for i in indices]), strict=True):
             boundaries[i] = part
     return boundaries
 
 
-def fingerprint(model: nn.Module, rows: dict[str, list[EncodedRow]], settings: dict[str, object]) -> str:
+def fingerprint(model: nn.Module, rows: Mapping[str, Sequence[EncodedRow]], settings: Mapping[str, object]) -> str:
     """A digest of everything boundaries depend on: weights, token ids, settings.
 
     Of each weight tensor, up to 4096 evenly spaced values are read: enough to tell any training step apart, at no cost.
     """
     digest = hashlib.sha256(repr(sorted(settings.items())).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
+    weights = model.state_dict() | dict(model.named_parameters())  # ZeRO-3 knows the parameters themselves
+    for name, tensor in sorted(weights.items()):
+        flat = whole(tensor).detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(f"{name}{tuple(shape_of(tensor))}{tensor.dtype}".encode())
         digest.update(flat[::step].to("cpu", torch.float32).numpy().tobytes())
     for kind in sorted(rows):
         for row in rows[kind]:
             digest.update(repr((kind, row.prompt_length, row.input_ids)).encode())
-    return digest.hexdigest()
+    return from_first(digest.hexdigest())  # other processes may be waiting for their weights
 
 
-def save_boundaries(path: Path, boundaries: dict[str, list[Tensor]], key: str) -> None:
-    """Write one safetensors file, whole or not at all."""
-    tensors = {kind: torch.cat(rows) for kind, rows in boundaries.items()}
+def save_boundaries(path: Path, boundaries: Boundaries, rows: Mapping[str, Sequence[EncodedRow]], key: str) -> None:
+    """Write one safetensors file, whole or not at all, in which NaN stands for boundaries that are not computed yet."""
+    tensors = {}
+    for kind, known in boundaries.items():
+        unknown = [torch.full((len(row.answer_ids),), torch.nan) for row in rows[kind]]
+        tensors[kind] = torch.cat([b if a is None else a for a, b in zip(known, unknown, strict=True)])
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"fingerprint": key})
 
 
-def load_boundaries(path: Path, rows: dict[str, list[EncodedRow]], key: str) -> dict[str, list[Tensor]] | None:
-    """The boundaries in ``path``, or None when there is no file or it belongs to another model, data or settings."""
+def load_boundaries(path: Path, rows: Mapping[str, Sequence[EncodedRow]], key: str) -> Boundaries | None:
+    """The boundaries in ``path``, with None for rows that an interrupted run did not come to.
+
+    None when there is no file, or when it belongs to another model, data or settings.
+    """
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("fingerprint") != key:
                 return None
-            return {kind: list(file.get_tensor(kind).split([len(row.answer_ids) for row in rows[kind]])) for kind in rows}
+            found = {kind: file.get_tensor(kind).split([len(row.answer_ids) for row in rows[kind]]) for kind in rows}
     except Exception as error:
         raise EUAError(f"The boundaries in {path} cannot be read ({error}): delete the file; it is computed again.") from error
+    return {kind: [None if part.isnan().any() else part for part in parts] for kind, parts in found.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -14,9 +15,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
+from eua.distributed import any_process
 from eua.losses import loss_means
 
 logger = logging.get_logger(__name__)
+
+_SECONDS_OF_ONE_REQUEST = 1.0
 
 
 class StopOnSignal(TrainerCallback):
@@ -24,6 +28,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.at = 0.0
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -39,13 +44,17 @@ class StopOnSignal(TrainerCallback):
         self.previous.clear()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:  # asked twice: stop now
-            raise KeyboardInterrupt
-        self.received = number
+        if self.received is not None:
+            if time.monotonic() < self.at + _SECONDS_OF_ONE_REQUEST:
+                return  # a launcher passes on to its processes what a terminal has sent them already
+            raise KeyboardInterrupt  # asked twice: stop now
+        self.received, self.at = number, time.monotonic()
         logger.warning("Stopping after this step; a checkpoint will be saved. Interrupt again to stop at once.")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.received is not None:
+        # Processes hear of it at different steps, or one alone does: they stop together.
+        if any_process(self.received is not None, args.device):
+            self.received = self.received or signal.SIGTERM
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

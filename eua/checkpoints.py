@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
 from eua.callbacks import StopOnSignal
+from eua.distributed import local_part
 from eua.files import fill_folder, replacing
 from eua.hidden import check_finite
 
@@ -96,7 +97,7 @@ class CheckpointingTrainer(Trainer):
         """Raise rather than save weights that a step has ruined."""
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                check_finite(parameter.detach(), f"the weights {name} after step {self.state.global_step}")
+                check_finite(local_part(parameter.detach()), f"the weights {name} after step {self.state.global_step}")
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)

@@ -208,18 +208,13 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, *, literal: boo
 class ForgetRetainDataset(Dataset):
     """Encoded forget and retain rows with their boundaries; an index names one forget row and its retain rows.
 
-    ``boundaries`` hold one float per answer token.
+    Args:
+        rows: ``"forget"`` and ``"retain"`` rows.
+        boundaries: of these, one float per answer token; they may come later than the dataset, before its first item.
     """
 
-    def __init__(
-        self,
-        forget: list[EncodedRow],
-        retain: list[EncodedRow],
-        forget_boundaries: list[torch.Tensor],
-        retain_boundaries: list[torch.Tensor],
-    ) -> None:
-        self.rows = {"forget": forget, "retain": retain}
-        self.boundaries = {"forget": forget_boundaries, "retain": retain_boundaries}
+    def __init__(self, rows: Mapping[str, Sequence[EncodedRow]], boundaries: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        self.rows, self.boundaries = rows, boundaries
 
     def __len__(self) -> int:
         return len(self.rows["forget"])

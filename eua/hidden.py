@@ -11,9 +11,9 @@ as they do in the model's own softmax and in what it generates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from eua.distributed import gathered, is_partitioned, joined, shape_of
 from eua.errors import EUAError
 from fused_energy import EnergyNLL, linear_energy, tail_energy
 
@@ -38,31 +39,60 @@ _HEAD_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # 
 
 @dataclass(frozen=True)
 class Head:
-    """A language-model head: ``z = softcap(logit_scale · (h Wᵀ) + b)``."""
+    """A language-model head: ``z = softcap(logit_scale · (h Wᵀ + b))``."""
 
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
     logit_scale: float = 1.0
     softcap: float | None = None
+    module: nn.Module | None = None  # around whose call ZeRO-3 gathers weight and bias; None: they are whole
+
+    @property
+    def vocabulary(self) -> int:
+        return shape_of(self.weight)[0]
 
     def energy(self, hidden: Tensor, temperature: float) -> Tensor:
         """(..., H) → (...,), see :func:`fused_energy.linear_energy`."""
-        return linear_energy(hidden, self.weight, temperature=temperature, **self._options())
+        return self._with_weight(lambda h, w, **options: linear_energy(h, w, temperature=temperature, **options), hidden)
 
     def energy_and_nll(self, hidden: Tensor, targets: Tensor, temperature: float) -> EnergyNLL:
-        return linear_energy(hidden, self.weight, targets, temperature=temperature, **self._options())
+        def both(hidden: Tensor, weight: Tensor, **options: Any) -> EnergyNLL:
+            return linear_energy(hidden, weight, targets, temperature=temperature, **options)
+
+        return self._with_weight(both, hidden)
 
     def tail_energy(self, hidden: Tensor, fraction: float, side: Side, fill: Fill, temperature: float) -> Tensor:
-        return tail_energy(hidden, self.weight, fraction, side, fill=fill, temperature=temperature, **self._options())
+        def tail(hidden: Tensor, weight: Tensor, **options: Any) -> Tensor:
+            return tail_energy(hidden, weight, fraction, side, fill=fill, temperature=temperature, **options)
+
+        return self._with_weight(tail, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) → (..., V), float32; for a few positions, since nothing bounds its size."""
-        z = self.logit_scale * nn.functional.linear(hidden, self.weight).float()
-        z = z if self.bias is None else z + self.bias
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+        return self._with_weight(_logits, hidden)
 
-    def _options(self) -> dict[str, Any]:
-        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+    def _with_weight(self, function: Callable[..., Any], hidden: Tensor) -> Any:
+        """``function(hidden, weight, bias=, logit_scale=, softcap=)``, run as the head module's forward where that matters."""
+
+        def run(hidden: Tensor) -> Any:
+            bias = self.bias
+            if bias is not None and self.logit_scale != 1.0:
+                bias = self.logit_scale * bias  # models scale what the head returns, its bias included
+            return function(hidden, self.weight, bias=bias, logit_scale=self.logit_scale, softcap=self.softcap)
+
+        if self.module is None:
+            return run(hidden)
+        self.module.forward = run
+        try:
+            return self.module(hidden)
+        finally:
+            del self.module.forward
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor:
+    z = logit_scale * nn.functional.linear(hidden, weight).float()
+    z = z if bias is None else z + bias
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
 def output_module(model: nn.Module) -> nn.Module:
@@ -84,7 +114,7 @@ def output_module(model: nn.Module) -> nn.Module:
             f"An adapter sits on the output head of {type(model).__name__}, and the energy reads the head's plain matrix, so "
             "the adapter would never be trained: leave the head out of target_modules, or train all of it with modules_to_save."
         )
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.dtype not in _HEAD_DTYPES:
+    if not isinstance(weight, Tensor) or len(shape_of(weight)) != 2 or weight.dtype not in _HEAD_DTYPES:
         raise EUAError(
             f"The output head of {type(model).__name__} is a {type(module).__name__} without a plain (V, H) weight matrix, "
             "which the energy needs: leave the head out of quantization and of LoRA's target_modules."
@@ -95,8 +125,9 @@ def output_module(model: nn.Module) -> nn.Module:
 def output_head(model: nn.Module) -> Head:
     """The head's tensors as the model uses them now, with the scale and softcap that its config states.
 
-    Adapters that replace the head's weight (PEFT's ``modules_to_save`` and ``trainable_token_indices``) are in it, with
-    their gradients; a low-rank adapter on the head is refused, see :func:`output_module`.
+    A head of which each process holds a part is gathered, so all processes call this. Adapters that replace the head's
+    weight (PEFT's ``modules_to_save`` and ``trainable_token_indices``) are in it, with their gradients; a low-rank adapter on
+    the head is refused, see :func:`output_module`.
     """
     module = output_module(model)
     config: Any = getattr(_unwrap(model), "config", None)
@@ -107,10 +138,16 @@ def output_head(model: nn.Module) -> Head:
     for name in _FACTORS:
         scale *= getattr(config, name, None) or 1.0
     softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)
-    bias: Any = getattr(module, "bias", None)
-    if bias is not None and scale != 1.0:
-        bias = scale * bias  # models scale what the head returns, its bias included
-    return Head(module.weight, bias, scale, softcap)  # type: ignore[arg-type]
+    weight, bias = cast(Tensor, module.weight), cast("Tensor | None", getattr(module, "bias", None))
+    if is_partitioned(weight):
+        return Head(weight, bias, scale, softcap, module)
+    return Head(gathered(weight), None if bias is None else gathered(bias), scale, softcap)
+
+
+def vocabulary_and_device(model: nn.Module) -> tuple[int, torch.device]:
+    """How many rows the head has, and where the model's inputs go; gathers nothing."""
+    weight = cast(Tensor, output_module(model).weight)
+    return shape_of(weight)[0], weight.device
 
 
 def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -130,16 +167,16 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         captured.append(arguments[0])
         return (arguments[0][:, :1], *arguments[1:])
 
-    def run() -> None:
-        model(**inputs, use_cache=False)
+    def run() -> Any:
+        return model(**inputs, use_cache=False)
 
     hook = output_module(model).register_forward_pre_hook(capture)
     try:
-        run()
+        output = run()
         if not captured:
             # torch.compile does not look for new hooks in a graph that it made before.
             with torch.compiler.set_stance("force_eager"):
-                run()
+                output = run()
     finally:
         hook.remove()
     if len(captured) != 1 or captured[0].shape[:2] != input_ids.shape:
@@ -147,7 +184,7 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
             f"{type(model).__name__} called its head {len(captured)} times, on {[tuple(h.shape) for h in captured]}, for "
             f"tokens of shape {tuple(input_ids.shape)}: energies need one call on (B, S, H), so this model is not supported."
         )
-    return captured[0]
+    return joined(model, captured[0], output.logits)
 
 
 @torch.no_grad()
@@ -162,7 +199,7 @@ def check_head(model: nn.Module) -> None:
     """
     head, module = output_head(model), output_module(model)
     name = type(_unwrap(model)).__name__
-    ids = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
+    ids = torch.arange(8, device=head.weight.device)[None] % head.vocabulary
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     training = model.training
     model.eval()
@@ -170,7 +207,8 @@ def check_head(model: nn.Module) -> None:
         with torch.compiler.set_stance("force_eager"):  # leaves no compiled graph behind that knows no hook
             hidden = hidden_states(model, batch)
             check_finite(hidden, "the model's hidden states on a probe of 8 tokens")
-            largest = nn.functional.linear(hidden, head.weight).float().abs().amax(dim=-1, keepdim=True)
+            unscaled = replace(head, bias=None, logit_scale=1.0, softcap=None)
+            largest = unscaled.logits(hidden).abs().amax(dim=-1, keepdim=True)
             wanted = 2.0 ** torch.arange(1, 9, device=hidden.device)[:, None]
             hidden = (hidden * wanted / largest.clamp(min=1e-6)).to(hidden.dtype)
             hook = module.register_forward_pre_hook(lambda module, arguments: (hidden, *arguments[1:]))
@@ -183,7 +221,7 @@ def check_head(model: nn.Module) -> None:
     ours = head.logits(hidden)
     if ours.shape != theirs.shape:
         raise EUAError(
-            f"{name} has a head of {head.weight.shape[0]} rows and gives logits of shape {tuple(theirs.shape)} for a row of "
+            f"{name} has a head of {head.vocabulary} rows and gives logits of shape {tuple(theirs.shape)} for a row of "
             f"{ids.shape[1]} tokens, so its energies would be over another vocabulary: this architecture is not supported."
         )
     tolerance = max(2 * torch.finfo(hidden.dtype).eps, 1e-4)

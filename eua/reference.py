@@ -31,7 +31,7 @@ class Reference:
                 "ref_model shares weights with the model in training, so it would not stay the model before unlearning: "
                 "pass a copy (copy.deepcopy before an adapter is added), or load it a second time."
             )
-        sizes = [output_head(m).weight.shape[0] for m in (model, trained)]
+        sizes = [output_head(m).vocabulary for m in (model, trained)]
         if sizes[0] != sizes[1]:
             raise EUAError(
                 f"ref_model has a vocabulary of {sizes[0]} and the model in training one of {sizes[1]}, so their energies and "

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from eua.collator import flatten_rows, pad_rows
 from eua.data import EncodedRow
 from eua.errors import EUAError
-from eua.hidden import check_finite, check_head, hidden_states, output_head
+from eua.hidden import check_finite, check_head, hidden_states, output_head, vocabulary_and_device
 from fused_energy import EnergyNLL
 
 
@@ -68,13 +68,12 @@ def answer_states(hidden: Tensor, rows: Sequence[EncodedRow]) -> Tensor:
 @torch.no_grad()
 def check_padding_free(model: nn.Module) -> None:
     """Raise :class:`EUAError` when the model does not keep rows apart that follow one another in one row."""
-    weight = output_head(model).weight
-    rows = [
-        EncodedRow([i % len(weight) for i in range(start, start + length)], 1) for start, length in ((1, 7), (3, 4), (2, 6))
-    ]
-    padded = {name: tensor.to(weight.device) for name, tensor in pad_rows(rows).items()}
+    vocabulary, device = vocabulary_and_device(model)
+    starts_and_lengths = ((1, 7), (3, 4), (2, 6))
+    rows = [EncodedRow([i % vocabulary for i in range(start, start + n)], 1) for start, n in starts_and_lengths]
+    padded = {name: tensor.to(device) for name, tensor in pad_rows(rows).items()}
     flat = flatten_rows(padded)
-    is_first = torch.arange(flat["input_ids"].shape[1], device=weight.device) < len(rows[0].input_ids)
+    is_first = torch.arange(flat["input_ids"].shape[1], device=device) < len(rows[0].input_ids)
     other_first = flat | {"input_ids": flat["input_ids"].where(~is_first, 0)}
     training = model.training
     model.eval()
@@ -98,7 +97,7 @@ def check_padding_free(model: nn.Module) -> None:
 
 def check_token_ids(model: nn.Module, rows: Iterable[Sequence[int]]) -> None:
     """Raise :class:`EUAError` when a token id of ``rows`` is beyond the model's vocabulary."""
-    vocabulary = output_head(model).weight.shape[0]
+    vocabulary, _ = vocabulary_and_device(model)
     largest = max((max(ids) for ids in rows if ids), default=0)
     if largest >= vocabulary:
         raise EUAError(
@@ -118,7 +117,7 @@ def eval_hidden_states(
     """
     check_head(model)
     check_token_ids(model, (row.input_ids for row in rows))
-    device = output_head(model).weight.device
+    _, device = vocabulary_and_device(model)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
     batches: Iterable[int] = range(0, len(order), batch_size)
     training = model.training

@@ -22,12 +22,14 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import logging
 
-from eua.boundaries import compute_boundaries, fingerprint, load_boundaries, save_boundaries
+from eua.boundaries import RunBoundaries
 from eua.callbacks import StopWhenMet
 from eua.checkpoints import CheckpointingTrainer, last_checkpoint
+from eua.checks import check_arguments, check_model, check_trainable
 from eua.collator import ForgetRetainCollator, PairedSampler
 from eua.config import EUAConfig
 from eua.data import IGNORE_INDEX, ForgetRetainDataset, Row, encode_rows, read_rows
+from eua.distributed import check_setup, is_sharded
 from eua.errors import EUAError
 from eua.held_out import held_out_metrics
 from eua.hidden import check_head, hidden_states, output_head
@@ -79,27 +81,12 @@ class EUATrainer(CheckpointingTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ) -> None:
-        if args.n_gpu > 1:
-            raise EUAError(
-                f"{args.n_gpu} GPUs are visible to one process, which Trainer would use through DataParallel, and EUATrainer "
-                "cannot: start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
-            )
-        _check_ref_model(args, ref_model)
-        _check_eval_datasets(args, eval_forget_dataset, eval_retain_dataset)
+        check_arguments(args, ref_model, eval_forget_dataset, eval_retain_dataset)
         if isinstance(model, str):
             # Weights that are trained must be float32: in bfloat16 most steps of a small learning rate round away.
             dtype = "auto" if peft_config is not None else torch.float32
             model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        if hasattr(model, "_orig_mod"):
-            raise EUAError(
-                "The model comes wrapped by torch.compile, and its weights would be saved under names that no model loads "
-                "(_orig_mod.*): pass the model itself, and torch_compile=True to EUAConfig."
-            )
-        if getattr(model, "_hf_peft_config_loaded", False):
-            raise EUAError(
-                "The model was loaded from an adapter's folder without PEFT, and what would be trained and saved is unclear: "
-                "merge the adapter into its base first, or load it with peft.AutoPeftModelForCausalLM(..., is_trainable=True)."
-            )
+        check_model(model)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
         if peft_config is not None:
@@ -107,10 +94,7 @@ class EUATrainer(CheckpointingTrainer):
                 raise EUAError("peft_config was given with a model that carries an adapter already: pass one or the other.")
             set_seed(args.seed)  # the adapter's start is drawn here
             model = get_peft_model(model, peft_config)
-        check_head(model)
-        if args.padding_free:
-            check_padding_free(model)
-        _check_trainable(model)
+        check_trainable(model)
         self.reference: Reference | None = None
         if ref_model is not None:
             if isinstance(ref_model, str):
@@ -142,12 +126,23 @@ class EUATrainer(CheckpointingTrainer):
             optimizers=optimizers,
         )
         model.config.use_cache = use_cache  # Trainer turns it off for good; the saved model should generate at full speed
+        check_setup(self.accelerator, model, self.reference)
+        if not is_sharded(self.accelerator):
+            self._check_forward()
         self.encoded_rows = rows
         # compute_loss divides by the counts of the whole accumulation window itself.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self._tallies: Tensor | None = None
-        self._starting_boundaries: dict[str, list[Tensor]] | None = None
+        self.boundaries = RunBoundaries(
+            self.run_folder / BOUNDARIES_FILE,
+            rows,
+            constants=args.constant_boundaries,
+            every_step=self.reference is not None,
+            fraction=args.rho,
+            temperature=args.temperature,
+            fill=args.fill,
+        )
 
     # ---- before the first step ----------------------------------------------------------------------------------
 
@@ -162,10 +157,8 @@ class EUATrainer(CheckpointingTrainer):
                 f"{earlier} belongs to an earlier run, and a later resume could take it for one of this run: pass "
                 "resume_from_checkpoint=True to go on with that run, or delete its checkpoints, or name another output_dir."
             )
-        boundaries = self._boundaries(resuming=bool(resume_from_checkpoint))
-        self.train_dataset = ForgetRetainDataset(
-            self.encoded_rows["forget"], self.encoded_rows["retain"], boundaries["forget"], boundaries["retain"]
-        )
+        boundaries = self._find_boundaries(resuming=bool(resume_from_checkpoint))
+        self.train_dataset = ForgetRetainDataset(self.encoded_rows, boundaries)
         with self.stop_on_signal as stop:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.is_interrupted():
@@ -174,53 +167,41 @@ class EUATrainer(CheckpointingTrainer):
         self.model.eval()  # what comes next is calibrating and generating, without dropout
         return result
 
-    def _boundaries(self, *, resuming: bool) -> dict[str, list[Tensor]]:
-        """One float per answer token, of the weights the trainer was made with: a second ``train()`` reuses them."""
-        if self._starting_boundaries is None:
-            self._starting_boundaries = self._make_boundaries(resuming)
-        return self._starting_boundaries
+    def _check_forward(self) -> None:
+        check_head(self.model)
+        if self.args.padding_free:
+            check_padding_free(self.model)
 
-    def _make_boundaries(self, resuming: bool) -> dict[str, list[Tensor]]:
-        if self.args.constant_boundaries is not None:
-            m_in, m_out = self.args.constant_boundaries
-            return {
-                kind: [torch.full((len(row.answer_ids),), m_out if "forget" in kind else m_in) for row in rows]
-                for kind, rows in self.encoded_rows.items()
-            }
-        settings = {"fraction": self.args.rho, "temperature": self.args.temperature, "fill": self.args.fill}
-        source, wanted = self.model, self.encoded_rows
-        at_every_step: dict[str, list[Tensor]] = {}
-        if self.reference is not None:  # only held-out rows have theirs computed beforehand
-            source, wanted = self.reference.model, {kind: rows for kind, rows in wanted.items() if "eval" in kind}
-            unknown = torch.nan  # and compute_loss puts those of the step in its place
-            at_every_step = {
-                kind: [torch.full((len(row.answer_ids),), unknown) for row in self.encoded_rows[kind]]
-                for kind in ("forget", "retain")
-            }
-        key = fingerprint(source, self.encoded_rows, settings | {"at_every_step": bool(at_every_step)})
-        path = self.run_folder / BOUNDARIES_FILE
-        kept = load_boundaries(path, wanted, key)
-        if kept is not None:
-            return at_every_step | kept
-        if resuming and path.exists():
-            raise EUAError(
-                f"{path} belongs to another model, other rows or other settings than this run, so resuming would mix two runs: "
-                "start from the model, rows and settings of the interrupted run, or train anew into another folder."
-            )
-        computed = {
-            kind: compute_boundaries(
-                source,
-                rows,
-                kind,
-                batch_size=self.args.boundary_batch_size,
-                progress=not self.args.disable_tqdm,
-                **settings,
-            )
-            for kind, rows in wanted.items()
-        }
-        if self.args.should_save:
-            save_boundaries(path, computed, key)
-        return at_every_step | computed
+    def _find_boundaries(self, *, resuming: bool) -> dict[str, list[Tensor]]:
+        """One float per answer token, of the weights the trainer was made with: a second ``train()`` reuses them.
+
+        With sharded weights they are there once training is prepared.
+        """
+        self.boundaries.look_up(self._reference_model, resuming=resuming)
+        if not is_sharded(self.accelerator):
+            self._complete_boundaries()
+        return self.boundaries.values
+
+    def _complete_boundaries(self) -> None:
+        self.boundaries.complete(
+            self._reference_model, batch_size=self.args.boundary_batch_size, progress=not self.args.disable_tqdm
+        )
+
+    @property
+    def _reference_model(self) -> nn.Module:
+        return self.model if self.reference is None else self.reference.model
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if is_sharded(self.accelerator):  # only now has every process its part of the weights
+            if resume_from_checkpoint and self.boundaries.missing:
+                raise EUAError(
+                    f"{self.boundaries.path} lacks the boundaries of {self.boundaries.missing} rows, and weights in "
+                    f"{resume_from_checkpoint} have been trained since: put that file back, or train anew into another folder."
+                )
+            self._check_forward()
+            self._complete_boundaries()
+        return prepared
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PairedSampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -335,7 +316,12 @@ class EUATrainer(CheckpointingTrainer):
                 "pass eval_forget_dataset and eval_retain_dataset to EUATrainer."
             )
         started = time.time()
-        boundaries = self._boundaries(resuming=last_checkpoint(self.run_folder) is not None)
+        if is_sharded(self.accelerator) and self.boundaries.missing:
+            raise EUAError(
+                "evaluate() was called before train(), but it is train() that spreads the model over the processes and "
+                "computes its boundaries: set eval_on_start = True to evaluate before the first step."
+            )
+        boundaries = self._find_boundaries(resuming=last_checkpoint(self.run_folder) is not None)
         rows = {kind: self.encoded_rows[f"eval_{kind}"] for kind in ("forget", "retain")}
         with self.accelerator.autocast():
             measured = held_out_metrics(
@@ -354,45 +340,3 @@ class EUATrainer(CheckpointingTrainer):
         super().log(metrics)  # not through log(), which would add what training has tallied since
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def _check_ref_model(args: EUAConfig, ref_model: object) -> None:
-    """Raise when a reference is needed and missing, or given for nothing."""
-    if args.retain_loss == "kl" and ref_model is None:
-        raise EUAError(
-            'retain_loss = "kl" was set without a ref_model, so there is nothing to compare the model with: '
-            'pass ref_model, a second copy of the model before unlearning, or leave retain_loss at "nll".'
-        )
-    if args.retain_loss == "nll" and args.constant_boundaries is not None and ref_model is not None:
-        raise EUAError(
-            f"ref_model was given with m_in = {args.m_in} and m_out = {args.m_out}, and nothing would be read from it, "
-            'since boundaries are these constants: leave out one or the other, or set retain_loss = "kl".'
-        )
-
-
-def _check_eval_datasets(args: EUAConfig, forget: object, retain: object) -> None:
-    """Raise when evaluation is asked for and there is nothing to evaluate on, or half of it."""
-    if (forget is None) != (retain is None):
-        given, missing = ("eval_retain_dataset", "eval_forget_dataset")[:: 1 if forget is None else -1]
-        raise EUAError(
-            f"{given} was given without {missing}, but what is measured compares rows to forget with rows to retain: "
-            "pass both, or neither."
-        )
-    if forget is None and (args.eval_strategy != "no" or args.eval_on_start):
-        how = "eval_on_start = True" if args.eval_on_start else f"eval_strategy = {args.eval_strategy.value!r}"
-        raise EUAError(
-            f"{how} was set, but there are no rows to evaluate on: "
-            'pass eval_forget_dataset and eval_retain_dataset, rows held out from training, or leave evaluation off ("no").'
-        )
-
-
-def _check_trainable(model: nn.Module) -> None:
-    """Raise when nothing would be trained; warn when steps would be lost to rounding."""
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
-    if not dtypes:
-        raise EUAError("No parameter of the model requires a gradient, so nothing would be unlearned: unfreeze some.")
-    if dtypes & {torch.bfloat16, torch.float16}:
-        logger.warning(
-            "Trainable weights are in half precision, where small steps round away: load the model with "
-            "dtype=torch.float32, and set bf16=True for speed."
-        )

@@ -118,8 +118,8 @@ def test_padding_masks_what_is_not_an_answer():
 
 def test_a_batch_holds_both_kinds_with_their_boundaries():
     forget, retain = [EncodedRow([5, 6, 7], 1)], [EncodedRow([1, 2], 1), EncodedRow([3, 4, 5, 6], 3)]
-    boundaries = [torch.tensor([-1.0, -2.0])], [torch.tensor([-3.0]), torch.tensor([-4.0])]
-    dataset = ForgetRetainDataset(forget, retain, *boundaries)
+    boundaries = {"forget": [torch.tensor([-1.0, -2.0])], "retain": [torch.tensor([-3.0]), torch.tensor([-4.0])]}
+    dataset = ForgetRetainDataset({"forget": forget, "retain": retain}, boundaries)
     batch = ForgetRetainCollator()([dataset[0, (1, 0)]])
     assert batch["forget"].tolist() == [[True] * 4, [False] * 4, [False] * 4]
     assert batch["boundary"].tolist() == [[0, -1, -2, 0], [0, 0, 0, -4], [0, -3, 0, 0]]

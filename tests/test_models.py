@@ -612,7 +612,7 @@ def test_adapters_are_trained_saved_and_loaded(case, wrapped, tokenizer, rows, t
 @pytest.mark.parametrize("loader", ["PeftModel", "AutoPeftModelForCausalLM"])
 def test_boundaries_are_those_of_the_adapter_that_was_handed_in(loader, tokenizer, rows, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(saved_base("llama", tokenizer, tmp_path / "base"))
-    plain = trainer_of(base, tokenizer, rows, tmp_path / "plain")._boundaries(resuming=False)
+    plain = trainer_of(base, tokenizer, rows, tmp_path / "plain")._find_boundaries(resuming=False)
     move_adapter(get_peft_model(base, lora(modules_to_save=["lm_head"]))).save_pretrained(tmp_path / "adapter")
 
     if loader == "PeftModel":
@@ -621,9 +621,9 @@ def test_boundaries_are_those_of_the_adapter_that_was_handed_in(loader, tokenize
     else:
         model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", is_trainable=True)
     merged = copy.deepcopy(model).merge_and_unload()
-    expected = trainer_of(merged, tokenizer, rows, tmp_path / "merged")._boundaries(resuming=False)
+    expected = trainer_of(merged, tokenizer, rows, tmp_path / "merged")._find_boundaries(resuming=False)
     trainer = trainer_of(model, tokenizer, rows, tmp_path / "run")
-    found = trainer._boundaries(resuming=False)
+    found = trainer._find_boundaries(resuming=False)
     for kind in ("forget", "retain"):
         torch.testing.assert_close(torch.cat(found[kind]), torch.cat(expected[kind]), rtol=0, atol=1e-4)
         assert (torch.cat(found[kind]) - torch.cat(plain[kind])).abs().max() > 1e-3

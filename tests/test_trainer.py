@@ -69,7 +69,7 @@ def test_step_is_the_method(model, tokenizer, rows, tmp_path, temperature, fill,
     trainer = make(model, tokenizer, rows, tmp_path, alpha=0.5, gamma=0.2, temperature=temperature, fill=fill, rho=rho)
     add_dropout(model, 0.5)  # boundaries are taken in eval mode whatever mode the model is in
     model.train()
-    boundaries = trainer._boundaries(resuming=False)
+    boundaries = trainer._find_boundaries(resuming=False)
     assert model.training
     reference = copy.deepcopy(model.eval())
     with torch.no_grad():
@@ -181,8 +181,8 @@ def test_epochs_draw_other_pairs_and_the_ratio_asked_for(model, tokenizer, rows,
 
 
 def test_lora_boundaries_are_those_of_the_base_weights(model, tokenizer, rows, tmp_path):
-    full = make(model, tokenizer, rows, tmp_path / "full")._boundaries(resuming=False)
-    lora = make(model, tokenizer, rows, tmp_path / "lora", copy.deepcopy(LORA))._boundaries(resuming=False)
+    full = make(model, tokenizer, rows, tmp_path / "full")._find_boundaries(resuming=False)
+    lora = make(model, tokenizer, rows, tmp_path / "lora", copy.deepcopy(LORA))._find_boundaries(resuming=False)
     for kind in ("forget", "retain"):
         for a, b in zip(full[kind], lora[kind], strict=True):
             torch.testing.assert_close(a, b)
@@ -195,33 +195,33 @@ def test_boundaries_are_kept_and_stale_ones_noticed(model, tokenizer, rows, tmp_
         computed.append(args[2])
         return compute_boundaries(*args, **kwargs)
 
-    monkeypatch.setattr("eua.trainer.compute_boundaries", counting)
-    first = make(model, tokenizer, rows, tmp_path)._boundaries(resuming=False)
-    again = make(model, tokenizer, rows, tmp_path)._boundaries(resuming=True)
+    monkeypatch.setattr("eua.boundaries.compute_boundaries", counting)
+    first = make(model, tokenizer, rows, tmp_path)._find_boundaries(resuming=False)
+    again = make(model, tokenizer, rows, tmp_path)._find_boundaries(resuming=True)
     assert computed == ["forget", "retain"]
     assert all(torch.equal(a, b) for kind in first for a, b in zip(first[kind], again[kind], strict=True))
 
     with pytest.raises(EUAError, match="belongs to another model, other rows or other settings"):
-        make(model, tokenizer, rows, tmp_path, rho=0.2)._boundaries(resuming=True)
+        make(model, tokenizer, rows, tmp_path, rho=0.2)._find_boundaries(resuming=True)
     trainer = make(model, tokenizer, rows, tmp_path, rho=0.2)
-    trainer._boundaries(resuming=False)
+    trainer._find_boundaries(resuming=False)
     assert len(computed) == 4
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1e-3
-    trainer._boundaries(resuming=False)  # a trainer keeps those of its starting weights, even when it is run again
+    trainer._find_boundaries(resuming=False)  # a trainer keeps those of its starting weights, even when it is run again
     assert len(computed) == 4
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1e-3
-    make(model, tokenizer, rows, tmp_path, rho=0.2)._boundaries(resuming=False)
+    make(model, tokenizer, rows, tmp_path, rho=0.2)._find_boundaries(resuming=False)
     assert len(computed) == 6
 
     (tmp_path / "boundaries.safetensors").write_bytes(b"half a file")
     with pytest.raises(EUAError, match="cannot be read .* delete the file"):
-        make(model, tokenizer, rows, tmp_path)._boundaries(resuming=False)
+        make(model, tokenizer, rows, tmp_path)._find_boundaries(resuming=False)
 
 
 def test_constant_boundaries(model, tokenizer, rows, tmp_path):
-    boundaries = make(model, tokenizer, rows, tmp_path, m_in=-20.0, m_out=-5.0)._boundaries(resuming=False)
+    boundaries = make(model, tokenizer, rows, tmp_path, m_in=-20.0, m_out=-5.0)._find_boundaries(resuming=False)
     assert {float(x) for row in boundaries["retain"] for x in row} == {-20.0}
     assert {float(x) for row in boundaries["forget"] for x in row} == {-5.0}
 

@@ -37,7 +37,7 @@ def test_evaluation_is_the_method_on_held_out_rows(model, tokenizer, rows, tmp_p
             parameter *= 4
     settings = {"alpha": 0.5, "gamma": 0.2, "temperature": 2.0, "rho": 0.3, "per_device_eval_batch_size": 2}
     trainer = evaluated(model, tokenizer, rows, tmp_path, **settings)
-    trainer._boundaries(resuming=False)
+    trainer._find_boundaries(resuming=False)
     reference = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -115,13 +115,13 @@ def test_boundaries_of_held_out_rows_are_kept_with_the_others(model, tokenizer, 
         computed.append(args[2])
         return compute_boundaries(*args, **kwargs)
 
-    monkeypatch.setattr("eua.trainer.compute_boundaries", counting)
-    first = evaluated(model, tokenizer, rows, tmp_path)._boundaries(resuming=False)
-    again = evaluated(model, tokenizer, rows, tmp_path)._boundaries(resuming=True)
+    monkeypatch.setattr("eua.boundaries.compute_boundaries", counting)
+    first = evaluated(model, tokenizer, rows, tmp_path)._find_boundaries(resuming=False)
+    again = evaluated(model, tokenizer, rows, tmp_path)._find_boundaries(resuming=True)
     assert computed == ["forget", "retain", "eval_forget", "eval_retain"]
     assert all(torch.equal(a, b) for kind in first for a, b in zip(first[kind], again[kind], strict=True))
     with pytest.raises(EUAError, match="belongs to another model, other rows or other settings"):
-        make(model, tokenizer, rows, tmp_path)._boundaries(resuming=True)
+        make(model, tokenizer, rows, tmp_path)._find_boundaries(resuming=True)
 
 
 class Metric(TrainerCallback):

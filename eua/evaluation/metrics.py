@@ -69,7 +69,7 @@ def measure_answers(
 
 def greedy_tokens(head: Head, hidden: Tensor) -> Tensor:
     """The most likely next token at each position: (N, H) → (N,), in blocks of bounded size."""
-    block = max(1, GREEDY_BLOCK_BYTES // (4 * head.weight.shape[0]))
+    block = max(1, GREEDY_BLOCK_BYTES // (4 * head.vocabulary))
     return torch.cat([head.logits(part).argmax(dim=-1) for part in hidden.split(block)])
 
 
