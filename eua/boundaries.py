@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eua.data import EncodedRow
+from eua.data import EncodedRow, rows_digest
 from eua.errors import EUAError
 from eua.files import replacing
 from eua.hidden import Fill, Side, check_finite, output_head
@@ -73,8 +73,7 @@ def fingerprint(model: nn.Module, rows: dict[str, list[EncodedRow]], settings: d
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(flat[::step].to("cpu", torch.float32).numpy().tobytes())
     for kind in sorted(rows):
-        for row in rows[kind]:
-            digest.update(repr((kind, row.prompt_length, row.input_ids)).encode())
+        digest.update(f"{kind} {rows_digest(rows[kind])}".encode())
     return digest.hexdigest()
 
 

@@ -51,6 +51,9 @@ class EUAConfig(TrainingArguments):
     greater_is_better: bool | None = field(
         default=None, metadata={"help": "Whether more of metric_for_best_model is better. None: as is known of each metric."}
     )
+    hub_strategy: str = field(
+        default="end", metadata={"help": 'Must stay "end": the model is pushed when it is saved, checkpoints never are.'}
+    )
     gamma: float = field(default=0.05, metadata={"help": "Weight of the two energy parts of the loss."})
     gamma_schedule: str = field(
         default="constant",
@@ -109,6 +112,7 @@ class EUAConfig(TrainingArguments):
         _check("boundary_batch_size", self.boundary_batch_size, lambda x: x >= 1, "a batch has at least one row")
         _check("max_length", self.max_length, lambda x: x is None or x >= 2, "a row has a prompt and an answer token")
         _check("remove_unused_columns", self.remove_unused_columns, lambda x: not x, "it would drop the boundaries")
+        _check("hub_strategy", self.hub_strategy, lambda x: x == "end", "checkpoints, which hold pickles, are never pushed")
         if (self.m_in is None) != (self.m_out is None):
             raise EUAError(
                 f"m_in = {self.m_in} and m_out = {self.m_out}, but constant boundaries come as a pair: give both, or neither."
