@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from eua.data import EncodedRow
+from eua.data import EncodedRow, rows_digest
 from eua.distributed import from_first, gather, rank, shape_of, share, whole, world_size
 from eua.errors import EUAError
 from eua.files import replacing
@@ -60,7 +60,7 @@ class RunBoundaries:
         self.rows = rows
         self.values: dict[str, list[Tensor]] = {}  # (A,) float32 on the CPU for each row
         self._found: Boundaries | None = None
-        self._key = ""
+        self._key, self._are_constants, self._is_saved = "", constants is not None, False
         if constants is not None:
             m_in, m_out = constants
             self._fill(rows, {"bottom": m_out, "top": m_in})
@@ -85,7 +85,7 @@ class RunBoundaries:
         Raises:
             EUAError: when the file of a run to resume belongs to another one, or cannot be read.
         """
-        if self._found is not None or not self.wanted:
+        if self._found is not None or self._are_constants:
             return
         self._key = fingerprint(model, self.rows, self.settings | {"at_every_step": self.every_step})
         is_first = rank() == 0  # only its disk may have the file
@@ -98,6 +98,7 @@ class RunBoundaries:
                 "runs: start from the model, rows and settings of the interrupted run, or train anew into another folder."
             )
         self._found = found or {kind: [None] * len(rows) for kind, rows in self.wanted.items()}
+        self._is_saved = found is not None and not self.missing
 
     def complete(self, model: nn.Module, *, batch_size: int = 16, progress: bool = True) -> None:
         """Compute what was not found; all processes call this, and each computes a part.
@@ -109,9 +110,18 @@ class RunBoundaries:
         """
         if self._found is None:
             return
+        try:
+            self._compute_missing(model, self._found, batch_size, progress)
+        finally:  # an interruption loses nothing
+            if not self._is_saved:  # where all boundaries come at every step, the file still says whose run this is
+                self._save()
+                self._is_saved = not self.missing
+        self.values |= cast("dict[str, list[Tensor]]", self._found)
+
+    def _compute_missing(self, model: nn.Module, boundaries: Boundaries, batch_size: int, progress: bool) -> None:
         saved = time.monotonic()
-        for kind in self.wanted:
-            rows, found = self.rows[kind], self._found[kind]
+        for kind, found in boundaries.items():
+            rows = self.rows[kind]
             longest_first = sorted(range(len(rows)), key=[-len(row.input_ids) for row in rows].__getitem__)
             missing = [i for i in longest_first if found[i] is None]  # so memory that does not suffice fails at once
             step = batch_size * _BATCHES_AT_ONCE * world_size()
@@ -125,9 +135,6 @@ class RunBoundaries:
                     if time.monotonic() > saved + _SECONDS_BETWEEN_SAVES:
                         self._save()
                         saved = time.monotonic()
-            if missing:
-                self._save()
-        self.values |= cast("dict[str, list[Tensor]]", self._found)
 
     def _save(self) -> None:
         if rank() == 0 and self._found is not None:
@@ -166,7 +173,7 @@ def compute_boundaries(
             raise EUAError(f"rho cannot be used with this model: {error}") from error
         check_finite(values, f"the boundaries of {kind} rows")  # in the file NaN stands for what is not computed yet
         for i, part in zip(indices, values.split([len(rows[i].answer_ids) for i in indices]), strict=True):
-            boundaries[i] = part
+            boundaries[i] = part.clone()  # not a view, with which all of the batch would be sent to other processes
     return boundaries
 
 
@@ -183,8 +190,7 @@ def fingerprint(model: nn.Module, rows: Mapping[str, Sequence[EncodedRow]], sett
         digest.update(f"{name}{tuple(shape_of(tensor))}{tensor.dtype}".encode())
         digest.update(flat[::step].to("cpu", torch.float32).numpy().tobytes())
     for kind in sorted(rows):
-        for row in rows[kind]:
-            digest.update(repr((kind, row.prompt_length, row.input_ids)).encode())
+        digest.update(f"{kind} {rows_digest(rows[kind])}".encode())
     return from_first(digest.hexdigest())  # other processes may be waiting for their weights
 
 

@@ -1,4 +1,7 @@
-"""Nothing is lost: checkpoints that are whole or absent, the best one among them, and runs that stop to be resumed."""
+"""Nothing is lost: checkpoints that are whole or absent, the best one among them, and runs that stop to be resumed.
+
+A model is saved, and pushed, with its card and without pickles.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,10 @@ from eua.callbacks import StopOnSignal
 from eua.distributed import local_part
 from eua.files import fill_folder, replacing
 from eua.hidden import check_finite
+from eua.model_card import CARD_FILE
 
 STAGING_FOLDER = ".checkpoint.partial"
+HUB_FOLDER = "hub"
 TRAINING_ARGS_PICKLE = "training_args.bin"
 
 
@@ -103,13 +108,38 @@ class CheckpointingTrainer(Trainer):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As Trainer's, but whole or not at all, and without its pickle of the arguments."""
+        """As Trainer's, but whole or not at all, with the model's card and without the pickle of the arguments."""
+        if not self.args.should_save:  # where the model is sharded, other processes give their parts
+            super()._save(output_dir, state_dict)
+            return
 
         def write(folder: Path) -> None:
             super(CheckpointingTrainer, self)._save(str(folder), state_dict)
             (folder / TRAINING_ARGS_PICKLE).unlink(missing_ok=True)
+            (folder / CARD_FILE).write_text(self.model_card(), encoding="utf-8")  # in place of PEFT's, which names local paths
 
         fill_folder(Path(output_dir or self.args.output_dir), write)
+
+    def create_model_card(self, **metadata: Any) -> None:
+        """Write the card again, with metadata of one's own (``license="mit"``), into ``output_dir``."""
+        if self.is_world_process_zero():
+            with replacing(self.run_folder / CARD_FILE) as temporary:
+                temporary.write_text(self.model_card(**metadata), encoding="utf-8")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, but what goes up is the model and its card alone, saved for it in ``output_dir/hub``.
+
+        Trainer would push ``output_dir`` itself, with the boundaries, logs and whatever else lies there.
+        """
+        run = self.run_folder
+        self.args.output_dir = str(run / HUB_FOLDER / run.absolute().name)  # a repository without a name gets the folder's
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            self.args.output_dir = str(run)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Never, even where ``hub_strategy`` was changed after EUAConfig checked it: a checkpoint holds pickles."""
 
 
 def publish(written: Path, run: Path) -> None:

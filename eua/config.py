@@ -51,6 +51,9 @@ class EUAConfig(TrainingArguments):
     greater_is_better: bool | None = field(
         default=None, metadata={"help": "Whether more of metric_for_best_model is better. None: as is known of each metric."}
     )
+    hub_strategy: str = field(
+        default="end", metadata={"help": 'Must stay "end": the model is pushed when it is saved, checkpoints never are.'}
+    )
     gamma: float = field(default=0.05, metadata={"help": "Weight of the two energy parts of the loss."})
     gamma_schedule: str = field(
         default="constant",
@@ -122,6 +125,7 @@ class EUAConfig(TrainingArguments):
             lambda x: x in ("random", "group_by_length"),
             'forget and retain rows are paired at random ("random") or by like length ("group_by_length")',
         )
+        _check("hub_strategy", self.hub_strategy, lambda x: x == "end", "checkpoints, which hold pickles, are never pushed")
         if (self.m_in is None) != (self.m_out is None):
             raise EUAError(
                 f"m_in = {self.m_in} and m_out = {self.m_out}, but constant boundaries come as a pair: give both, or neither."

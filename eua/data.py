@@ -11,6 +11,7 @@ Prompt and answer are tokenized apart and joined, so the prompt's ids are the on
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -195,6 +196,14 @@ def encode_rows(
     if cut:
         logger.warning(f"{cut} of {len(rows)} answers of the {name} are longer than max_length = {max_length} and were cut.")
     return encoded
+
+
+def rows_digest(rows: Iterable[EncodedRow]) -> str:
+    """SHA-256 of the rows' token ids, in their order, and of where answers start: it names rows without showing them."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((row.prompt_length, row.input_ids)).encode())
+    return digest.hexdigest()
 
 
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, *, literal: bool = False) -> list[int]:

@@ -34,6 +34,7 @@ from eua.errors import EUAError
 from eua.held_out import held_out_metrics
 from eua.hidden import check_head, hidden_states, output_head
 from eua.losses import d2_loss, loss_means, loss_sums, scheduled_gamma
+from eua.model_card import model_card
 from eua.reference import Reference
 from eua.scoring import check_padding_free, check_token_ids, token_energies
 
@@ -340,3 +341,7 @@ class EUATrainer(CheckpointingTrainer):
         super().log(metrics)  # not through log(), which would add what training has tallied since
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def model_card(self, **metadata: Any) -> str:
+        """What README.md of the saved model says, see :func:`eua.model_card.model_card`."""
+        return model_card(self, **metadata)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -88,6 +89,7 @@ def test_unlearn_with_lora_writes_an_adapter(tiny_folder, data, tmp_path):
     assert main(unlearn_command(tiny_folder, data, tmp_path / "out", "--epochs", "1", "--lora-rank", "4")) == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert any("lora" in name for name, _ in loaded.named_parameters())
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.library_name == "peft"
 
     bad = unlearn_command(tiny_folder, data, tmp_path / "out", "--overwrite", "--rho", "2")
     assert main(bad) == 2
@@ -97,6 +99,9 @@ def test_unlearn_with_lora_writes_an_adapter(tiny_folder, data, tmp_path):
     assert not (tmp_path / "out" / "adapter_config.json").exists()  # or it would be loaded on top of the new weights
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.library_name == "transformers"
+    assert "all weights, in float32 (computing in bfloat16)" in card.text
 
 
 def test_options_reach_the_trainer(tiny_folder, data, tmp_path, monkeypatch):

@@ -309,7 +309,7 @@ def test_a_saved_model_loads(model, tokenizer, rows, tmp_path):
     trainer.save_model(str(tmp_path / "model"))
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "model")
     assert all(torch.equal(p, weights(loaded)[name]) for name, p in weights(model).items())
-    assert {path.suffix for path in (tmp_path / "model").iterdir()} == {".json", ".safetensors"}
+    assert {path.suffix for path in (tmp_path / "model").iterdir()} == {".json", ".safetensors", ".md"}
 
 
 # ---- refusing what cannot work --------------------------------------------------------------------------------------
@@ -373,6 +373,7 @@ def test_models_that_cannot_be_honoured_are_refused(model, tokenizer, rows, tmp_
         ({"retain_per_forget": 0}, "retain_per_forget = 0"),
         ({"m_in": 1.0}, "constant boundaries come as a pair"),
         ({"remove_unused_columns": True}, "it would drop the boundaries"),
+        ({"hub_strategy": "every_save"}, "hub_strategy = 'every_save' cannot be used: checkpoints, which hold pickles"),
         (
             {"metric_for_best_model": "eval_accuracy"},
             "'eval_accuracy', but evaluation reports no such metric: choose one of eval_loss",
