@@ -62,7 +62,7 @@ def compute_boundaries(
 
 
 def fingerprint(model: nn.Module, rows: dict[str, list[EncodedRow]], settings: dict[str, object]) -> str:
-    """A digest of everything boundaries depend on: weights, token ids, settings.
+    """A digest of everything boundaries depend on: weights, token ids and which of them count, settings.
 
     Of each weight tensor, up to 4096 evenly spaced values are read: enough to tell any training step apart, at no cost.
     """
@@ -74,7 +74,7 @@ def fingerprint(model: nn.Module, rows: dict[str, list[EncodedRow]], settings: d
         digest.update(flat[::step].to("cpu", torch.float32).numpy().tobytes())
     for kind in sorted(rows):
         for row in rows[kind]:
-            digest.update(repr((kind, row.prompt_length, row.input_ids)).encode())
+            digest.update(repr((kind, row.answer_positions, row.input_ids)).encode())
     return digest.hexdigest()
 
 

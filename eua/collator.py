@@ -28,7 +28,8 @@ def pad_rows(rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
         length = len(row.input_ids)
         batch["input_ids"][i, :length] = torch.tensor(row.input_ids)
         batch["attention_mask"][i, :length] = 1
-        batch["labels"][i, row.prompt_length : length] = torch.tensor(row.answer_ids)
+        counted = row.answer_positions
+        batch["labels"][i, counted] = batch["input_ids"][i, counted]
     return batch
 
 
@@ -43,8 +44,7 @@ class ForgetRetainCollator:
         batch = pad_rows([entry["row"] for entry in flat])
         batch["boundary"] = torch.zeros(batch["labels"].shape, dtype=torch.float32)
         for i, entry in enumerate(flat):
-            row = entry["row"]
-            batch["boundary"][i, row.prompt_length : len(row.input_ids)] = entry["boundary"]
+            batch["boundary"][i, entry["row"].answer_positions] = entry["boundary"]
         batch["forget"] = torch.tensor([entry["forget"] for entry in flat])
         return batch
 
