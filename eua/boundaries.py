@@ -178,7 +178,7 @@ def compute_boundaries(
 
 
 def fingerprint(model: nn.Module, rows: Mapping[str, Sequence[EncodedRow]], settings: Mapping[str, object]) -> str:
-    """A digest of everything boundaries depend on: weights, token ids, settings.
+    """A digest of everything boundaries depend on: weights, token ids and which of them count, settings.
 
     Of each weight tensor, up to 4096 evenly spaced values are read: enough to tell any training step apart, at no cost.
     """

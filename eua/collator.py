@@ -32,7 +32,8 @@ def pad_rows(rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
         length = len(row.input_ids)
         batch["input_ids"][i, :length] = torch.tensor(row.input_ids)
         batch["attention_mask"][i, :length] = 1
-        batch["labels"][i, row.prompt_length : length] = torch.tensor(row.answer_ids)
+        counted = row.answer_positions
+        batch["labels"][i, counted] = batch["input_ids"][i, counted]
     return batch
 
 
@@ -63,8 +64,7 @@ class ForgetRetainCollator:
         batch = pad_rows([entry["row"] for entry in entries])
         batch["boundary"] = torch.zeros(batch["labels"].shape, dtype=torch.float32)
         for i, entry in enumerate(entries):
-            row = entry["row"]
-            batch["boundary"][i, row.prompt_length : len(row.input_ids)] = entry["boundary"]
+            batch["boundary"][i, entry["row"].answer_positions] = entry["boundary"]
         is_forget = torch.tensor([entry["forget"] for entry in entries])
         batch["forget"] = is_forget[:, None].expand(batch["labels"].shape)
         return flatten_rows(batch) if self.padding_free else batch

@@ -95,6 +95,12 @@ class EUAConfig(TrainingArguments):
     max_length: int | None = field(
         default=1024, metadata={"help": "Longest row in tokens; longer answers are cut. None: no limit."}
     )
+    assistant_turns: str = field(
+        default="last",
+        metadata={
+            "help": 'Which messages of the assistant in a chat count: the one that ends it ("last"), or every one ("all").'
+        },
+    )
     stop_when_met: float | None = field(
         default=None,
         metadata={
@@ -113,6 +119,7 @@ class EUAConfig(TrainingArguments):
         known = ("constant", "linear", "cosine")
         _check("gamma_schedule", self.gamma_schedule, lambda x: x in known, 'known are "constant", "linear" and "cosine"')
         _check("retain_loss", self.retain_loss, lambda x: x in ("nll", "kl"), 'known are "nll" and "kl"')
+        _check("assistant_turns", self.assistant_turns, lambda x: x in ("last", "all"), 'known are "last" and "all"')
         _check("gamma_warmup_ratio", self.gamma_warmup_ratio, lambda x: 0 <= x < 1, "a share of the steps, 0 or more, below 1")
         _check("stop_when_met", self.stop_when_met, lambda x: x is None or 0 < x <= 1, "a share of tokens, above 0, at most 1")
         _check("retain_per_forget", self.retain_per_forget, lambda x: x >= 1, "each forget row needs a retain row beside it")

@@ -6,7 +6,9 @@ A row is a mapping with
 - ``prompt`` and ``completion``: two strings, taken literally, or two lists of chat messages;
 - ``messages``: a chat whose last message is the assistant's; it is the answer, all before it is the prompt.
 
-Prompt and answer are tokenized apart and joined, so the prompt's ids are the ones ``generate`` will be given later.
+With ``assistant_turns="all"`` every message of the assistant in a chat is an answer, see :mod:`eua.chats`.
+
+Prompts and answers are tokenized apart and joined, so the (first) prompt's ids are the ones ``generate`` will be given later.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from eua.chats import cut_text, turn_texts
 from eua.errors import EUAError
 
 logger = logging.get_logger(__name__)
@@ -36,18 +39,28 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """Token ids of prompt and answer, and how many of them are the prompt."""
+    """Token ids of prompt and answer, and how many of them are the prompt.
+
+    A chat may have several answers: the prompt is then that of the first, and ``later_prompts`` are the positions after it that
+    belong to no answer.
+    """
 
     input_ids: list[int]
     prompt_length: int
+    later_prompts: frozenset[int] = frozenset()
 
     @property
     def prompt_ids(self) -> list[int]:
         return self.input_ids[: self.prompt_length]
 
     @property
+    def answer_positions(self) -> list[int]:
+        """Where the tokens that count stand in ``input_ids``, in ascending order."""
+        return [p for p in range(self.prompt_length, len(self.input_ids)) if p not in self.later_prompts]
+
+    @property
     def answer_ids(self) -> list[int]:
-        return self.input_ids[self.prompt_length :]
+        return [self.input_ids[p] for p in self.answer_positions]
 
 
 def read_rows(source: str | Path | Iterable[Row], name: str = "dataset") -> list[Row]:
@@ -97,29 +110,37 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Map
             "The row is a chat, but the tokenizer has no chat template to turn messages into text: "
             'set tokenizer.chat_template, or give "question"/"answer" rows.'
         )
+    if not prompt:
+        raise EUAError(
+            "The row is a chat without a message before its answer, so nothing asks for it: put a user message there."
+        )
     return tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
 
 
-def row_texts(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[str, str, bool]:
-    """The prompt and the answer of a row as the texts that are tokenized, and whether the row gave them literally."""
+def row_texts(
+    row: Row, tokenizer: PreTrainedTokenizerBase, where: str, assistant_turns: str = "last"
+) -> tuple[list[str], bool]:
+    """The texts of a row that are tokenized (prompt, answer, prompt, answer, …), and whether the row gave them literally."""
     prompt, answer, literal = _split_row(row, where)
     if not answer or (isinstance(answer, str) and not answer.strip()):
         raise EUAError(f"{where} has no answer (it is {answer!r}): give it one, or leave the row out.")
     eos = tokenizer.eos_token or ""
     if literal:
-        return prompt, answer if eos and answer.endswith(eos) else answer + eos, True
+        return [prompt, answer if eos and answer.endswith(eos) else answer + eos], True
     before = format_prompt(tokenizer, prompt)
     if isinstance(prompt, str) and tokenizer.chat_template is None:
-        return before, f" {answer}{eos}", False
+        return [before, f" {answer}{eos}"], False
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     reply = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else list(answer)
+    if assistant_turns == "all":
+        return turn_texts(chat + reply, tokenizer, where), False
     whole = tokenizer.apply_chat_template(chat + reply, tokenize=False)
     if not whole.startswith(before):
         raise EUAError(
             f"{where}: the chat template writes the conversation with its answer differently from the prompt alone, so where "
             'the answer starts is not known: give "prompt"/"completion" texts, or a template that only appends.'
         )
-    return before, whole[len(before) :], False
+    return cut_text(whole, [(len(before), len(whole))], eos), False
 
 
 def encode_prompts(prompts: Sequence[Row | str], tokenizer: PreTrainedTokenizerBase, name: str = "prompts") -> list[list[int]]:
@@ -166,43 +187,61 @@ def _check_part(part: Any, key: str, where: str, kinds: tuple[type[str] | type[l
 
 
 def encode_rows(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int | None, name: str = "dataset"
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    name: str = "dataset",
+    assistant_turns: str = "last",
 ) -> list[EncodedRow]:
-    """Tokenize rows; answers that run past ``max_length`` are cut, and the number of them is logged.
+    """Tokenize rows; what runs past ``max_length`` is cut, and the number of rows cut is logged.
+
+    Args:
+        rows: of any format, see :mod:`eua.data`.
+        tokenizer: the model's.
+        max_length: of a row, in tokens. None: no limit.
+        name: what error messages call the rows.
+        assistant_turns: of a chat, ``"last"`` counts the answer that ends it, ``"all"`` every message of the assistant.
 
     Raises:
-        EUAError: a row without an answer, of unknown format, or whose answer is cut away entirely.
+        EUAError: a row without an answer, of unknown format, or whose answers are all cut away.
     """
     encoded, cut = [], 0
     for index, row in enumerate(rows):
         where = f"Row {index} of the {name}"
-        prompt, answer, literal = row_texts(row, tokenizer, where)
-        prompt_ids = encode_prompt(prompt, tokenizer, literal=literal)
-        answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-        if tokenizer.eos_token_id in answer_ids:  # what a chat template writes after the end is never generated
-            answer_ids = answer_ids[: len(answer_ids) - answer_ids[::-1].index(tokenizer.eos_token_id)]
-        if not answer_ids:
-            raise EUAError(f"{where} has no answer: {answer!r} becomes no token. Give it a text, or leave the row out.")
-        if not prompt_ids:
+        texts, literal = row_texts(row, tokenizer, where, assistant_turns)
+        ids = encode_prompt(texts[0], tokenizer, literal=literal)
+        counted: list[int] = []
+        for place, text in enumerate(texts[1:], start=1):
+            part = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if place % 2:
+                counted += range(len(ids), len(ids) + len(part))
+            ids += part
+        if not counted:
+            raise EUAError(f"{where} has no answer: {texts[-1]!r} becomes no token. Give it a text, or leave the row out.")
+        start = counted[0]
+        if start == 0:
             raise EUAError(f"{where} has an empty prompt, so nothing predicts the answer's first token: give it a prompt.")
-        if max_length is not None and len(prompt_ids) >= max_length:
+        if max_length is not None and start >= max_length:
             raise EUAError(
-                f"{where} has a prompt of {len(prompt_ids)} tokens, so max_length = {max_length} cuts its answer away: "
+                f"{where} has a prompt of {start} tokens, so max_length = {max_length} cuts its answer away: "
                 "raise max_length, shorten the prompt, or leave the row out."
             )
-        ids = prompt_ids + answer_ids
-        cut += max_length is not None and len(ids) > max_length
-        encoded.append(EncodedRow(ids[:max_length], len(prompt_ids)))
+        kept = [p for p in counted if max_length is None or p < max_length]
+        cut += len(kept) < len(counted)
+        stop = kept[-1] + 1  # what follows the last answer that fits would be read for nothing
+        encoded.append(EncodedRow(ids[:stop], start, frozenset(range(start, stop)).difference(kept)))
     if cut:
-        logger.warning(f"{cut} of {len(rows)} answers of the {name} are longer than max_length = {max_length} and were cut.")
+        logger.warning(
+            f"{cut} of {len(rows)} rows of the {name} are longer than max_length = {max_length}: their answers were cut."
+        )
     return encoded
 
 
 def rows_digest(rows: Iterable[EncodedRow]) -> str:
-    """SHA-256 of the rows' token ids, in their order, and of where answers start: it names rows without showing them."""
+    """SHA-256 of the rows' token ids, in their order, and of which of them are answers: it names rows without showing them."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(repr((row.prompt_length, row.input_ids)).encode())
+        digest.update(repr((row.answer_positions, row.input_ids)).encode())
     return digest.hexdigest()
 
 

@@ -62,7 +62,9 @@ def answer_states(hidden: Tensor, rows: Sequence[EncodedRow]) -> Tensor:
 
     The token at position p is predicted at p − 1, so an answer's states start at the prompt's last token.
     """
-    return torch.cat([states[row.prompt_length - 1 : len(row.input_ids) - 1] for states, row in zip(hidden, rows, strict=True)])
+    places = [(i, p - 1) for i, row in enumerate(rows) for p in row.answer_positions]
+    row, position = torch.tensor(places, device=hidden.device).unbind(dim=1)
+    return hidden[row, position]
 
 
 @torch.no_grad()

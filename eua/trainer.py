@@ -106,7 +106,7 @@ class EUATrainer(CheckpointingTrainer):
         if eval_forget_dataset is not None and eval_retain_dataset is not None:
             sets |= {"eval_forget": eval_forget_dataset, "eval_retain": eval_retain_dataset}
         rows = {
-            kind: encode_rows(read_rows(dataset, name), processing_class, args.max_length, name)
+            kind: encode_rows(read_rows(dataset, name), processing_class, args.max_length, name, args.assistant_turns)
             for kind, dataset in sets.items()
             for name in [f"{kind.replace('_', ' ')} set"]
         }
