@@ -117,9 +117,9 @@ def is_partitioned(parameter: Tensor) -> bool:
 def whole(parameter: Tensor) -> Tensor:
     """A parameter whole, without a gradient; all processes call this."""
     if is_partitioned(parameter):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     return gathered(parameter.detach())
 

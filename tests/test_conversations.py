@@ -236,7 +236,10 @@ def test_the_last_turn_of_a_chat_has_the_ids_it_always_had(tokenizer):
 
 def test_a_batch_has_labels_and_boundaries_where_tokens_count():
     rows = [EncodedRow([5, 6, 7, 8, 9], 1, frozenset({2, 3})), EncodedRow([1, 2], 1)]
-    dataset = ForgetRetainDataset(rows[:1], rows[1:], [torch.tensor([-1.0, -2.0])], [torch.tensor([-3.0])])
+    dataset = ForgetRetainDataset(
+        {"forget": rows[:1], "retain": rows[1:]},
+        {"forget": [torch.tensor([-1.0, -2.0])], "retain": [torch.tensor([-3.0])]},
+    )
     batch = ForgetRetainCollator()([dataset[0, (0,)]])
     assert batch["labels"].tolist() == [[-100, 6, -100, -100, 9], [-100, 2, -100, -100, -100]]
     assert batch["boundary"].tolist() == [[0, -1, 0, 0, -2], [0, -3, 0, 0, 0]]
@@ -246,7 +249,7 @@ def test_boundaries_are_kept_for_the_positions_they_are_of(model):
     ids = [5, 6, 7, 8, 9]
     rows = [EncodedRow(ids, 1), EncodedRow(ids, 1, frozenset({3})), EncodedRow(ids, 1, frozenset({2})), EncodedRow(ids, 3)]
     assert len({fingerprint(model, {"forget": [row]}, {}) for row in rows}) == len(rows)
-    settings = {"fraction": 0.1, "temperature": 1.0, "fill": "zero", "progress": False}
+    settings = {"fraction": 0.1, "temperature": 1.0, "fill": "zero"}
     (whole,) = compute_boundaries(model, rows[:1], "forget", **settings)
     (part,) = compute_boundaries(model, rows[1:2], "forget", **settings)
     torch.testing.assert_close(part, whole[[0, 1, 3]])
@@ -271,7 +274,7 @@ def test_step_and_evaluation_are_the_method_at_every_turn(words, form, tmp_path)
     sets = {"forget_dataset": forget, "retain_dataset": retain, "eval_forget_dataset": forget, "eval_retain_dataset": retain}
     trainer = EUATrainer(model, arguments, processing_class=words, **sets)
     assert shown(trainer.encoded_rows["forget"][0], words) == shown(trainer.encoded_rows["eval_forget"][0], words) == SHOWN
-    boundaries = trainer._boundaries(resuming=False)
+    boundaries = trainer._find_boundaries(resuming=False)
     reference = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
