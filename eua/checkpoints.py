@@ -107,6 +107,16 @@ class CheckpointingTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's, which saves no weights and does not say so where FSDP2 keeps checkpoints in parts (its default)."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if _internal_call or plugin is None or "FULL" in str(plugin.state_dict_type):
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As Trainer's, but whole or not at all, with the model's card and without the pickle of the arguments."""
         if not self.args.should_save:  # where the model is sharded, other processes give their parts

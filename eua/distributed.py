@@ -150,8 +150,6 @@ def check_setup(accelerator: Accelerator, model: torch.nn.Module, reference: obj
             "FSDP version 1 keeps weights in flat parameters, from which the output head cannot be read: "
             'use FSDP2, `accelerate launch --fsdp_version 2` or fsdp_config={"version": 2}.'
         )
-    if plugin is not None and "FULL" not in str(plugin.state_dict_type):
-        plugin.set_state_dict_type("FULL_STATE_DICT")  # else Trainer.save_model would save nothing, and not say so
     if _zero_stage(accelerator) == 3:
         config = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         if not config.get("stage3_gather_16bit_weights_on_model_save"):
