@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 
 from eua.errors import EUAError
 
-SETTINGS_FILE = "settings.json"
 INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 
 
@@ -196,21 +193,6 @@ def _default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "eua"
 
 
-def _load(name: str, dtype: str = "auto") -> tuple[Any, Any]:
-    """Model and tokenizer of a folder or hub name, on the fastest device there is."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise EUAError(f"{name!r} cannot be loaded as a causal language model ({reason}): check the path or name.") from error
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    return model.to(device).eval(), tokenizer
-
-
 def _demo(arguments: argparse.Namespace) -> None:
     from eua.demo.run import run_demo
     from eua.files import check_output_folder
@@ -222,112 +204,21 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _unlearn(arguments: argparse.Namespace) -> None:
-    from eua.checkpoints import last_checkpoint
-    from eua.config import EUAConfig
-    from eua.data import read_rows
-    from eua.files import check_output_folder, write_json
-    from eua.trainer import EUATrainer
+    from eua.unlearn_run import run_unlearn
 
-    check_output_folder(arguments.output, allowed=arguments.resume or arguments.overwrite, how="--resume or --overwrite")
-    checkpoints = arguments.output / "checkpoints"
-    if arguments.resume:
-        _check_same_run(checkpoints, arguments)
-    forget, retain = read_rows(arguments.forget, "forget set"), read_rows(arguments.retain, "retain set")
-    # Weights that are trained must be float32: in bfloat16 most steps of a small learning rate round away.
-    model, tokenizer = _load(arguments.model, dtype="auto" if arguments.lora_rank else "float32")
-    peft_config = None
-    if arguments.lora_rank:
-        from peft import LoraConfig
-
-        rank = arguments.lora_rank
-        peft_config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    settings: dict[str, Any] = {
-        "output_dir": str(checkpoints),
-        "num_train_epochs": arguments.epochs,
-        "learning_rate": arguments.learning_rate,
-        "per_device_train_batch_size": arguments.batch_size,
-        "gradient_accumulation_steps": arguments.gradient_accumulation,
-        "retain_per_forget": arguments.retain_per_forget,
-        "gamma": arguments.gamma,
-        "alpha": arguments.alpha,
-        "rho": arguments.rho,
-        "temperature": arguments.temperature,
-        "max_length": arguments.max_length,
-        "eval_strategy": "no" if arguments.eval_forget is None else "epoch",
-        "save_strategy": "steps" if arguments.save_steps else "epoch",
-        "save_steps": arguments.save_steps or 500,
-        "save_total_limit": 1,
-        "seed": arguments.seed,
-        "bf16": arguments.bf16,
-        "use_cpu": model.device.type == "cpu",
-        "report_to": "none",
-    }
-    try:
-        config = EUAConfig(**settings | arguments.fields)
-    except EUAError:
-        raise
-    except (ValueError, TypeError) as error:  # of TrainingArguments, or a field of the wrong type
-        raise EUAError(
-            f"The settings {arguments.fields} cannot be used ({error}): correct them in {arguments.config}."
-        ) from error
-    # The reference of KL is the model as it is before unlearning.
-    ref_model = _load(arguments.model)[0] if config.retain_loss == "kl" else None
-    trainer = EUATrainer(
-        model,
-        config,
-        forget_dataset=forget,
-        retain_dataset=retain,
-        eval_forget_dataset=arguments.eval_forget,
-        eval_retain_dataset=arguments.eval_retain,
-        ref_model=ref_model,
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
-    if not arguments.resume:
-        shutil.rmtree(checkpoints, ignore_errors=True)  # those of an earlier run must not be resumed by a later one
-    write_json(checkpoints / SETTINGS_FILE, _settings(arguments))
-    checkpoint = last_checkpoint(checkpoints) if arguments.resume else None
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_model(str(arguments.output))
-    print(
-        f"The unlearned model is in {arguments.output}. Next: eua calibrate --model {arguments.output} --prompts HELD_OUT.jsonl"
-    )
-
-
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a resumed run must have in common with the one it goes on with."""
-    free = ("command", "run", "resume", "overwrite", "output", "save_steps", "config", "fields")
-    return {key: str(value) for key, value in (vars(arguments) | arguments.fields).items() if key not in free}
-
-
-def _check_same_run(checkpoints: Path, arguments: argparse.Namespace) -> None:
-    """Raise when ``--resume`` would go on with another run, or finds files that are no run's."""
-    path = checkpoints / SETTINGS_FILE
-    if not path.is_file():
-        if arguments.output.is_dir() and any(arguments.output.iterdir()):
-            raise EUAError(
-                f"{arguments.output} holds files but no interrupted run to resume: name another folder, or --overwrite."
-            )
-        return  # interrupted before it began: start
-    earlier, now = json.loads(path.read_text(encoding="utf-8")), _settings(arguments)
-    keys = [key for key in {**now, **earlier} if earlier.get(key) != now.get(key)]
-    changed = [f"--{key.replace('_', '-')} {earlier.get(key)} → {now.get(key)}" for key in keys]
-    if changed:
-        raise EUAError(
-            f"The run to resume in {checkpoints} had other settings ({', '.join(changed)}), so its end would be neither's: "
-            "repeat the command as it was, or start anew with --overwrite."
-        )
+    run_unlearn(arguments)
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
     from eua.data import read_rows
+    from eua.loading import load_model
     from eua.refusal import DEFAULT_REFUSAL, EnergyGuard
 
     if arguments.output is None and not Path(arguments.model).is_dir():
         raise EUAError(f"{arguments.model} is no folder on this machine, so the guard cannot be saved in it: pass --output.")
     rows = read_rows(arguments.prompts, "calibration prompts")
     forget = read_rows(arguments.forget, "forget set") if arguments.forget else None
-    model, tokenizer = _load(arguments.model)
+    model, tokenizer = load_model(arguments.model)
     guard = EnergyGuard.calibrate(
         model,
         tokenizer,
@@ -361,10 +252,11 @@ def _groups(rows: Sequence[Any], arguments: argparse.Namespace) -> list[Any] | N
 
 def _ask(arguments: argparse.Namespace) -> None:
     from eua.generation import answer
+    from eua.loading import load_model
     from eua.refusal import EnergyGuard
 
     guard = None if arguments.no_guard else EnergyGuard.from_pretrained(arguments.guard or arguments.model)
-    model, tokenizer = _load(arguments.model)
+    model, tokenizer = load_model(arguments.model)
     if guard is None:
         print("\n".join(answer(model, tokenizer, arguments.question, arguments.max_new_tokens)))
         return
@@ -381,6 +273,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from eua.evaluation.pictures import energy_histograms
     from eua.evaluation.report import evaluate, render_tables
     from eua.files import check_output_folder, write_json
+    from eua.loading import load_model
     from eua.refusal import GUARD_FILE, EnergyGuard
 
     if arguments.output:
@@ -397,7 +290,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     for title, name in (("before", arguments.before), ("after", arguments.model)):
         if name is None:
             continue
-        model, tokenizer = _load(name)
+        model, tokenizer = load_model(name)
         used = guard if title == "after" else None
         reports[title], scores[title] = evaluate(
             model, tokenizer, sets, guard=used, batch_size=arguments.batch_size, progress=True

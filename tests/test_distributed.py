@@ -58,6 +58,18 @@ IN_ONE = [  # one process has the batch of both
 OF_TIME = ("runtime", "per_second", "total_flos")
 
 
+def launch(setup: str, command: list[str]) -> subprocess.CompletedProcess:
+    """A script, or ``-m`` and a module, with its arguments, in two processes, or in one."""
+    how = ["-m", "accelerate.commands.launch", *SETUPS[setup], *COMMON, "--main_process_port", "0"] if setup != "one" else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *how, *command], env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done
+
+
 @pytest.fixture(scope="module")
 def launched(tokenizer, rows, tmp_path_factory) -> Callable[[str], Path]:
     """The output of all runs in a set-up, each launched once."""
@@ -83,12 +95,7 @@ def launched(tokenizer, rows, tmp_path_factory) -> Callable[[str], Path]:
             }
             path = base / f"{setup}.json"
             path.write_text(json.dumps(settings))
-            how = ["accelerate.commands.launch", *SETUPS[setup], *COMMON, "--main_process_port", "0"] if setup != "one" else []
-            command = [sys.executable, *(["-m", *how] if how else []), str(SCRIPT), str(path)]
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-            environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+            launch(setup, [str(SCRIPT), str(path)])
         return output
 
     return run
@@ -143,6 +150,17 @@ def test_processes_stop_early_together(launched, setup):
     steps = [json.loads((run / "log.json").read_text())[-1]["step"] for run in (output, one)]
     assert steps[0] == steps[1] < 30 * 4
     assert_same_weights(weights(output), weights(one))
+
+
+def test_the_command_line_in_two_processes(launched, tmp_path):
+    """One process looks after the output folder, which the other must not take for a stranger's."""
+    base = launched("one").parent
+    command = ["eua", "unlearn", "--model", str(base / "model"), "--epochs", "2", "--learning-rate", "1e-3"]
+    command += [part for kind in ("forget", "retain") for part in (f"--{kind}", str(base / f"{kind}.jsonl"))]
+    both = launch("ddp", ["-m", *command, "--batch-size", "2", "--output", str(tmp_path / "both")])
+    assert both.stdout.count("The unlearned model is in") == 1
+    launch("one", ["-m", *command, "--batch-size", "4", "--output", str(tmp_path / "one")])
+    assert_same_weights(*(load_file(tmp_path / name / "model.safetensors") for name in ("both", "one")))
 
 
 @pytest.mark.parametrize("setup", ALL)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from eua import EUAConfig, EUAError, EUATrainer
@@ -220,6 +222,45 @@ def test_boundaries_are_kept_and_stale_ones_noticed(model, tokenizer, rows, tmp_
         make(model, tokenizer, rows, tmp_path)._find_boundaries(resuming=False)
 
 
+def test_boundaries_go_on_where_they_were_interrupted(model, tokenizer, rows, tmp_path, monkeypatch):
+    """Neither what is in the file nor what came after its last save is computed again; the result is that of one go."""
+    expected = make(model, tokenizer, rows, tmp_path / "whole")._find_boundaries(resuming=False)
+    monkeypatch.setattr("eua.boundaries._BATCHES_AT_ONCE", 1)
+    computed = []
+
+    def dying(model, rows, *args, **kwargs):
+        computed.append(len(rows))
+        if len(computed) == 6:
+            raise KeyboardInterrupt
+        return compute_boundaries(model, rows, *args, **kwargs)
+
+    monkeypatch.setattr("eua.boundaries.compute_boundaries", dying)
+    with pytest.raises(KeyboardInterrupt):
+        make(model, tokenizer, rows, tmp_path, boundary_batch_size=2)._find_boundaries(resuming=False)
+    assert computed == [2] * 6  # 6 forget rows, and 4 of the 9 retain rows
+    kept = load_file(tmp_path / "boundaries.safetensors")
+    assert not kept["forget"].isnan().any()
+    assert 0 < kept["retain"].isnan().sum() < len(kept["retain"])
+
+    found = make(model, tokenizer, rows, tmp_path, boundary_batch_size=2)._find_boundaries(resuming=False)
+    assert computed[6:] == [2, 2, 1]
+    for kind, of_rows in expected.items():
+        for ours, theirs in zip(found[kind], of_rows, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    make(model, tokenizer, rows, tmp_path)._find_boundaries(resuming=True)
+    assert len(computed) == 9
+
+
+def test_boundaries_are_saved_while_they_are_computed(model, tokenizer, rows, tmp_path, monkeypatch):
+    """A process that is killed, with no time to say goodbye, loses half a minute."""
+    monkeypatch.setattr("eua.boundaries._BATCHES_AT_ONCE", 1)
+    monkeypatch.setattr("eua.boundaries._SECONDS_BETWEEN_SAVES", 0.0)
+    saved = []
+    monkeypatch.setattr("eua.boundaries.save_boundaries", lambda path, found, *_: saved.append(str(found).count("None")))
+    make(model, tokenizer, rows, tmp_path, boundary_batch_size=4)._find_boundaries(resuming=False)
+    assert saved == [11, 9, 5, 1, 0, 0]  # rows to come, after each batch and at the end
+
+
 def test_constant_boundaries(model, tokenizer, rows, tmp_path):
     boundaries = make(model, tokenizer, rows, tmp_path, m_in=-20.0, m_out=-5.0)._find_boundaries(resuming=False)
     assert {float(x) for row in boundaries["retain"] for x in row} == {-20.0}
@@ -256,6 +297,28 @@ def test_a_stop_in_an_epoch_saves_its_step_once(model, tokenizer, rows, tmp_path
     assert saves == [3, 5]
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
     assert signal.getsignal(signal.SIGINT) == handler
+
+
+def test_a_signal_that_comes_again_at_once_is_the_same_request(model, tokenizer, rows, tmp_path):
+    """A terminal sends it to all processes, and the launcher passes it on to its own; a later one ends the run at once."""
+
+    class Interrupt(TrainerCallback):
+        def __init__(self, pause: float) -> None:
+            self.pause = pause
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(self.pause)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    for pause, checkpoints in ((0.1, {"checkpoint-3"}), (1.1, set())):
+        folder = tmp_path / str(pause)
+        trainer = make(model, tokenizer, rows, folder, save_strategy="steps", save_steps=50)
+        trainer.add_callback(Interrupt(pause))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        assert {path.name for path in folder.glob("checkpoint-*")} == checkpoints
 
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
