@@ -84,11 +84,11 @@ class PairedSampler(Sampler[tuple[int, tuple[int, ...]]]):
         forget_lengths, retain_lengths: tokens of each row.
         ratio: retain rows beside each forget row.
         seed: of all orders.
-        group: rows of like length stand together, so many forget rows at a time; 1: they do not. An epoch holds the same rows.
+        group: rows of like length stand together, so many forget rows at a time; 0: they do not. An epoch holds the same rows.
     """
 
     def __init__(
-        self, forget_lengths: Sequence[int], retain_lengths: Sequence[int], ratio: int, seed: int, group: int = 1
+        self, forget_lengths: Sequence[int], retain_lengths: Sequence[int], ratio: int, seed: int, group: int = 0
     ) -> None:
         self.lengths = {"forget": forget_lengths, "retain": retain_lengths}
         self.forget_rows, self.retain_rows = len(forget_lengths), len(retain_lengths)
@@ -104,12 +104,14 @@ class PairedSampler(Sampler[tuple[int, tuple[int, ...]]]):
     def __iter__(self) -> Iterator[tuple[int, tuple[int, ...]]]:
         forget = self._permutation("forget", self.epoch, self.forget_rows)
         retain = self._retain_rows(self.epoch * self.forget_rows * self.ratio, self.forget_rows * self.ratio)
-        if self.group > 1:
+        if self.group:
             forget, retain = self._by_length("forget", forget, 1), self._by_length("retain", retain, self.ratio)
         pairs = [(index, tuple(retain[i * self.ratio : (i + 1) * self.ratio])) for i, index in enumerate(forget)]
+        if not self.group:
+            yield from pairs
+            return
         whole = len(pairs) // self.group  # groups; what is left over stays at the end
-        order = self._permutation("group", self.epoch, whole) if self.group > 1 else list(range(whole))
-        for number in [*order, whole]:
+        for number in [*self._permutation("group", self.epoch, whole), whole]:
             yield from pairs[number * self.group : (number + 1) * self.group]
 
     def _by_length(self, kind: str, rows: list[int], ratio: int) -> list[int]:

@@ -207,7 +207,7 @@ class EUATrainer(CheckpointingTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> PairedSampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         forget, retain = ([len(row.input_ids) for row in self.encoded_rows[kind]] for kind in ("forget", "retain"))
-        group = self.args.per_device_train_batch_size if self.args.train_sampling_strategy == "group_by_length" else 1
+        group = self.args.per_device_train_batch_size if self.args.train_sampling_strategy == "group_by_length" else 0
         return PairedSampler(forget, retain, self.args.retain_per_forget, seed, group)
 
     # ---- the step -----------------------------------------------------------------------------------------------

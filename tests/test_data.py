@@ -151,7 +151,7 @@ def test_pairs_are_seeded_and_visit_all_alike():
 def test_rows_of_like_length_stand_together():
     generator = torch.Generator().manual_seed(0)
     lengths = [torch.randint(5, 100, (size,), generator=generator).tolist() for size in (50, 70)]
-    samplers = {group: PairedSampler(*lengths, ratio=2, seed=1, group=group) for group in (1, 4)}
+    samplers = {group: PairedSampler(*lengths, ratio=2, seed=1, group=group) for group in (0, 4)}
 
     def padding(sampler: PairedSampler) -> float:
         """Share of a padded epoch that no token stands at, in batches of four forget rows."""
@@ -162,7 +162,7 @@ def test_rows_of_like_length_stand_together():
             tokens, places = tokens + sum(of_rows), places + len(of_rows) * max(of_rows)
         return 1 - tokens / places
 
-    assert padding(samplers[4]) < 0.6 * padding(samplers[1])
+    assert padding(samplers[4]) < 0.6 * padding(samplers[0])
     for epoch in range(3):
         for sampler in samplers.values():
             sampler.set_epoch(epoch)
