@@ -1,4 +1,4 @@
-"""The report that all benchmarks fill, printed and written when the last of them is done."""
+"""Reports that benchmarks fill, printed and written when the last that fills one is done."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(scope="session")
 def report(request: pytest.FixtureRequest) -> Iterator[Report]:
-    measure.check(DEVICE)
     gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()) if DEVICE == "cuda" else ""
-    report = Report(f"energy-{gpu}-pytest" if gpu else "energy-cpu", "pytest benches --benchmark-only", DEVICE)
+    yield from filled(request, f"energy-{gpu}-pytest" if gpu else "energy-cpu", "pytest benches --benchmark-only")
+
+
+def filled(request: pytest.FixtureRequest, name: str, command: str) -> Iterator[Report]:
+    """A report for a fixture to yield; written and printed once everything that fills it is done."""
+    measure.check(DEVICE)
+    report = Report(name, command, DEVICE)
     yield report
     report.write()
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():

@@ -82,5 +82,5 @@ def _commit() -> str:
         except OSError:
             return ""
 
-    changed = git("status", "--porcelain", "--", "fused_energy", "benches/*.py")
+    changed = git("status", "--porcelain", "--", "eua", "fused_energy", "benches/*.py")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + (", with changes" if changed else "")

@@ -16,88 +16,42 @@ from collections.abc import Callable, Iterator
 import measure
 import pytest
 import torch
-from conftest import DEVICE
-from peft import LoraConfig, get_peft_model
+from conftest import DEVICE, filled
 from report import Report
+from steps import ALPHA, GAMMA, ROWS, TOKENS, TRAINED, Batch, check_equal, counted_logits, make_batch, make_model, our_step
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from eua.hidden import hidden_states, output_head
-from eua.losses import d2_loss
-from eua.scoring import token_energies
 
-ROWS, TOKENS, PROMPT, VOCABULARY = 8, 64, 16, 32000
-RHO, GAMMA, ALPHA = 0.1, 0.05, 1.0
-Batch = dict[str, Tensor]
+HIDDEN_SIZE, LAYERS, VOCABULARY, RHO = 384, 6, 32000, 0.1
 
 
 @pytest.fixture(scope="module")
-def report() -> Iterator[Report]:
-    report = Report(f"training-step-{DEVICE}", "pytest benches/test_training_step.py --benchmark-only", DEVICE)
-    yield report
-    report.write()
-    print(f"\n\n{report}\n\nWritten to {report.path}.")
-
-
-def make_model(lora: bool) -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config).to(DEVICE)
-    with torch.no_grad():
-        model.lm_head.weight *= 10.0  # logits of some size, so that boundaries are violated on both sides
-    return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear")) if lora else model
-
-
-def make_batch() -> Batch:
-    """Forget rows, then retain rows; the prompt's tokens do not count."""
-    ids = torch.randint(0, VOCABULARY, (2 * ROWS, TOKENS), generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    labels = ids.masked_fill(torch.arange(TOKENS, device=DEVICE) < PROMPT, -100)
-    forget = torch.arange(2 * ROWS, device=DEVICE) < ROWS
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "forget": forget}
+def report(request: pytest.FixtureRequest) -> Iterator[Report]:
+    yield from filled(request, f"training-step-{DEVICE}", "pytest benches/test_training_step.py --benchmark-only")
 
 
 def released_step(model: nn.Module, reference: nn.Module, batch: Batch) -> Tensor:
     """Five forwards with logits; each part of the loss is carried backward on its own."""
     counted = batch["labels"][:, 1:] != -100
 
-    def logits(model: nn.Module, rows: Tensor) -> Tensor:
-        """Of the counted tokens of these rows, (tokens, V)."""
-        output = model(input_ids=batch["input_ids"][rows], attention_mask=batch["attention_mask"][rows], use_cache=False)
-        return output.logits[:, :-1][counted[rows]].float()
-
     def boundary(rows: Tensor, largest: bool) -> Tensor:
         with torch.no_grad():
-            z = logits(reference, rows)
+            z = counted_logits(reference, batch, rows)
             k = int(RHO * VOCABULARY)
             kept = z.topk(k, largest=largest).values
             return -torch.logsumexp(torch.cat([kept, kept.new_zeros(len(z), VOCABULARY - k)], dim=1), dim=1)
 
     forget, retain = batch["forget"], ~batch["forget"]
     m_out, m_in = boundary(forget, largest=False), boundary(retain, largest=True)
-    part_forget = GAMMA * (m_out + torch.logsumexp(logits(model, forget), dim=1)).relu().square().mean()
+    part_forget = GAMMA * (m_out + torch.logsumexp(counted_logits(model, batch, forget), dim=1)).relu().square().mean()
     part_forget.backward()
-    part_retain = GAMMA * (-torch.logsumexp(logits(model, retain), dim=1) - m_in).relu().square().mean()
+    part_retain = GAMMA * (-torch.logsumexp(counted_logits(model, batch, retain), dim=1) - m_in).relu().square().mean()
     part_retain.backward()
     targets = batch["labels"][:, 1:][counted & retain[:, None]]
-    part_nll = ALPHA * nn.functional.cross_entropy(logits(model, retain), targets)
+    part_nll = ALPHA * nn.functional.cross_entropy(counted_logits(model, batch, retain), targets)
     part_nll.backward()
     return (part_forget + part_retain + part_nll).detach()
-
-
-def our_step(model: nn.Module, boundary: Tensor, batch: Batch) -> Tensor:
-    """What EUATrainer.compute_loss does, and its backward."""
-    energy, nll = token_energies(model, batch, 1.0)
-    counted = batch["labels"][:, 1:] != -100
-    loss = d2_loss(energy, nll, boundary, batch["forget"][:, None], counted, gamma=GAMMA, alpha=ALPHA).loss
-    loss.backward()
-    return loss.detach()
 
 
 @torch.no_grad()
@@ -107,9 +61,9 @@ def boundaries_of(model: nn.Module, batch: Batch) -> Tensor:
     return torch.where(batch["forget"][:, None], *sides)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["everything trainable", "LoRA, frozen head"])
+@pytest.mark.parametrize("lora", TRAINED, ids=TRAINED.values())
 def test_step(benchmark, report: Report, lora: bool):
-    model, batch = make_model(lora), make_batch()
+    model, batch = make_model(VOCABULARY, HIDDEN_SIZE, LAYERS, lora, DEVICE), make_batch(VOCABULARY, DEVICE)
     reference = copy.deepcopy(model).requires_grad_(False)
     boundary = boundaries_of(reference, batch)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -122,18 +76,11 @@ def test_step(benchmark, report: Report, lora: bool):
         "ours": lambda: with_clean_gradients(lambda: our_step(model, boundary, batch)),
         "released, five forwards": lambda: with_clean_gradients(lambda: released_step(model, reference, batch)),
     }
-    results = {}
-    for name, step in steps.items():
-        loss = step()
-        results[name] = [loss, *(parameter.grad.clone() for parameter in trained if parameter.grad is not None)]
-    for ours, theirs in zip(*results.values(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
-    assert any(gradient.any() for gradient in results["ours"][1:])
-
+    check_equal(model, steps.values())
     times = measure.medians(steps, DEVICE)
     benchmark.pedantic(steps["ours"], rounds=1)
-    row = "LoRA on all inner layers, frozen head" if lora else "everything trainable"
-    title = f"One step, {ROWS} + {ROWS} rows of {TOKENS} tokens, Llama of 384 × 6, V = {VOCABULARY}, float32"
+    row, model_name = TRAINED[lora], f"Llama of {HIDDEN_SIZE} × {LAYERS}"
+    title = f"One step, {ROWS} + {ROWS} rows of {TOKENS} tokens, {model_name}, V = {VOCABULARY}, float32"
     ratio = times["released, five forwards"] / times["ours"]
     report.add(title, row, "released time / our time", ratio)
     for name, step in steps.items():
