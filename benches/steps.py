@@ -38,7 +38,7 @@ def make_batch(vocabulary: int, device: str) -> Batch:
     """Forget rows, then retain rows."""
     ids = torch.randint(0, vocabulary, (2 * ROWS, TOKENS), generator=torch.Generator().manual_seed(1)).to(device)
     labels = ids.masked_fill(torch.arange(TOKENS, device=device) < PROMPT, -100)
-    forget = torch.arange(2 * ROWS, device=device) < ROWS
+    forget = (torch.arange(2 * ROWS, device=device) < ROWS)[:, None].expand(ids.shape)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "forget": forget}
 
 
@@ -46,7 +46,7 @@ def our_step(model: nn.Module, boundary: Tensor | tuple[float, float], batch: Ba
     """What EUATrainer.compute_loss does, and its backward."""
     energy, nll = token_energies(model, batch, 1.0)
     counted = batch["labels"][:, 1:] != -100
-    loss = d2_loss(energy, nll, boundary, batch["forget"][:, None], counted, gamma=GAMMA, alpha=ALPHA).loss
+    loss = d2_loss(energy, nll, boundary, batch["forget"][:, 1:], counted, gamma=GAMMA, alpha=ALPHA).loss
     loss.backward()
     return loss.detach()
 
@@ -54,8 +54,8 @@ def our_step(model: nn.Module, boundary: Tensor | tuple[float, float], batch: Ba
 def plain_step(model: nn.Module, boundary: tuple[float, float], batch: Batch) -> Tensor:
     """The same from the model's own logits, with PyTorch's logsumexp and cross-entropy."""
     counted = batch["labels"][:, 1:] != -100
-    forget = batch["forget"][:, None].expand_as(counted)[counted]
-    logits = counted_logits(model, batch, torch.ones_like(batch["forget"]))
+    forget = batch["forget"][:, 1:][counted]
+    logits = counted_logits(model, batch, torch.ones_like(counted[:, 0]))
     nll = nn.functional.cross_entropy(logits, batch["labels"][:, 1:][counted], reduction="none")
     energy = -torch.logsumexp(logits, dim=1)
     loss = d2_loss(energy, nll, boundary, forget, torch.ones_like(forget), gamma=GAMMA, alpha=ALPHA).loss

@@ -42,7 +42,7 @@ def released_step(model: nn.Module, reference: nn.Module, batch: Batch) -> Tenso
             kept = z.topk(k, largest=largest).values
             return -torch.logsumexp(torch.cat([kept, kept.new_zeros(len(z), VOCABULARY - k)], dim=1), dim=1)
 
-    forget, retain = batch["forget"], ~batch["forget"]
+    forget, retain = batch["forget"][:, 0], ~batch["forget"][:, 0]
     m_out, m_in = boundary(forget, largest=False), boundary(retain, largest=True)
     part_forget = GAMMA * (m_out + torch.logsumexp(counted_logits(model, batch, forget), dim=1)).relu().square().mean()
     part_forget.backward()
@@ -58,7 +58,7 @@ def released_step(model: nn.Module, reference: nn.Module, batch: Batch) -> Tenso
 def boundaries_of(model: nn.Module, batch: Batch) -> Tensor:
     hidden, head = hidden_states(model, batch)[:, :-1], output_head(model)
     sides = [head.tail_energy(hidden, RHO, side, "zero", 1.0) for side in ("bottom", "top")]
-    return torch.where(batch["forget"][:, None], *sides)
+    return torch.where(batch["forget"][:, 1:], *sides)
 
 
 @pytest.mark.parametrize("lora", TRAINED, ids=TRAINED.values())

@@ -88,7 +88,7 @@ def boundary_peaks(vocabulary: int) -> tuple[int, int]:
     """Of the boundaries of the forget rows, and of what they begin with: the head compared with the model's logits."""
     model = make_model(vocabulary, HIDDEN_SIZE, LAYERS, False, DEVICE)
     rows = [EncodedRow(ids.tolist(), PROMPT) for ids in make_batch(vocabulary, DEVICE)["input_ids"][:ROWS]]
-    settings = {"kind": "forget", "fraction": 0.1, "temperature": 1.0, "fill": "zero", "progress": False}
+    settings = {"kind": "forget", "fraction": 0.1, "temperature": 1.0, "fill": "zero"}
     compute_boundaries(model, rows[:1], **settings)
     return (
         measure.peak_bytes(lambda: compute_boundaries(model, rows, **settings), [], DEVICE),

@@ -1,7 +1,7 @@
 """A model → what its head reads, and the head.
 
 Hidden states are taken where the head takes them: a hook on the output embedding captures its input and lets only one
-position through, so no logits of a whole batch exist. That works for any architecture and through wrappers (PEFT, DDP),
+position of one row through, so no logits of a whole batch exist. That works for any architecture and through wrappers (PEFT, DDP),
 since the model is called the way everyone calls it. What a model does to its logits after the head is read from
 its config, and :func:`check_head` compares with the model's own logits: what is not understood is refused.
 
@@ -165,7 +165,7 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
     def capture(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         captured.append(arguments[0])
-        return (arguments[0][:, :1], *arguments[1:])
+        return (arguments[0][:1, :1], *arguments[1:])
 
     def run() -> Any:
         return model(**inputs, use_cache=False)
