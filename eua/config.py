@@ -132,6 +132,9 @@ class EUAConfig(TrainingArguments):
             lambda x: x in ("random", "group_by_length"),
             'forget and retain rows are paired at random ("random") or by like length ("group_by_length")',
         )
+        _check(
+            "label_smoothing_factor", self.label_smoothing_factor, lambda x: x == 0, "the loss of D² knows no smoothed labels"
+        )
         _check("hub_strategy", self.hub_strategy, lambda x: x == "end", "checkpoints, which hold pickles, are never pushed")
         if (self.m_in is None) != (self.m_out is None):
             raise EUAError(

@@ -436,6 +436,14 @@ def test_models_that_cannot_be_honoured_are_refused(model, tokenizer, rows, tmp_
         ({"retain_per_forget": 0}, "retain_per_forget = 0"),
         ({"m_in": 1.0}, "constant boundaries come as a pair"),
         ({"remove_unused_columns": True}, "it would drop the boundaries"),
+        (
+            {"train_sampling_strategy": "sequential"},
+            "train_sampling_strategy = 'sequential' cannot be used: forget and retain rows",
+        ),
+        (
+            {"label_smoothing_factor": 0.1},
+            "label_smoothing_factor = 0.1 cannot be used: the loss of D² knows no smoothed labels",
+        ),
         ({"hub_strategy": "every_save"}, "hub_strategy = 'every_save' cannot be used: checkpoints, which hold pickles"),
         (
             {"metric_for_best_model": "eval_accuracy"},
