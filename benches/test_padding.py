@@ -58,7 +58,8 @@ def test_an_epoch(benchmark, report: Report):
     times = measure.medians({way: lambda way=way: run(way) for way in epochs}, DEVICE, rounds=2)
     benchmark.pedantic(run, args=("padded",), rounds=1)
     tokens = sum(int((batch["position_ids"] >= 0).sum()) for batch in epochs["without padding"])
-    title = f"An epoch of {ROWS} forget rows of TOFU, {BATCH} + {BATCH} rows a step, Llama of {HIDDEN_SIZE} × {LAYERS}, V = {VOCABULARY}, float32"
+    model_name = f"Llama of {HIDDEN_SIZE} × {LAYERS}, V = {VOCABULARY}, float32"
+    title = f"An epoch of {ROWS} forget rows of TOFU, {BATCH} + {BATCH} rows a step, {model_name}"
     for way, batches in epochs.items():
         places = sum(batch["input_ids"].numel() for batch in batches)
         report.add(title, way, "share of padding", 1 - tokens / places)

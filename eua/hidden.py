@@ -1,9 +1,9 @@
 """A model → what its head reads, and the head.
 
 Hidden states are taken where the head takes them: a hook on the output embedding captures its input and lets only one
-position of one row through, so no logits of a whole batch exist. That works for any architecture and through wrappers (PEFT, DDP),
-since the model is called the way everyone calls it. What a model does to its logits after the head is read from
-its config, and :func:`check_head` compares with the model's own logits: what is not understood is refused.
+position of one row through, so no logits of a whole batch exist. That works for any architecture and through wrappers
+(PEFT, DDP), since the model is called the way everyone calls it. What a model does to its logits after the head is read
+from its config, and :func:`check_head` compares with the model's own logits: what is not understood is refused.
 
 The vocabulary is that of the model's logits: rows of the head beyond the tokenizer's length (a padded vocabulary) count,
 as they do in the model's own softmax and in what it generates.
