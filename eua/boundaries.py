@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from eua.data import EncodedRow, rows_digest
-from eua.distributed import from_first, gather, rank, shape_of, share, whole, world_size
+from eua.distributed import from_first, gather, rank, share, world_size
 from eua.errors import EUAError
 from eua.files import replacing
+from eua.fingerprints import model_fingerprint
 from eua.hidden import Fill, Side, check_finite, output_head
 from eua.scoring import answer_states, eval_hidden_states
 
@@ -28,7 +29,6 @@ from eua.scoring import answer_states, eval_hidden_states
 SIDES: dict[str, Side] = {"forget": "bottom", "retain": "top", "eval_forget": "bottom", "eval_retain": "top"}
 Boundaries = dict[str, list[Tensor | None]]  # (A,) of each row by kind; None: not computed yet
 
-_SAMPLES_PER_TENSOR = 4096
 _BATCHES_AT_ONCE = 32
 _SECONDS_BETWEEN_SAVES = 30.0
 
@@ -178,20 +178,11 @@ def compute_boundaries(
 
 
 def fingerprint(model: nn.Module, rows: Mapping[str, Sequence[EncodedRow]], settings: Mapping[str, object]) -> str:
-    """A digest of everything boundaries depend on: weights, token ids and which of them count, settings.
-
-    Of each weight tensor, up to 4096 evenly spaced values are read: enough to tell any training step apart, at no cost.
-    """
-    digest = hashlib.sha256(repr(sorted(settings.items())).encode())
-    weights = model.state_dict() | dict(model.named_parameters())  # ZeRO-3 knows the parameters themselves
-    for name, tensor in sorted(weights.items()):
-        flat = whole(tensor).detach().reshape(-1)
-        step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
-        digest.update(f"{name}{tuple(shape_of(tensor))}{tensor.dtype}".encode())
-        digest.update(flat[::step].to("cpu", torch.float32).numpy().tobytes())
+    """A digest of everything boundaries depend on: weights, token ids and which of them count, settings."""
+    digest = hashlib.sha256(repr((sorted(settings.items()), model_fingerprint(model))).encode())
     for kind in sorted(rows):
         digest.update(f"{kind} {rows_digest(rows[kind])}".encode())
-    return from_first(digest.hexdigest())  # other processes may be waiting for their weights
+    return digest.hexdigest()
 
 
 def save_boundaries(path: Path, boundaries: Boundaries, rows: Mapping[str, Sequence[EncodedRow]], key: str) -> None:

@@ -130,6 +130,14 @@ def _parser(run_file: Path | None) -> argparse.ArgumentParser:
     )
     groups.add_argument("--group-size", type=_positive(int), help="so many consecutive rows resemble each other (TOFU: 20)")
     calibrate.add_argument("--tolerance", type=float, default=0.05, help="tolerated rate of false refusals")
+    calibrate.add_argument(
+        "--confidence",
+        type=float,
+        help="probability with which the rate of this calibration is tolerable (default: on average)",
+    )
+    calibrate.add_argument(
+        "--seen", type=Path, action="append", default=[], help="JSONL of rows unlearning was trained on; may be repeated"
+    )
     calibrate.add_argument("--temperature", type=float, default=1.0, help="temperature of the energy; that of training")
     calibrate.add_argument("--refusal", help="what a refused prompt is answered (default: a plain sentence)")
     calibrate.add_argument("--forget", type=Path, help="JSONL of forgotten rows, to measure how many of them are refused")
@@ -210,6 +218,7 @@ def _unlearn(arguments: argparse.Namespace) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
+    from eua.calibration import bootstrap_interval, group_shares
     from eua.data import read_rows
     from eua.loading import load_model
     from eua.refusal import DEFAULT_REFUSAL, EnergyGuard
@@ -218,13 +227,17 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         raise EUAError(f"{arguments.model} is no folder on this machine, so the guard cannot be saved in it: pass --output.")
     rows = read_rows(arguments.prompts, "calibration prompts")
     forget = read_rows(arguments.forget, "forget set") if arguments.forget else None
+    seen = [row for path in arguments.seen for row in read_rows(path, "seen rows")]
     model, tokenizer = load_model(arguments.model)
+    groups = _groups(rows, arguments)
     guard = EnergyGuard.calibrate(
         model,
         tokenizer,
         rows,
-        groups=_groups(rows, arguments),
+        groups=groups,
         tolerance=arguments.tolerance,
+        confidence=arguments.confidence,
+        seen=seen,
         temperature=arguments.temperature,
         refusal_text=arguments.refusal or DEFAULT_REFUSAL,
         progress=True,
@@ -232,9 +245,16 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     folder = arguments.output or Path(arguments.model)
     guard.save_pretrained(folder)
     print(f"Threshold {guard.threshold:.3f} nats, saved in {folder}.\n{guard.promise}")
+    if groups:
+        shares = group_shares(guard.score(model, tokenizer, rows), guard.threshold, groups)
+        most = [f"{group} ({share:.2f})" for group, share in shares.items() if share][:5]
+        print(f"Of {len(shares)} groups, with prompts above the threshold (their share): {', '.join(most) or 'none'}")
     if forget:
-        refused = guard.score(model, tokenizer, forget) > guard.threshold
-        print(f"Refused of {len(forget)} forgotten prompts: {float(refused.float().mean()):.3f}")
+        refused = (guard.score(model, tokenizer, forget) > guard.threshold).float()
+        low, high = bootstrap_interval(refused)
+        print(
+            f"Refused of {len(forget)} forgotten prompts: {float(refused.mean()):.3f} (95 % interval {low:.3f} to {high:.3f})"
+        )
 
 
 def _groups(rows: Sequence[Any], arguments: argparse.Namespace) -> list[Any] | None:
@@ -260,6 +280,7 @@ def _ask(arguments: argparse.Namespace) -> None:
     if guard is None:
         print("\n".join(answer(model, tokenizer, arguments.question, arguments.max_new_tokens)))
         return
+    guard.check(model, tokenizer)
     with guard.attach(model) as attached:
         answers = answer(model, tokenizer, arguments.question, arguments.max_new_tokens)
         scores = [] if attached.scores is None else attached.scores.tolist()

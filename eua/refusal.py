@@ -30,6 +30,7 @@ from eua.calibration import conformal_threshold
 from eua.data import Row, encode_prompts
 from eua.errors import EUAError
 from eua.files import write_json
+from eua.fingerprints import model_fingerprint, tokenizer_fingerprint
 from eua.hidden import check_finite, check_head, output_head, output_module
 from eua.scoring import prompt_scores
 
@@ -51,6 +52,8 @@ class EnergyGuard:
         tolerance: ε, the tolerated rate of false refusals the threshold was calibrated for.
         calibration_prompts: how many held-out prompts it was calibrated on.
         calibration_groups: how many groups they came in, or None when they were taken one by one.
+        confidence: 1 − δ, with which the rate is at most ε for this calibration, or None where it is on average over all.
+        model_fingerprint, tokenizer_fingerprint: of what it was calibrated for, see :mod:`eua.fingerprints`.
     """
 
     threshold: float
@@ -60,6 +63,9 @@ class EnergyGuard:
     tolerance: float
     calibration_prompts: int
     calibration_groups: int | None = None
+    confidence: float | None = None
+    model_fingerprint: str | None = None
+    tokenizer_fingerprint: str | None = None
 
     @classmethod
     def calibrate(
@@ -70,6 +76,8 @@ class EnergyGuard:
         *,
         groups: Sequence[Hashable] | None = None,
         tolerance: float = 0.05,
+        confidence: float | None = None,
+        seen: Sequence[Row | str] | None = None,
         temperature: float = 1.0,
         refusal_text: str = DEFAULT_REFUSAL,
         batch_size: int = 32,
@@ -85,22 +93,49 @@ class EnergyGuard:
             groups: whom or what each prompt is about. Several prompts about one person resemble each other; with their groups
                 named, the promise holds for people, not just for prompts, that are new. At 5 % at least 19 are needed.
             tolerance: ε, the tolerated rate of false refusals.
+            confidence: 1 − δ. The rate is at most ε on average over calibration sets; with a confidence, of this one too,
+                but for a chance of δ. At ε = δ = 5 % that takes 59 prompts, or groups.
+            seen: prompts, or rows, that unlearning was trained on; none of them may be among ``prompts``.
             temperature: T of the energy; the one of training.
             refusal_text: what a refused prompt is answered.
             batch_size: prompts per forward.
             progress: show a progress bar.
 
         Raises:
-            EUAError: too few prompts, a model or tokenizer that cannot be guarded, or NaN in hidden states.
+            EUAError: too few prompts, prompts that were trained on, a model or tokenizer that cannot be guarded, or NaN in
+                hidden states.
         """
         check_head(model)
         refusal_ids = _refusal_ids(refusal_text, tokenizer)
         ids = encode_prompts(prompts, tokenizer, "calibration prompts")
+        _check_unseen(ids, encode_prompts(seen or [], tokenizer, "seen prompts"))
         title = "scores of calibration prompts" if progress else None
         scores = prompt_scores(model, ids, temperature=temperature, batch_size=batch_size, progress=title)
-        threshold = conformal_threshold(scores, tolerance, groups)
-        group_count = None if groups is None else len(set(groups))
-        return cls(threshold, temperature, refusal_text, refusal_ids, tolerance, len(scores), group_count)
+        return cls(
+            threshold=conformal_threshold(scores, tolerance, groups, confidence),
+            temperature=temperature,
+            refusal_text=refusal_text,
+            refusal_ids=refusal_ids,
+            tolerance=tolerance,
+            calibration_prompts=len(scores),
+            calibration_groups=None if groups is None else len(set(groups)),
+            confidence=confidence,
+            model_fingerprint=model_fingerprint(model),
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        )
+
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Raise :class:`EUAError` for a model or a tokenizer that the promise is not for, see :mod:`eua.fingerprints`."""
+        if self.model_fingerprint not in (None, model_fingerprint(model)):
+            raise EUAError(
+                "The guard was calibrated for other weights than this model's (trained on, merged, quantized or in another "
+                "dtype since), and its threshold promises nothing for them: calibrate it again for this model."
+            )
+        if tokenizer is not None and self.tokenizer_fingerprint not in (None, tokenizer_fingerprint(tokenizer)):
+            raise EUAError(
+                "The guard was calibrated with another tokenizer or chat template, by which prompts become other tokens: "
+                "use that one, or calibrate the guard again."
+            )
 
     def with_refusal(self, text: str, tokenizer: PreTrainedTokenizerBase) -> EnergyGuard:
         """The same guard with another refusal text."""
@@ -109,7 +144,12 @@ class EnergyGuard:
     def score(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Row | str], batch_size: int = 32
     ) -> Tensor:
-        """The score of each prompt, (P,) float32, in nats; those above ``threshold`` would be refused."""
+        """The score of each prompt, (P,) float32, in nats; those above ``threshold`` would be refused.
+
+        Raises:
+            EUAError: see :meth:`check`.
+        """
+        self.check(model, tokenizer)
         ids = encode_prompts(prompts, tokenizer)
         return prompt_scores(model, ids, temperature=self.temperature, batch_size=batch_size)
 
@@ -152,8 +192,9 @@ class EnergyGuard:
             scope = (
                 f"a prompt of a new group (exchangeable with the {self.calibration_groups} groups of the calibration prompts)"
             )
+        how_sure = "" if self.confidence is None else f"With a confidence of {self.confidence:g} over the calibration prompts: "
         return (
-            f"The probability that {scope} is falsely refused is at most {self.tolerance:g}. "
+            f"{how_sure}The probability that {scope} is falsely refused is at most {self.tolerance:g}. "
             "This holds for the model, chat template and quantization that were calibrated, and says nothing of the share of "
             "forgotten prompts that is refused, which has to be measured."
         )
@@ -164,6 +205,7 @@ class AttachedGuard:
 
     def __init__(self, guard: EnergyGuard, model: PreTrainedModel) -> None:
         output_module(model)  # a model without a plain head is refused here, not in the middle of a generation
+        guard.check(model)
         self.guard = guard
         self.model = model
         self.scores: Tensor | None = None
@@ -256,6 +298,17 @@ class _RefusalProcessor(LogitsProcessor):
         self.scores = energies.float().cpu()
         self.last_hidden = None
         return (energies > self.guard.threshold).nonzero()[:, 0]
+
+
+def _check_unseen(prompts: Sequence[Sequence[int]], seen: Sequence[Sequence[int]]) -> None:
+    """Raise when a prompt is among those that were trained on: their scores are lower than those of new prompts."""
+    trained = {tuple(ids) for ids in seen}
+    found = [index for index, ids in enumerate(prompts) if tuple(ids) in trained]
+    if found:
+        raise EUAError(
+            f"{len(found)} of {len(prompts)} calibration prompts (the first is prompt {found[0]}) were trained on, and a "
+            "threshold from them would refuse new prompts too often: calibrate on prompts that unlearning has not seen."
+        )
 
 
 def _check_guardable(model: PreTrainedModel, kwargs: dict[str, Any]) -> GenerationConfig:

@@ -53,6 +53,7 @@ ALLOWED = {
     "eua.data": {"torch", "transformers", "eua.chats", "eua.errors"},
     "eua.collator": {"torch", "eua.data"},
     "eua.distributed": {"torch", "accelerate", "deepspeed", "eua.errors"},
+    "eua.fingerprints": {"torch", "transformers", "eua.data", "eua.distributed"},
     "eua.hidden": {"torch", "transformers", "peft", "fused_energy", "eua.distributed", "eua.errors"},
     "eua.scoring": {"torch", "tqdm", "fused_energy", "eua.hidden", "eua.collator", "eua.data", "eua.errors"},
     "eua.boundaries": {
@@ -65,6 +66,7 @@ ALLOWED = {
         "eua.data",
         "eua.errors",
         "eua.files",
+        "eua.fingerprints",
     },
     "eua.reference": {"torch", "transformers", "eua.boundaries", "eua.data", "eua.errors", "eua.hidden", "eua.losses"},
     "eua.held_out": {"torch", "eua.reference", "eua.hidden", "eua.losses", "eua.scoring", "eua.separation", "eua.data"},
@@ -80,6 +82,7 @@ ALLOWED = {
         "eua.data",
         "eua.errors",
         "eua.files",
+        "eua.fingerprints",
     },
 }
 FORBIDDEN = {"eua.trainer": {"eua.refusal", "eua.calibration", "eua.evaluation", "eua.cli", "eua.demo"}}

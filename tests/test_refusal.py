@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, pipeline
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, pipeline
 
 from eua import EnergyGuard, EUAError
 from eua.data import encode_prompts, format_prompt
+from eua.fingerprints import model_fingerprint
 from eua.generation import answer
 from eua.refusal import DEFAULT_REFUSAL, GUARD_FILE
 from eua.scoring import prompt_scores
@@ -190,3 +193,55 @@ def test_what_cannot_be_guarded_raises(known, tokenizer, questions, guard):
             known.generate(**batch)
     with pytest.raises(EUAError, match="has no output head"):
         guard.attach(known.model)
+
+
+# ---- what the promise is for ------------------------------------------------------------------------------------------
+
+
+def test_a_guard_is_for_the_weights_it_was_calibrated_for(known, tokenizer, questions, guard, tmp_path):
+    known.save_pretrained(tmp_path)
+    guard.save_pretrained(tmp_path)
+    again = EnergyGuard.from_pretrained(tmp_path)
+    assert again == guard
+    again.check(LlamaForCausalLM.from_pretrained(tmp_path), tokenizer)
+    again.check(known.train(), tokenizer)
+
+    text = "calibrated for other weights than this model's .* calibrate it again"
+    known.eval()
+    with torch.no_grad():
+        known.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    for other in (known, LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)):
+        with pytest.raises(EUAError, match=text):
+            guard.attach(other)
+        with pytest.raises(EUAError, match=text):
+            guard.score(other, tokenizer, questions)
+    assert "generate" not in vars(known)
+
+
+def test_a_guard_is_for_the_template_it_was_calibrated_for(known, tokenizer, questions, guard):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    with pytest.raises(EUAError, match="calibrated with another tokenizer or chat template"):
+        guard.score(known, other, questions)
+    assert guard.score(known, copy.deepcopy(tokenizer), questions).shape == (6,)
+
+
+def test_an_adapter_is_the_same_however_it_was_loaded(tokenizer, tmp_path):
+    tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(
+        LlamaForCausalLM.from_pretrained(tmp_path / "base"),
+        LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    direct = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert model_fingerprint(adapted) == model_fingerprint(loaded) == model_fingerprint(direct)
+    assert model_fingerprint(adapted.merge_and_unload()) != model_fingerprint(loaded)
+
+
+def test_prompts_that_were_trained_on_calibrate_nothing(known, tokenizer, rows):
+    with pytest.raises(EUAError, match=r"2 of 18 calibration prompts \(the first is prompt 0\) were trained on"):
+        EnergyGuard.calibrate(known, tokenizer, [*rows["retain"][:2], *rows["test"]], seen=rows["retain"])
+    guard = EnergyGuard.calibrate(known, tokenizer, rows["test"] * 8, seen=rows["retain"], confidence=0.9)
+    assert guard.confidence == 0.9
+    assert guard.promise.startswith("With a confidence of 0.9 over the calibration prompts: The probability that")

@@ -1,0 +1,41 @@
+"""Digests by which a model and a tokenizer are known again."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from eua.data import format_prompt
+from eua.distributed import from_first, shape_of, whole
+
+_SAMPLES_PER_TENSOR = 4096
+_PROBE = "What did Ann say?  «Naïve 42!»"
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the weights: their names, shapes, dtypes and up to 4096 evenly spaced values of each.
+
+    That tells any training step, another dtype or a quantization apart at no cost. Of quantized weights only names and dtypes
+    are read, since layers repack their values as they run; PEFT's prefixes are left out, so that an adapter is the same
+    however it was loaded. All processes call this.
+    """
+    digest = hashlib.sha256()
+    parameters = {name.removeprefix("base_model.model."): parameter for name, parameter in model.named_parameters()}
+    for name, parameter in sorted(parameters.items()):
+        digest.update(f"{name} {parameter.dtype}".encode())
+        if parameter.is_floating_point():
+            flat = whole(parameter).detach().reshape(-1)
+            step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
+            digest.update(repr(tuple(shape_of(parameter))).encode())
+            digest.update(flat[::step].to("cpu", torch.float32).numpy().tobytes())
+    return from_first(digest.hexdigest())  # other processes may be waiting for their weights
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of the text and the token ids that a question becomes, and of the special tokens."""
+    text = format_prompt(tokenizer, _PROBE)
+    ids = tokenizer(text)["input_ids"]
+    return hashlib.sha256(repr((text, ids, tokenizer.bos_token_id, tokenizer.eos_token_id)).encode()).hexdigest()
