@@ -139,6 +139,9 @@ def _parser(run_file: Path | None) -> argparse.ArgumentParser:
         "--seen", type=Path, action="append", default=[], help="JSONL of rows unlearning was trained on; may be repeated"
     )
     calibrate.add_argument("--temperature", type=float, default=1.0, help="temperature of the energy; that of training")
+    calibrate.add_argument(
+        "--first-tokens", type=int, default=0, help="generated tokens that a score takes in beside the prompt's last one"
+    )
     calibrate.add_argument("--refusal", help="what a refused prompt is answered (default: a plain sentence)")
     calibrate.add_argument("--forget", type=Path, help="JSONL of forgotten rows, to measure how many of them are refused")
     calibrate.add_argument("--output", type=Path, help="folder for the guard (default: the model's)")
@@ -239,6 +242,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         confidence=arguments.confidence,
         seen=seen,
         temperature=arguments.temperature,
+        first_tokens=arguments.first_tokens,
         refusal_text=arguments.refusal or DEFAULT_REFUSAL,
         progress=True,
     )

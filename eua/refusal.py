@@ -5,44 +5,39 @@ This refusal rule is this project's own (method.md §5); the paper does not give
 
 from __future__ import annotations
 
-import copy
-import inspect
 import json
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessor,
-    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.generation import GenerationMode
 
 from eua.calibration import conformal_threshold
 from eua.data import Row, encode_prompts
 from eua.errors import EUAError
 from eua.files import write_json
 from eua.fingerprints import model_fingerprint, tokenizer_fingerprint
-from eua.hidden import check_finite, check_head, output_head, output_module
+from eua.hidden import check_head
 from eua.scoring import prompt_scores
+
+if TYPE_CHECKING:
+    from eua.attached import AttachedGuard
 
 GUARD_FILE = "energy_guard.json"
 DEFAULT_REFUSAL = "I cannot help with that question."
-GENERATE_PARAMETERS = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
-GUARDED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
 
 @dataclass(frozen=True)
 class EnergyGuard:
-    """Refuses prompts whose score, the energy at their last token, exceeds ``threshold``.
+    """Refuses prompts whose score exceeds ``threshold``.
+
+    The score is the energy at the prompt's last token, or with ``first_tokens`` the mean over that token and so many generated
+    ones, or up to the answer's end where it comes before.
 
     Attributes:
         threshold: in nats.
@@ -52,6 +47,7 @@ class EnergyGuard:
         tolerance: ε, the tolerated rate of false refusals the threshold was calibrated for.
         calibration_prompts: how many held-out prompts it was calibrated on.
         calibration_groups: how many groups they came in, or None when they were taken one by one.
+        first_tokens: how many generated tokens the score takes in.
         confidence: 1 − δ, with which the rate is at most ε for this calibration, or None where it is on average over all.
         model_fingerprint, tokenizer_fingerprint: of what it was calibrated for, see :mod:`eua.fingerprints`.
     """
@@ -63,6 +59,7 @@ class EnergyGuard:
     tolerance: float
     calibration_prompts: int
     calibration_groups: int | None = None
+    first_tokens: int = 0
     confidence: float | None = None
     model_fingerprint: str | None = None
     tokenizer_fingerprint: str | None = None
@@ -78,6 +75,7 @@ class EnergyGuard:
         tolerance: float = 0.05,
         confidence: float | None = None,
         seen: Sequence[Row | str] | None = None,
+        first_tokens: int = 0,
         temperature: float = 1.0,
         refusal_text: str = DEFAULT_REFUSAL,
         batch_size: int = 32,
@@ -96,6 +94,9 @@ class EnergyGuard:
             confidence: 1 − δ. The rate is at most ε on average over calibration sets; with a confidence, of this one too,
                 but for a chance of δ. At ε = δ = 5 % that takes 59 prompts, or groups.
             seen: prompts, or rows, that unlearning was trained on; none of them may be among ``prompts``.
+            first_tokens: how many generated tokens the score takes in. More of them tell forgotten prompts from retained ones
+                better; a refusal then takes as many steps longer, and streams hold back so many tokens. They are generated
+                greedily here, so the promise is for greedy generation.
             temperature: T of the energy; the one of training.
             refusal_text: what a refused prompt is answered.
             batch_size: prompts per forward.
@@ -110,7 +111,9 @@ class EnergyGuard:
         ids = encode_prompts(prompts, tokenizer, "calibration prompts")
         _check_unseen(ids, encode_prompts(seen or [], tokenizer, "seen prompts"))
         title = "scores of calibration prompts" if progress else None
-        scores = prompt_scores(model, ids, temperature=temperature, batch_size=batch_size, progress=title)
+        scores = prompt_scores(
+            model, ids, temperature=temperature, first_tokens=first_tokens, batch_size=batch_size, progress=title
+        )
         return cls(
             threshold=conformal_threshold(scores, tolerance, groups, confidence),
             temperature=temperature,
@@ -119,6 +122,7 @@ class EnergyGuard:
             tolerance=tolerance,
             calibration_prompts=len(scores),
             calibration_groups=None if groups is None else len(set(groups)),
+            first_tokens=first_tokens,
             confidence=confidence,
             model_fingerprint=model_fingerprint(model),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
@@ -151,7 +155,7 @@ class EnergyGuard:
         """
         self.check(model, tokenizer)
         ids = encode_prompts(prompts, tokenizer)
-        return prompt_scores(model, ids, temperature=self.temperature, batch_size=batch_size)
+        return prompt_scores(model, ids, temperature=self.temperature, first_tokens=self.first_tokens, batch_size=batch_size)
 
     def attach(self, model: PreTrainedModel) -> AttachedGuard:
         """Guard ``model.generate`` until the handle is detached; the handle is a context manager too.
@@ -160,6 +164,8 @@ class EnergyGuard:
         ...     output = model.generate(**batch)         # flagged rows hold the refusal text, others are untouched
         ...     handle.refused                           # (B,) bool, of the last call
         """
+        from eua.attached import AttachedGuard
+
         return AttachedGuard(self, model)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -200,106 +206,6 @@ class EnergyGuard:
         )
 
 
-class AttachedGuard:
-    """A guard at work on a model. ``scores`` and ``refused`` have one entry per row that the last ``generate`` returned."""
-
-    def __init__(self, guard: EnergyGuard, model: PreTrainedModel) -> None:
-        output_module(model)  # a model without a plain head is refused here, not in the middle of a generation
-        guard.check(model)
-        self.guard = guard
-        self.model = model
-        self.scores: Tensor | None = None
-        self._detached = False
-        self._generate = model.generate
-        self._own_attribute = model.__dict__.get("generate")
-        model.generate = self._guarded_generate
-
-    @property
-    def refused(self) -> Tensor | None:
-        return None if self.scores is None else self.scores > self.guard.threshold
-
-    def detach(self) -> None:
-        """Give ``model.generate`` back as it was. Detaching twice is harmless.
-
-        Raises:
-            EUAError: when something else was put over ``model.generate`` since; the guard is then still at work.
-        """
-        if self._detached:
-            return
-        if self.model.__dict__.get("generate") != self._guarded_generate:
-            raise EUAError("model.generate was replaced after this guard was attached: undo that first (detach a later guard).")
-        self._detached = True
-        if self._own_attribute is None:
-            del self.model.generate
-        else:
-            self.model.generate = self._own_attribute
-
-    def __enter__(self) -> AttachedGuard:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.detach()
-
-    def _guarded_generate(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs.update(zip(GENERATE_PARAMETERS, args, strict=False))
-        config = _check_guardable(self.model, kwargs)
-        processor = _RefusalProcessor(self.model, self.guard)
-        kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), processor])
-        hook = output_module(self.model).register_forward_pre_hook(processor.capture)
-        try:
-            output = self._generate(**kwargs)
-        finally:
-            hook.remove()
-        beams = config.num_beams or 1
-        self.scores = processor.scores
-        if processor.scores is not None and beams > 1:  # one row per beam was scored; one per returned sequence is told
-            self.scores = processor.scores[::beams].repeat_interleave(config.num_return_sequences or 1)
-        return output
-
-
-class _RefusalProcessor(LogitsProcessor):
-    """Scores each row of one ``generate`` call at its first step, then writes the refusal into the flagged ones."""
-
-    def __init__(self, model: PreTrainedModel, guard: EnergyGuard) -> None:
-        self.model, self.guard = model, guard
-        self.scores: Tensor | None = None  # (R,) on the CPU
-        self.last_hidden: Tensor | None = None
-        self.refused: Tensor | None = None  # (R,) row indices
-        self.start = 0
-
-    def capture(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        """What the head reads at the last position, until the decision has been made."""
-        if self.refused is None:
-            self.last_hidden = arguments[0][:, -1].detach()
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.refused is None:
-            self.refused = self._decide(input_ids)
-            self.start = input_ids.shape[1]
-        if len(self.refused) == 0:
-            return scores
-        ids = self.guard.refusal_ids
-        # Past its end the refusal repeats the end-of-sequence token, so that nothing can follow it.
-        forced = ids[min(input_ids.shape[1] - self.start, len(ids) - 1)]
-        scores = scores.clone()
-        scores[self.refused] = -torch.inf
-        scores[self.refused, forced] = 0.0
-        return scores
-
-    def _decide(self, input_ids: Tensor) -> Tensor:
-        """The indices of the rows to refuse."""
-        if self.last_hidden is None or self.last_hidden.shape[0] != input_ids.shape[0]:
-            raise EUAError(
-                "The hidden states of the prompt did not pass through the model's head one row each, so the guard cannot see "
-                "them: generate without compilation, or detach the guard knowingly."
-            )
-        energies = output_head(self.model).energy(self.last_hidden, self.guard.temperature)
-        check_finite(energies, "the energies of the prompts")
-        self.scores = energies.float().cpu()
-        self.last_hidden = None
-        return (energies > self.guard.threshold).nonzero()[:, 0]
-
-
 def _check_unseen(prompts: Sequence[Sequence[int]], seen: Sequence[Sequence[int]]) -> None:
     """Raise when a prompt is among those that were trained on: their scores are lower than those of new prompts."""
     trained = {tuple(ids) for ids in seen}
@@ -309,35 +215,6 @@ def _check_unseen(prompts: Sequence[Sequence[int]], seen: Sequence[Sequence[int]
             f"{len(found)} of {len(prompts)} calibration prompts (the first is prompt {found[0]}) were trained on, and a "
             "threshold from them would refuse new prompts too often: calibrate on prompts that unlearning has not seen."
         )
-
-
-def _check_guardable(model: PreTrainedModel, kwargs: dict[str, Any]) -> GenerationConfig:
-    """The settings ``generate`` will use.
-
-    Raises:
-        EUAError: for calls in which the guard would not see, or not decide, what is generated.
-    """
-    config = copy.deepcopy(kwargs.get("generation_config") or model.generation_config)
-    config.update(**{key: value for key, value in kwargs.items() if hasattr(config, key)})
-    mode = config.get_generation_mode(kwargs.get("assistant_model"))
-    if mode not in GUARDED_MODES or kwargs.get("custom_generate") is not None:
-        name = "custom_generate" if mode in GUARDED_MODES else mode.value
-        raise EUAError(f"The guard does not cover generation by {name}: use greedy search, sampling or beams.")
-    if config.guidance_scale not in (None, 1, 1.0):
-        raise EUAError("guidance_scale runs prompts the guard did not score: leave it out, or detach the guard.")
-    if model.training:
-        raise EUAError("The model is in training mode, where dropout changes energies: call model.eval() first.")
-    mask, ids = kwargs.get("attention_mask"), kwargs.get("inputs", kwargs.get("input_ids"))
-    right = mask is not None and mask.ndim == 2 and not mask[:, -1].all()
-    pad, eos = config.pad_token_id, config.eos_token_id
-    if mask is None and isinstance(ids, Tensor) and pad is not None and pad not in (eos if isinstance(eos, list) else [eos]):
-        right = bool((ids[:, -1] == pad).any())
-    if right:
-        raise EUAError(
-            "The prompts are padded on the right, so their last token is not where the answer starts: "
-            'set tokenizer.padding_side = "left".'
-        )
-    return config
 
 
 def _refusal_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import GenerationConfig, LogitsProcessorList
 
 from eua.collator import flatten_rows, pad_rows
 from eua.data import EncodedRow
 from eua.errors import EUAError
 from eua.hidden import check_finite, check_head, hidden_states, output_head, vocabulary_and_device
+from eua.recording import EnergyRecorder
 from fused_energy import EnergyNLL
 
 
@@ -31,21 +34,28 @@ def prompt_scores(
     prompts: Sequence[Sequence[int]],
     *,
     temperature: float = 1.0,
+    first_tokens: int = 0,
     batch_size: int = 32,
     progress: str | None = None,
 ) -> Tensor:
     """The energy at the last token of each prompt: (P,) float32 on the CPU, in nats.
 
+    With ``first_tokens`` it is the mean over that token and so many tokens that the model goes on with greedily, or up to the
+    answer's end where it comes before.
+
     Args:
         model: a causal language model; left in the mode (train or eval) it was in.
         prompts: token ids of formatted prompts, see :func:`eua.data.encode_prompt`.
         temperature: T of the energy.
+        first_tokens: how many generated tokens are taken in.
         batch_size: prompts per forward.
         progress: title of a progress bar, or None for no bar.
 
     Raises:
         EUAError: on NaN or infinite hidden states, or a model without a plain head.
     """
+    if first_tokens:
+        return _generated_scores(model, prompts, temperature, first_tokens, batch_size, progress)
     rows = [EncodedRow(list(ids), len(ids)) for ids in prompts]
     head = output_head(model)
     scores = torch.empty(len(rows))
@@ -54,6 +64,51 @@ def prompt_scores(
         at_end = hidden[torch.arange(len(indices), device=hidden.device), last]
         check_finite(at_end, "the hidden states at the end of a prompt")
         scores[indices] = head.energy(at_end, temperature).float().cpu()
+    return scores
+
+
+def _generated_scores(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    temperature: float,
+    first_tokens: int,
+    batch_size: int,
+    progress: str | None,
+) -> Tensor:
+    check_head(model)
+    check_token_ids(model, prompts)
+    generator = cast(Any, model)
+    eos = generator.generation_config.eos_token_id
+    eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    settings = GenerationConfig(
+        max_new_tokens=first_tokens + 1,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=eos,
+        pad_token_id=eos_ids[0] if eos_ids else 0,
+    )
+    scores = torch.empty(len(prompts))
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    training = model.training
+    model.eval()
+    try:
+        for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None, leave=False):
+            indices = order[start : start + batch_size]
+            width = len(prompts[indices[0]])
+            ids = torch.tensor([[0] * (width - len(prompts[i])) + list(prompts[i]) for i in indices], device=generator.device)
+            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in indices])
+            recorder = EnergyRecorder(generator, temperature, first_tokens, eos_ids)
+            with recorder.listening():
+                type(generator).generate(  # a guard that is attached to this model would write refusals into it
+                    generator,
+                    ids,
+                    attention_mask=mask.to(ids.device),
+                    generation_config=settings,
+                    logits_processor=LogitsProcessorList([recorder]),
+                )
+            scores[indices] = recorder.scores()
+    finally:
+        model.train(training)
     return scores
 
 

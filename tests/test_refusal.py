@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, pipeline
+from transformers.generation import BaseStreamer
 
 from eua import EnergyGuard, EUAError
 from eua.data import encode_prompts, format_prompt
@@ -245,3 +246,108 @@ def test_prompts_that_were_trained_on_calibrate_nothing(known, tokenizer, rows):
     guard = EnergyGuard.calibrate(known, tokenizer, rows["test"] * 8, seen=rows["retain"], confidence=0.9)
     assert guard.confidence == 0.9
     assert guard.promise.startswith("With a confidence of 0.9 over the calibration prompts: The probability that")
+
+
+# ---- scores that take in the first generated tokens -----------------------------------------------------------------
+
+
+def by_hand(model: LlamaForCausalLM, tokenizer, question: str, first_tokens: int) -> float:
+    """The mean energy, from the logits of one row at a time, over the prompt's last token and the next ones up to an end."""
+    ids = encode_prompts([question], tokenizer)[0]
+    energies: list[float] = []
+    for _ in range(first_tokens + 1):
+        with torch.no_grad():
+            z = model(torch.tensor([ids])).logits[0, -1]
+        energies.append(float(-z.logsumexp(dim=0)))
+        ids = [*ids, int(z.argmax())]
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    return sum(energies) / len(energies)
+
+
+@pytest.mark.parametrize("first_tokens", [1, 3, 30])
+def test_scores_of_the_first_tokens_are_those_of_the_logits(known, tokenizer, questions, first_tokens):
+    """With 30 tokens all answers have ended before."""
+    ids = encode_prompts(questions, tokenizer)
+    expected = torch.tensor([by_hand(known, tokenizer, question, first_tokens) for question in questions])
+    for batch_size in (1, 4):
+        found = prompt_scores(known.train(), ids, first_tokens=first_tokens, batch_size=batch_size)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert known.training
+    known.eval()
+
+
+@pytest.fixture(params=[1, 3, 30])
+def patient(request, known, tokenizer, questions) -> EnergyGuard:
+    """Three of the six questions are refused, once so many tokens are there."""
+    guard = EnergyGuard.calibrate(known, tokenizer, questions * 4, first_tokens=request.param)
+    scores = guard.score(known, tokenizer, questions).sort().values
+    return replace(guard, threshold=float(scores[2] + scores[3]) / 2)
+
+
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True}, {"repetition_penalty": 1.2}])
+@pytest.mark.parametrize("new_tokens", [40, 4])
+def test_what_flagged_rows_began_to_say_is_taken_back(known, tokenizer, questions, patient, options, new_tokens):
+    batch = batch_of(tokenizer, questions)
+    width = batch["input_ids"].shape[1]
+    torch.manual_seed(0)
+    plain = known.generate(**batch, max_new_tokens=new_tokens, **options)
+    torch.manual_seed(0)
+    with patient.attach(known) as handle:
+        guarded = known.generate(**batch, max_new_tokens=new_tokens, **options)
+    if not options.get("do_sample") and "repetition_penalty" not in options and new_tokens > patient.first_tokens:
+        torch.testing.assert_close(handle.scores, patient.score(known, tokenizer, questions), rtol=1e-4, atol=1e-4)
+        assert int(handle.refused.sum()) == 3
+    assert guarded.shape[1] <= width + new_tokens
+    refusal = list(patient.refusal_ids[:new_tokens])
+    for row, is_refused in enumerate(handle.refused.tolist()):
+        said = guarded[row, width:].tolist()
+        if is_refused:
+            assert said[: len(refusal)] == refusal
+            assert set(said[len(refusal) :]) <= {tokenizer.pad_token_id}
+        else:
+            theirs = plain[row, width:].tolist()
+            assert said[: len(theirs)] == theirs[: len(said)]
+            assert set(said[len(theirs) :]) | set(theirs[len(said) :]) <= {tokenizer.pad_token_id}
+
+
+def test_a_stream_shows_nothing_of_what_is_taken_back(known, tokenizer, questions, patient):
+    class Collecting(BaseStreamer):
+        def __init__(self):
+            self.shown, self.ended = [], 0
+
+        def put(self, value):
+            self.shown += value.flatten().tolist()
+
+        def end(self):
+            self.ended += 1
+
+    verdicts = []
+    for question in questions:
+        batch = batch_of(tokenizer, [question])
+        streamer = Collecting()
+        with patient.attach(known) as handle:
+            output = known.generate(**batch, max_new_tokens=40, do_sample=False, streamer=streamer)
+        assert streamer.shown == output[0].tolist()
+        assert streamer.ended == 1
+        verdicts += handle.refused.tolist()
+        if verdicts[-1]:
+            assert streamer.shown[batch["input_ids"].shape[1] :] == list(patient.refusal_ids)
+    assert sum(verdicts) == 3
+
+
+def test_what_would_tell_of_what_is_taken_back_is_refused(known, tokenizer, questions, patient):
+    batch = batch_of(tokenizer, questions)
+    with patient.attach(known):
+        with pytest.raises(EUAError, match="which beams exchange among themselves"):
+            known.generate(**batch, num_beams=2, max_new_tokens=4)
+        with pytest.raises(EUAError, match="output_scores and output_logits would tell what a refused row began to say"):
+            known.generate(**batch, max_new_tokens=4, return_dict_in_generate=True, output_scores=True, output_logits=True)
+        told = known.generate(**batch, max_new_tokens=40, return_dict_in_generate=True, do_sample=False)
+        assert torch.equal(told.sequences, known.generate(**batch, max_new_tokens=40, do_sample=False))
+
+
+def test_scores_are_those_of_the_model_while_a_guard_is_attached(known, tokenizer, questions, patient):
+    expected = patient.score(known, tokenizer, questions)
+    with patient.attach(known):
+        assert torch.equal(patient.score(known, tokenizer, questions), expected)

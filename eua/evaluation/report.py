@@ -62,7 +62,10 @@ def evaluate(
     def score(prompts: Sequence[Row | str], name: str) -> Tensor:
         ids = encode_prompts(prompts, tokenizer, name)
         title = f"{name}: prompts" if progress else None
-        return prompt_scores(model, ids, temperature=temperature, batch_size=batch_size, progress=title)
+        first_tokens = guard.first_tokens if guard else 0
+        return prompt_scores(
+            model, ids, temperature=temperature, first_tokens=first_tokens, batch_size=batch_size, progress=title
+        )
 
     for name, rows in sets.items():
         encoded = encode_rows(rows, tokenizer, None, f"{name} rows")
