@@ -71,6 +71,18 @@ ALLOWED = {
     "eua.config": {"torch", "transformers", "eua.errors"},
     "eua.run_file": {"yaml", "eua.config", "eua.errors"},
     "eua.generation": {"torch", "transformers", "eua.data", "eua.scoring"},
+    "eua.evaluation.page": {
+        "torch",
+        "transformers",
+        "eua.data",
+        "eua.errors",
+        "eua.evaluation.metrics",
+        "eua.evaluation.report",
+        "eua.files",
+        "eua.hidden",
+        "eua.refusal",
+        "eua.scoring",
+    },
     "eua.refusal": {
         "torch",
         "transformers",

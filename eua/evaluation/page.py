@@ -35,6 +35,7 @@ TEXT_KEPT = 600  # characters of a question or an answer
 MEASURES = ("score", "extraction_strength", "probability", "truth_ratio")  # of what evaluate() reports
 
 Load = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+Evaluation = tuple[dict[str, Any], dict[str, Tensor]]  # what evaluate() gives
 
 
 def write_page(path: Path, data: Mapping[str, Any]) -> None:
@@ -64,6 +65,7 @@ def page_data(
     *,
     forget: Sequence[str] = ("forget",),
     guard: EnergyGuard | None = None,
+    evaluated: Mapping[str, Evaluation] | None = None,
     rows: int = 50,
     settings: Mapping[str, object] | None = None,
     batch_size: int = 32,
@@ -77,6 +79,7 @@ def page_data(
             that one model at a time is in memory. Knowledge is measured with the guard off.
         forget: the names of the sets that should be forgotten.
         guard: of the model after; its threshold is where the page starts. Without one the page says that none is calibrated.
+        evaluated: what :func:`evaluate` gave of these sets for the models ``"after"`` and ``"before"``, where that is known.
         rows: how many rows of a set are shown token by token: one half the worst ones, the other spread over the rest.
         settings: what else the page should tell of how the model came to be.
         batch_size: rows per forward.
@@ -97,7 +100,8 @@ def page_data(
         if load is None:
             continue
         model, tokenizer = load()
-        report, scores = evaluate(
+        known = (evaluated or {}).get(title)
+        report, scores = known or evaluate(
             model, tokenizer, sets, forget=forget, temperature=temperature, batch_size=batch_size, progress=progress
         )
         if title == "after":
