@@ -160,26 +160,38 @@ def _parser(run_file: Path | None) -> argparse.ArgumentParser:
         "Extraction strength, memorization, probability, truth ratio, energies and refusals, as a table and as JSON.",
     )
     _add_model(evaluate)
-    evaluate.add_argument("--forget", type=Path, required=True, help="JSONL of the forgotten rows")
-    evaluate.add_argument("--retain", type=Path, required=True, help="JSONL of retained rows")
-    evaluate.add_argument(
-        "--also",
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        type=_named_path,
-        help="a further set of rows; may be repeated",
-    )
-    evaluate.add_argument("--before", help="the model before unlearning, to compare with")
-    evaluate.add_argument("--guard", type=Path, help="folder of the guard (default: the model's, if it has one)")
-    evaluate.add_argument("--batch-size", type=_positive(int), default=32, help="rows in a forward pass")
+    _add_sets(evaluate)
     evaluate.add_argument("--output", type=Path, help="folder for report.json and energies.png (default: print only)")
     evaluate.add_argument("--overwrite", action="store_true", help="write into an output folder that is not empty")
+
+    report = command(
+        "report",
+        _report,
+        "write one HTML file to look at an unlearned model",
+        "Energies before and after, a threshold to drag, the worst leaks and false refusals, rows token by token. The file "
+        "holds texts of the rows; it loads nothing from elsewhere.",
+    )
+    _add_model(report)
+    _add_sets(report)
+    report.add_argument("--rows", type=_positive(int), default=50, help="rows of a set that are shown token by token")
+    report.add_argument("--output", type=Path, default=Path("report.html"), help="the file to write")
+    report.add_argument("--overwrite", action="store_true", help="write over a file that is there")
     return parser
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder or hub name of the causal language model")
+
+
+def _add_sets(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--forget", type=Path, required=True, help="JSONL of the forgotten rows")
+    parser.add_argument("--retain", type=Path, required=True, help="JSONL of retained rows")
+    for name, kind in (("--also", "rows to keep"), ("--also-forget", "forgotten rows, e.g. in other words")):
+        what = f"a further set of {kind}; may be repeated"
+        parser.add_argument(name, action="append", default=[], metavar="NAME=PATH", type=_named_path, help=what)
+    parser.add_argument("--before", help="the model before unlearning, to compare with")
+    parser.add_argument("--guard", type=Path, help="folder of the guard (default: the model's, if it has one)")
+    parser.add_argument("--batch-size", type=_positive(int), default=32, help="rows in a forward pass")
 
 
 def _positive(kind: type) -> Any:
@@ -293,24 +305,39 @@ def _ask(arguments: argparse.Namespace) -> None:
         print(f"{text}\n  ({verdict}: energy {score:.2f}, threshold {guard.threshold:.2f} nats)")
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
+def _read_sets(arguments: argparse.Namespace) -> dict[str, list[Any]]:
+    """Name → rows of what :func:`_add_sets` takes."""
     from eua.data import read_rows
+
+    paths = {"forget": arguments.forget, "retain": arguments.retain}
+    for name, path in arguments.also + arguments.also_forget:
+        if name in paths:
+            raise EUAError(f"--also {name}={path} names a set that there is already: give it another name.")
+        paths[name] = path
+    return {name: read_rows(path, f"{name} set") for name, path in paths.items()}
+
+
+def _forgotten(arguments: argparse.Namespace) -> tuple[str, ...]:
+    return ("forget", *(name for name, _ in arguments.also_forget))
+
+
+def _read_guard(arguments: argparse.Namespace) -> Any:
+    """The guard of ``--guard``, else of the model's folder, else None."""
+    from eua.refusal import GUARD_FILE, EnergyGuard
+
+    folder = arguments.guard or (arguments.model if (Path(arguments.model) / GUARD_FILE).is_file() else None)
+    return EnergyGuard.from_pretrained(folder) if folder else None
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
     from eua.evaluation.pictures import energy_histograms
     from eua.evaluation.report import evaluate, render_tables
     from eua.files import check_output_folder, write_json
     from eua.loading import load_model
-    from eua.refusal import GUARD_FILE, EnergyGuard
 
     if arguments.output:
         check_output_folder(arguments.output, allowed=arguments.overwrite, how="--overwrite")
-    paths = {"forget": arguments.forget, "retain": arguments.retain}
-    for name, path in arguments.also:
-        if name in paths:
-            raise EUAError(f"--also {name}={path} names a set that there is already: give it another name.")
-        paths[name] = path
-    sets = {name: read_rows(path, f"{name} set") for name, path in paths.items()}
-    guard_folder = arguments.guard or (arguments.model if (Path(arguments.model) / GUARD_FILE).is_file() else None)
-    guard = EnergyGuard.from_pretrained(guard_folder) if guard_folder else None
+    sets, guard = _read_sets(arguments), _read_guard(arguments)
     reports, scores = {}, {}
     for title, name in (("before", arguments.before), ("after", arguments.model)):
         if name is None:
@@ -318,7 +345,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         model, tokenizer = load_model(name)
         used = guard if title == "after" else None
         reports[title], scores[title] = evaluate(
-            model, tokenizer, sets, guard=used, batch_size=arguments.batch_size, progress=True
+            model,
+            tokenizer,
+            sets,
+            forget=_forgotten(arguments),
+            guard=used,
+            batch_size=arguments.batch_size,
+            progress=True,
         )
     print(render_tables(reports))
     if guard is None:
@@ -328,3 +361,29 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         picked = {title: {kind: panel[kind] for kind in ("forget", "retain")} for title, panel in scores.items()}
         energy_histograms(arguments.output / "energies.png", picked, threshold=guard.threshold if guard else None)
         print(f"Written: {arguments.output / 'report.json'}, {arguments.output / 'energies.png'}")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from functools import partial
+
+    from eua.evaluation.page import page_data, write_page
+    from eua.files import check_output_file
+    from eua.loading import load_model
+
+    check_output_file(arguments.output, allowed=arguments.overwrite, how="--overwrite")
+    sets, guard = _read_sets(arguments), _read_guard(arguments)
+    named = {"model": arguments.model, "model before unlearning": arguments.before}
+    data = page_data(
+        sets,
+        partial(load_model, arguments.model),
+        partial(load_model, arguments.before) if arguments.before else None,
+        forget=_forgotten(arguments),
+        guard=guard,
+        rows=arguments.rows,
+        # Of a folder its name alone: where it lies is this machine's own affair.
+        settings={key: Path(name).resolve().name if Path(name).is_dir() else name for key, name in named.items() if name},
+        batch_size=arguments.batch_size,
+        progress=True,
+    )
+    write_page(arguments.output, data)
+    print(f"Written: {arguments.output} (it holds texts of the rows)")

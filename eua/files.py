@@ -70,3 +70,11 @@ def check_output_folder(folder: Path, *, allowed: bool, how: str) -> None:
         raise EUAError(f"The output {folder} is a file, but a folder is written: name another path.")
     if not allowed and folder.is_dir() and any(folder.iterdir()):
         raise EUAError(f"The output folder {folder} is not empty, and its files could be lost: name another, or pass {how}.")
+
+
+def check_output_file(path: Path, *, allowed: bool, how: str) -> None:
+    """Raise :class:`EUAError` when ``path`` is a folder, or a file and the caller has not been told that it may go."""
+    if path.is_dir():
+        raise EUAError(f"The output {path} is a folder, but a file is written: name a file in it.")
+    if path.exists() and not allowed:
+        raise EUAError(f"The output {path} is there already and would be lost: name another, or pass {how}.")

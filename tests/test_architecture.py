@@ -85,6 +85,18 @@ ALLOWED = {
     "eua.run_file": {"yaml", "eua.config", "eua.errors"},
     "eua.generation": {"torch", "transformers", "eua.data", "eua.scoring"},
     "eua.attached": {"torch", "transformers", "eua.hidden", "eua.recording", "eua.refusal", "eua.errors"},
+    "eua.evaluation.page": {
+        "torch",
+        "transformers",
+        "eua.data",
+        "eua.errors",
+        "eua.evaluation.metrics",
+        "eua.evaluation.report",
+        "eua.files",
+        "eua.hidden",
+        "eua.refusal",
+        "eua.scoring",
+    },
     "eua.refusal": {
         "eua.attached",
         "torch",

@@ -190,6 +190,8 @@ MISSING = ["--forget", "none.jsonl", "--retain", "none.jsonl"]
         (["demo", "--output", "{new}", "--people", "20"], "20 people were asked for"),
         (["demo", "--output", "{data}"], "is not empty"),
         (["evaluate", "--model", "{tiny}", *ROWS, "--output", "{data}"], "is not empty"),
+        (["report", "--model", "{tiny}", *ROWS, "--output", "{data}"], "is a folder, but a file is written"),
+        (["report", "--model", "{tiny}", *ROWS, "--also-forget", "retain={data}/test.jsonl"], "names a set that there is"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, text, tiny_folder, data, tmp_path, capsys):
@@ -208,7 +210,7 @@ def test_bad_arguments_exit_with_2(arguments, capsys):
     assert "usage: eua" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "unlearn", "calibrate", "ask", "evaluate"])
+@pytest.mark.parametrize("command", ["demo", "unlearn", "calibrate", "ask", "evaluate", "report"])
 def test_help_explains_every_option(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

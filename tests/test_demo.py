@@ -53,6 +53,11 @@ def test_demo_keeps_its_promises(tmp_path):
     assert after[SEEN]["refused"] <= report["tolerance"]
     assert (tmp_path / "out" / "energies.png").read_bytes().startswith(b"\x89PNG")
     assert len(report["answers"]) == 6
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    shown = json.loads(page.partition('type="application/json">')[2].partition("</script>")[0])
+    assert {entry["name"]: entry["after"]["score"] for entry in shown["sets"]} == {
+        name: entry["score"] for name, entry in after.items()
+    }
 
     folder = tmp_path / "out" / "unlearned"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

@@ -18,6 +18,7 @@ from eua.data import Row
 from eua.demo import target
 from eua.demo.world import Fact, World, make_world
 from eua.errors import EUAError
+from eua.evaluation.page import page_data, write_page
 from eua.evaluation.pictures import energy_histograms
 from eua.evaluation.report import evaluate, render_tables
 from eua.files import fill_folder, write_json, write_jsonl
@@ -115,6 +116,20 @@ def run_demo(output: Path, cache: Path, *, people: int = 200, target_epochs: flo
         "unlearning": UNLEARNING,
     }
     write_json(output / "report.json", report)
+    page = output / "report.html"
+    write_page(
+        page,
+        page_data(
+            sets,
+            lambda: (model, tokenizer),
+            lambda: (AutoModelForCausalLM.from_pretrained(target_folder), tokenizer),
+            forget=(SET_NAMES["forget"], IN_OTHER_WORDS),
+            guard=guard,
+            evaluated={"before": (before, before_scores), "after": (after, after_scores)},
+            rows=20,
+            settings={"model": "the demo's"} | UNLEARNING,
+        ),
+    )
     print(render_tables({"before": before, "after": after}))
     print(f"\n{guard.promise}\n")
     for entry in answers:
@@ -124,6 +139,7 @@ def run_demo(output: Path, cache: Path, *, people: int = 200, target_epochs: flo
         print(f"   after           : {entry['after']}")
     print(
         f"\nWritten:\n  {unlearned}  the unlearned model and its guard; AutoModelForCausalLM.from_pretrained loads it"
+        f"\n  {page}  to look at in a browser: the threshold to drag, the worst rows, token by token"
         f"\n  {picture}  energies before and after\n  {output / 'report.json'}  every figure above"
         f"\n  {output / 'data'}  the rows, for `eua unlearn`, `calibrate` and `evaluate`"
         f"\n  {target_folder}  the model before unlearning (kept for the next run)"

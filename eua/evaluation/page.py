@@ -1,0 +1,223 @@
+"""One HTML file to look at an unlearned model: a threshold to drag, the worst rows, energies token by token.
+
+The page is ``page.html`` with the data in it as JSON. It loads nothing from elsewhere. Rows are untrusted text: they reach the
+page's elements as text only, and its content security policy lets no script run but the page's own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eua.data import EncodedRow, Row, encode_rows
+from eua.errors import EUAError
+from eua.evaluation.metrics import greedy_tokens, measure_answers
+from eua.evaluation.report import evaluate
+from eua.files import replacing
+from eua.hidden import check_finite, output_head
+from eua.refusal import EnergyGuard
+from eua.scoring import eval_hidden_states
+
+SCORES_KEPT = 5000  # of a set; of a larger one so many, evenly spaced in their order
+TOKENS_KEPT = 512  # of a row shown, around the end of its prompt
+TEXT_KEPT = 600  # characters of a question or an answer
+MEASURES = ("score", "extraction_strength", "probability", "truth_ratio")  # of what evaluate() reports
+
+Load = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+Evaluation = tuple[dict[str, Any], dict[str, Tensor]]  # what evaluate() gives
+
+
+def write_page(path: Path, data: Mapping[str, Any]) -> None:
+    """Write what :func:`page_data` gathered as one HTML file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(render_page(data), encoding="utf-8", newline="\n")
+
+
+def render_page(data: Mapping[str, Any]) -> str:
+    """The page as text."""
+    page = resources.files("eua.evaluation").joinpath("page.html").read_text(encoding="utf-8")
+    for tag in ("style", "script"):
+        content = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        page = page.replace(f"{{{tag}-digest}}", f"'sha256-{digest}'")
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)  # all in ASCII
+    # Nothing in a script element is markup but "<": it stands in strings only, where JSON has another spelling for it.
+    text = re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", text)
+    head, tail = page.split("{data}")
+    return head + text + tail
+
+
+def page_data(
+    sets: Mapping[str, Sequence[Row]],
+    after: Load,
+    before: Load | None = None,
+    *,
+    forget: Sequence[str] = ("forget",),
+    guard: EnergyGuard | None = None,
+    evaluated: Mapping[str, Evaluation] | None = None,
+    rows: int = 50,
+    settings: Mapping[str, object] | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """What the page shows, ready for JSON.
+
+    Args:
+        sets: name → rows.
+        after, before: give the model after and before unlearning, and its tokenizer. They are called one after the other, so
+            that one model at a time is in memory. Knowledge is measured with the guard off.
+        forget: the names of the sets that should be forgotten.
+        guard: of the model after; its threshold is where the page starts. Without one the page says that none is calibrated.
+        evaluated: what :func:`evaluate` gave of these sets for the models ``"after"`` and ``"before"``, where that is known.
+        rows: how many rows of a set are shown token by token: one half the worst ones, the other spread over the rest.
+        settings: what else the page should tell of how the model came to be.
+        batch_size: rows per forward.
+        progress: show progress bars.
+
+    Raises:
+        EUAError: no set to forget, or a model that cannot be measured.
+    """
+    if not set(forget) & set(sets):
+        raise EUAError(f"None of the sets {list(sets)} is one to forget ({list(forget)}): name one in forget.")
+    temperature = guard.temperature if guard else 1.0
+    entries: dict[str, dict[str, Any]] = {
+        name: {"name": name, "forget": name in forget, "rows": len(sets[name]), "shown": []} for name in sets
+    }
+    ranks: dict[str, dict[int, int]] = {}
+    start = 0.0 if guard is None else guard.threshold
+    for title, load in (("after", after), ("before", before)):
+        if load is None:
+            continue
+        model, tokenizer = load()
+        known = (evaluated or {}).get(title)
+        report, scores = known or evaluate(
+            model, tokenizer, sets, forget=forget, temperature=temperature, batch_size=batch_size, progress=progress
+        )
+        if title == "after":
+            ranks = {name: rows_to_show(scores[name], rows, lowest_first=name in forget) for name in sets}
+            if guard is None:
+                start = _high_score([scores[name] for name in sets if name not in forget] or list(scores.values()))
+        for name, entry in entries.items():
+            entry[title] = {key: value for key, value in report["sets"][name].items() if key in MEASURES}
+            entry[title]["auroc"] = report["separation"].get(name, {}).get("auroc")
+            entry[title]["scores"] = [_decimal(score) for score in _spread(scores[name].sort().values)]
+            picked = [sets[name][index] for index in ranks[name].values()]
+            encoded = encode_rows(picked, tokenizer, None, f"{name} rows shown")
+            if title == "after":
+                texts = [_texts(row, ids, tokenizer) for row, ids in zip(picked, encoded, strict=True)]
+                places = [{"rank": rank, "row": index} for rank, index in ranks[name].items()]
+                entry["shown"] = [place | text for place, text in zip(places, texts, strict=True)]
+            readings = read_tokens(model, tokenizer, encoded, temperature, batch_size)
+            for shown, reading in zip(entry["shown"], readings, strict=True):
+                shown[title] = {"score": _decimal(float(scores[name][shown["row"]]))} | reading
+        del model, tokenizer
+    promise = None if guard is None else {"text": guard.promise, "refusal": guard.refusal_text, "tolerance": guard.tolerance}
+    return {
+        "sets": list(entries.values()),
+        "threshold": _decimal(start),
+        "guard": promise,
+        "settings": [[key, str(value)] for key, value in ({"temperature": temperature} | dict(settings or {})).items()],
+    }
+
+
+def rows_to_show(scores: Tensor, count: int, *, lowest_first: bool) -> dict[int, int]:
+    """Rank (from 1, the worst) → index of ``count`` rows: one half the worst, the others evenly spread to the best.
+
+    Worst is the lowest of ``scores`` (R,) where a set should be refused, and else the highest.
+    """
+    order = scores.argsort(descending=not lowest_first, stable=True).tolist()
+    worst = math.ceil(count / 2) if count < len(order) else len(order)
+    spread = min(count, len(order)) - worst
+    ranks = [*range(worst), *(worst + (i + 1) * (len(order) - worst) // spread - 1 for i in range(spread))]
+    return {rank + 1: order[rank] for rank in ranks}
+
+
+@torch.no_grad()
+def read_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[EncodedRow],
+    temperature: float,
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    """Each row's tokens with the energy after each, in nats, and what the model knows of the answer.
+
+    The energy at the prompt's last token is the prompt's score. ``likely`` holds, of each token shown after the prompt, the
+    one that the model would have said in its place.
+    """
+    measures = measure_answers(model, rows, temperature=temperature, batch_size=batch_size)
+    head = output_head(model)
+    text_of = _TokenTexts(tokenizer)
+    readings: list[dict[str, Any]] = [{} for _ in rows]
+    for indices, hidden in eval_hidden_states(model, rows, batch_size):
+        for i, states in zip(indices, hidden, strict=True):
+            row = rows[i]
+            start = max(0, row.prompt_length - TOKENS_KEPT // 2)
+            stop = min(len(row.input_ids), start + TOKENS_KEPT)
+            check_finite(states[start:stop], "the hidden states of a row to show")
+            energies = head.energy(states[start:stop], temperature).tolist()
+            likely = greedy_tokens(head, states[row.prompt_length - 1 : stop - 1]).tolist()
+            readings[i] = {
+                "extraction_strength": _decimal(float(measures.extraction_strength[i])),
+                "probability": _decimal(float(measures.probability[i])),
+                "tokens": [text_of[token] for token in row.input_ids[start:stop]],
+                "energies": [round(energy, 3) for energy in energies],
+                "likely": [text_of[token] for token in likely],
+                "prompt": row.prompt_length - start,
+                "left_out": [start, len(row.input_ids) - stop],
+            }
+    return readings
+
+
+def _texts(row: Row, encoded: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The question as it stands in the row, or the prompt that the model reads; and the answer."""
+    decoded = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (encoded.prompt_ids, encoded.answer_ids)]
+    question = row["question"] if isinstance(row.get("question"), str) else decoded[0]
+    return {"question": question[:TEXT_KEPT], "answer": decoded[1][:TEXT_KEPT]}
+
+
+class _TokenTexts(dict[int, str]):
+    """Token id → its text within a text: some tokenizers drop the space before a word that is decoded alone."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
+        self.anchor_text = self._decode(self.anchor)
+
+    def __missing__(self, token: int) -> str:
+        text = self._decode([*self.anchor, token])
+        known = self.anchor_text and text.startswith(self.anchor_text)
+        self[token] = text[len(self.anchor_text) :] if known else self._decode([token])
+        return self[token]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def _high_score(scores: Sequence[Tensor]) -> float:
+    """The score that a twentieth of the prompts exceed: a place to start from where no threshold is calibrated."""
+    ordered = torch.cat(list(scores)).sort().values
+    return float(ordered[math.ceil(0.95 * len(ordered)) - 1])
+
+
+def _spread(ordered: Tensor) -> list[float]:
+    """At most ``SCORES_KEPT`` of ordered scores, the lowest and the highest among them."""
+    if len(ordered) > SCORES_KEPT:
+        ordered = ordered[torch.linspace(0, len(ordered) - 1, SCORES_KEPT, dtype=torch.float64).round().long()]
+    return ordered.tolist()
+
+
+def _decimal(value: float) -> float:
+    """Nine digits: few to write, and enough that of two float32 values the larger one stays the larger."""
+    return float(f"{value:.9g}")
