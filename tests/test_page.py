@@ -1,4 +1,4 @@
-"""The report page: its data against the scoring functions, hostile rows, and the page itself in a browser where there is one."""
+"""The report page: its data against the scoring functions, hostile rows, and the page in a browser where there is one."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import torch
 
 from eua import EnergyGuard, EUAError
 from eua.cli import main
-from eua.data import encode_rows
+from eua.data import encode_prompts, encode_rows
 from eua.evaluation import measure_answers, page
 from eua.evaluation.page import page_data, render_page, rows_to_show, write_page
 from eua.files import write_jsonl
+from eua.scoring import prompt_scores
 from tests.browser import CHROMIUM, Page
 from tests.conftest import tiny_llama
 
@@ -73,7 +74,7 @@ def test_the_data_is_what_scoring_gives(data, models, tokenizer, rows, guard):
         set_rows = of[entry["name"]]
         encoded = encode_rows(set_rows, tokenizer, None)
         for title, model in models.items():
-            scores = guard.score(model, tokenizer, set_rows)
+            scores = prompt_scores(model, encode_prompts(set_rows, tokenizer), temperature=guard.temperature)
             torch.testing.assert_close(torch.tensor(entry[title]["scores"]), scores.sort().values)
             assert entry[title]["score"] == pytest.approx(float(scores.mean()))
             measures = measure_answers(model, encoded)

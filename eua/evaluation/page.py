@@ -90,7 +90,7 @@ def page_data(
     """
     if not set(forget) & set(sets):
         raise EUAError(f"None of the sets {list(sets)} is one to forget ({list(forget)}): name one in forget.")
-    temperature = guard.temperature if guard else 1.0
+    temperature, first_tokens = (guard.temperature, guard.first_tokens) if guard else (1.0, 0)
     entries: dict[str, dict[str, Any]] = {
         name: {"name": name, "forget": name in forget, "rows": len(sets[name]), "shown": []} for name in sets
     }
@@ -102,7 +102,14 @@ def page_data(
         model, tokenizer = load()
         known = (evaluated or {}).get(title)
         report, scores = known or evaluate(
-            model, tokenizer, sets, forget=forget, temperature=temperature, batch_size=batch_size, progress=progress
+            model,
+            tokenizer,
+            sets,
+            forget=forget,
+            temperature=temperature,
+            first_tokens=first_tokens,
+            batch_size=batch_size,
+            progress=progress,
         )
         if title == "after":
             ranks = {name: rows_to_show(scores[name], rows, lowest_first=name in forget) for name in sets}

@@ -36,6 +36,7 @@ def evaluate(
     forget: Sequence[str] = ("forget",),
     guard: EnergyGuard | None = None,
     temperature: float = 1.0,
+    first_tokens: int = 0,
     batch_size: int = 32,
     progress: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -48,6 +49,7 @@ def evaluate(
         forget: the names of the sets that should be forgotten; the first is told from each of the others.
         guard: adds the share of prompts it refuses.
         temperature: T of the energies; a guard's own is used when there is one.
+        first_tokens: how many generated tokens the prompt scores take in; a guard's own is used when there is one.
         batch_size: rows per forward.
         progress: show progress bars.
 
@@ -56,13 +58,13 @@ def evaluate(
         "threshold"}``, and the prompt scores of each set, (rows,) in nats.
     """
     temperature = guard.temperature if guard else temperature
+    first_tokens = guard.first_tokens if guard else first_tokens
     report: dict[str, Any] = {"sets": {}, "separation": {}, "threshold": guard.threshold if guard else None}
     scores: dict[str, Tensor] = {}
 
     def score(prompts: Sequence[Row | str], name: str) -> Tensor:
         ids = encode_prompts(prompts, tokenizer, name)
         title = f"{name}: prompts" if progress else None
-        first_tokens = guard.first_tokens if guard else 0
         return prompt_scores(
             model, ids, temperature=temperature, first_tokens=first_tokens, batch_size=batch_size, progress=title
         )
