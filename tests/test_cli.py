@@ -208,7 +208,7 @@ def test_bad_arguments_exit_with_2(arguments, capsys):
     assert "usage: eua" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "unlearn", "calibrate", "ask", "evaluate"])
+@pytest.mark.parametrize("command", ["demo", "unlearn", "calibrate", "ask", "serve", "evaluate"])
 def test_help_explains_every_option(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

@@ -214,9 +214,8 @@ class Engine:
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
         config = self._config(rows)
         devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(
-            devices, enabled=first.seed is not None
-        ):  # one client's seed must not decide what others get
+        # Forked, since one client's seed must not decide what others get.
+        with torch.random.fork_rng(devices, enabled=first.seed is not None):
             if first.seed is not None:
                 torch.manual_seed(first.seed % 2**63)
             self.model.generate(
@@ -225,9 +224,12 @@ class Engine:
                 generation_config=config,
                 stopping_criteria=StoppingCriteriaList([_Told(rows)]),
             )
-        if self._attached is None or self._attached.refused is None:
+        if self._attached is None:
             return [False] * len(rows)
-        return self._attached.refused.tolist()
+        refused = self._attached.refused
+        if refused is None or len(refused) != len(rows):
+            raise EUAError("The guard has not decided on every row, so nothing may be answered: serve plain generation.")
+        return refused.tolist()
 
     def _config(self, rows: Sequence[AnswerRow]) -> GenerationConfig:
         """The model's own settings, but for what a request decides."""
