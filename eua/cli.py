@@ -153,6 +153,29 @@ def _parser(run_file: Path | None) -> argparse.ArgumentParser:
     ask.add_argument("--no-guard", action="store_true", help="answer without the guard")
     ask.add_argument("--max-new-tokens", type=_positive(int), default=64, help="longest answer")
 
+    serve = command(
+        "serve",
+        _serve,
+        "serve a model over HTTP, guard on",
+        "OpenAI's chat endpoint, /v1/chat/completions. There is no authentication: put a proxy before it to open it to others.",
+    )
+    _add_model(serve)
+    serve.add_argument("--guard", type=Path, help="folder of the guard (default: the model's)")
+    serve.add_argument("--no-guard", action="store_true", help="answer everything")
+    serve.add_argument("--name", help="what clients call the model (default: the last part of --model)")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
+    serve.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes any free one")
+    serve.add_argument("--max-batch", type=_positive(int), default=8, help="requests answered in one batch; 1 for the exact "
+                       "answers of single calls")  # fmt: skip
+    serve.add_argument("--queue", type=_positive(int), default=128, help="requests that may wait; more get status 429")
+    serve.add_argument("--timeout", type=_positive(float), default=120.0, help="seconds a request may take; then status 504")
+    serve.add_argument(
+        "--max-prompt-tokens", type=_positive(int), help="longest prompt (default: what the model has positions for)"
+    )
+    serve.add_argument("--max-tokens", type=_positive(int), default=512, help="longest answer, and the default of a request")
+    serve.add_argument("--max-body-bytes", type=_positive(int), default=2**20, help="largest request; then status 413")
+    serve.add_argument("--grace", type=_positive(float), default=30.0, help="seconds after SIGTERM to finish what was accepted")
+
     evaluate = command(
         "evaluate",
         _evaluate,
@@ -303,6 +326,16 @@ def _ask(arguments: argparse.Namespace) -> None:
     for text, score in zip(answers, scores, strict=True):
         verdict = "refused" if score > guard.threshold else "answered"
         print(f"{text}\n  ({verdict}: energy {score:.2f}, threshold {guard.threshold:.2f} nats)")
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    try:
+        from eua.serving.server import run_serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("prometheus_client", "starlette", "uvicorn"):
+            raise
+        raise EUAError(f"Serving needs {error.name}, which is not installed: pip install eua[serve].") from error
+    run_serve(arguments)
 
 
 def _read_sets(arguments: argparse.Namespace) -> dict[str, list[Any]]:

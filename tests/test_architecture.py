@@ -109,6 +109,38 @@ ALLOWED = {
         "eua.files",
         "eua.fingerprints",
     },
+    "eua.serving.jobs": set(),
+    "eua.serving.protocol": {"eua.errors", "eua.serving.jobs"},
+    "eua.serving.transcript": {"transformers"},
+    "eua.serving.rows": {"transformers", "eua.serving.jobs", "eua.serving.transcript"},
+    "eua.serving.engine": {
+        "torch",
+        "transformers",
+        "eua.data",
+        "eua.errors",
+        "eua.refusal",
+        "eua.scoring",
+        "eua.serving.jobs",
+        "eua.serving.protocol",
+        "eua.serving.rows",
+    },
+    "eua.serving.metrics": {"prometheus_client", "eua.serving.engine"},
+    "eua.serving.app": {
+        "starlette",
+        "eua.errors",
+        "eua.serving.engine",
+        "eua.serving.jobs",
+        "eua.serving.metrics",
+        "eua.serving.protocol",
+    },
+    "eua.serving.server": {
+        "uvicorn",
+        "eua.errors",
+        "eua.loading",
+        "eua.refusal",
+        "eua.serving.app",
+        "eua.serving.engine",
+    },
 }
 FORBIDDEN = {"eua.trainer": {"eua.refusal", "eua.calibration", "eua.evaluation", "eua.cli", "eua.demo"}}
 

@@ -210,7 +210,7 @@ def test_bad_arguments_exit_with_2(arguments, capsys):
     assert "usage: eua" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "unlearn", "calibrate", "ask", "evaluate", "report"])
+@pytest.mark.parametrize("command", ["demo", "unlearn", "calibrate", "ask", "serve", "evaluate", "report"])
 def test_help_explains_every_option(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

@@ -1,0 +1,229 @@
+"""The web side: OpenAI's chat endpoint, health, models and metrics. Prompts and answers are never logged."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import traceback
+import uuid
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from eua.errors import EUAError
+from eua.serving.engine import Engine
+from eua.serving.jobs import Event, Failure, Finish, Job, Piece
+from eua.serving.metrics import Metrics
+from eua.serving.protocol import ChatRequest, RequestError, chunk, completion, event, parse_request, usage
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CLIENT_GONE = 499  # nginx's number for a client that hung up; it is counted, and nobody is there to read it
+LINGER = 16  # how many times the largest body is still read, so that a client that sends too much gets to see the error
+
+
+def create_app(engine: Engine, name: str, *, timeout: float = 120.0, max_body_bytes: int = 2**20) -> Starlette:
+    """The ASGI application.
+
+    Args:
+        engine: answers; it is not closed with the app.
+        name: what the model is called.
+        timeout: seconds from a request's arrival until its answer has to be complete.
+        max_body_bytes: of a request.
+    """
+    service = _Service(engine, name, timeout, max_body_bytes)
+    routes = [
+        Route("/v1/chat/completions", service.chat, methods=["POST"]),
+        Route("/v1/models", service.models),
+        Route("/health", service.health),
+        Route("/metrics", service.metrics_text),
+    ]
+    return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
+
+
+class _Service:
+    def __init__(self, engine: Engine, name: str, timeout: float, max_body_bytes: int) -> None:
+        self.engine, self.name, self.timeout, self.max_body_bytes = engine, name, timeout, max_body_bytes
+        self.metrics = Metrics(engine)
+        self.started = int(time.time())
+
+    async def health(self, request: Request) -> Response:
+        status = "failed" if not self.engine.alive else "draining" if self.engine.draining else "ok"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+    async def models(self, request: Request) -> Response:
+        model = {"id": self.name, "object": "model", "created": self.started, "owned_by": "eua"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def metrics_text(self, request: Request) -> Response:
+        return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
+
+    async def chat(self, request: Request) -> Response:
+        """Every error becomes a response here: what a web server logs of an exception may quote a prompt."""
+        try:
+            response = await self._chat(request)
+        except ClientDisconnect:
+            self.metrics.cancelled.inc()
+            response = Response(status_code=CLIENT_GONE)
+        except EUAError as error:
+            response = _error_response(error if isinstance(error, RequestError) else RequestError(str(error)))
+        except Exception as error:
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            logger.error(
+                "A request failed with %s (its text is left out: it may quote a prompt)\n%s", type(error).__name__, frames
+            )
+            response = _error_response(RequestError("The server failed on this request: look into its log.", 500))
+        self.metrics.requests.labels(response.status_code).inc()
+        return response
+
+    async def _chat(self, request: Request) -> Response:
+        arrival = time.monotonic()
+        asked = parse_request(await self._body(request, arrival), self.name)
+        prompt_ids, max_tokens = await asyncio.to_thread(self.engine.encode, asked.messages, asked.max_tokens)
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def tell(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there to be told
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        job = Job(prompt_ids, max_tokens, asked.sampling, asked.stop, asked.stream, tell)
+        self.engine.submit(job)
+        told = self._told(job, events, arrival)
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
+        streaming = False
+        try:
+            if asked.stream:  # an error that comes before any text can still be told by the status
+                first: Piece | Finish = await _unless_gone(request, anext(told))
+                streaming = True
+                return _JobStream(self.engine, job, self._chunks(asked, head, job, first, told))
+            text, finish = await _unless_gone(request, _gathered(told))
+            return JSONResponse(completion(head, text, finish, len(prompt_ids)))
+        finally:
+            if not streaming:
+                self.engine.cancel(job)
+
+    async def _body(self, request: Request, arrival: float) -> bytes:
+        """Raise :class:`RequestError` when the body is too large (413) or too slow (408)."""
+        body, size = bytearray(), 0
+        try:
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + self.timeout):
+                async for part in request.stream():
+                    size += len(part)
+                    if size <= self.max_body_bytes:
+                        body += part
+                    elif size > LINGER * self.max_body_bytes:
+                        break
+        except TimeoutError:
+            raise RequestError(f"The body did not arrive within {self.timeout:g} s: send it faster.", 408) from None
+        if size > self.max_body_bytes:
+            raise RequestError(f"The body is larger than the {self.max_body_bytes} bytes that are taken here: shorten it.", 413)
+        return bytes(body)
+
+    async def _told(self, job: Job, events: asyncio.Queue[Event], arrival: float) -> AsyncIterator[Piece | Finish]:
+        """What the engine tells of a job, up to its :class:`Finish`.
+
+        Raises:
+            RequestError: 504 when the time is over, else the status of the engine's :class:`Failure`.
+        """
+        is_first = True
+        while True:
+            try:
+                said = await asyncio.wait_for(events.get(), arrival + self.timeout - time.monotonic())
+            except TimeoutError:
+                raise RequestError(
+                    f"The answer was not complete within {self.timeout:g} s: ask for fewer tokens, or try again later.", 504
+                ) from None
+            if isinstance(said, Failure):
+                raise RequestError(said.text, said.status)
+            seconds = time.monotonic() - arrival
+            if is_first:
+                self.metrics.first_seconds.observe(seconds)
+                is_first = False
+            if isinstance(said, Finish):
+                self.metrics.seconds.observe(seconds)
+                self.metrics.refusals.inc(said.reason == "content_filter")
+                self.metrics.tokens.labels("prompt").inc(len(job.prompt_ids))
+                self.metrics.tokens.labels("completion").inc(said.completion_tokens)
+            yield said
+
+    async def _chunks(
+        self, asked: ChatRequest, head: dict[str, Any], job: Job, said: Piece | Finish, told: AsyncIterator[Piece | Finish]
+    ) -> AsyncIterator[bytes]:
+        """The events of a streamed answer; what fails on the way is told by a last one."""
+        yield event(chunk(head, {"role": "assistant", "content": ""}))
+        try:
+            while isinstance(said, Piece):
+                yield event(chunk(head, {"content": said.text}))
+                said = await anext(told)
+            yield event(chunk(head, {}, said.reason))
+            if asked.include_usage:
+                yield event({**chunk(head, {}), "choices": [], "usage": usage(len(job.prompt_ids), said)})
+        except RequestError as error:
+            yield event(error.body())
+        yield event("[DONE]")
+
+
+class _JobStream(StreamingResponse):
+    """A stream that frees its job's place however it ends."""
+
+    def __init__(self, engine: Engine, job: Job, chunks: AsyncIterator[bytes]) -> None:
+        super().__init__(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.engine, self.job = engine, job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.engine.cancel(self.job)
+
+
+async def _gathered(told: AsyncIterator[Piece | Finish]) -> tuple[str, Finish]:
+    """The whole text, and how it ended."""
+    pieces = []
+    while isinstance(said := await anext(told), Piece):
+        pieces.append(said.text)
+    return "".join(pieces), said
+
+
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result of ``work``, or :class:`ClientDisconnect` as soon as the client hangs up."""
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        watching.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _error_response(error: RequestError) -> Response:
+    headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
+    if error.status in (408, 413):
+        headers["Connection"] = "close"  # the rest of the body would be taken for the next request
+    return JSONResponse(error.body(), error.status, headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    text = (
+        "Nothing is served under this address and method: use POST /v1/chat/completions, GET /v1/models, /health or /metrics."
+    )
+    return _error_response(RequestError(text, status))

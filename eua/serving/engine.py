@@ -1,0 +1,258 @@
+"""One thread owns the model: it takes requests from a bounded queue and answers those that wait together as one batch."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+import traceback
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from eua.data import encode_prompts
+from eua.errors import EUAError
+from eua.refusal import EnergyGuard
+from eua.scoring import check_token_ids
+from eua.serving.jobs import Failure, Job
+from eua.serving.protocol import RequestError
+from eua.serving.rows import AnswerRow
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Answers jobs with ``model.generate``, guard on.
+
+    A batch is one left-padded ``generate`` call, as anyone might make it without a server. With ``max_batch`` 1 every greedy
+    answer is therefore, token for token, that of the prompt's own ``generate`` call. In larger batches the floating-point
+    sums are formed in another order, so where two tokens are all but tied (or an energy lies all but on the threshold)
+    rounding may decide otherwise.
+
+    Args:
+        model: in eval mode; nobody else may use it while the engine runs.
+        tokenizer: its tokenizer.
+        guard: None answers everything.
+        max_batch: rows of one ``generate`` call.
+        queue: jobs that may wait; more are turned away.
+        max_prompt_tokens: of one prompt; None leaves it to the model's positions.
+        max_tokens: the longest answer, and the length of one for which no length is asked.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        guard: EnergyGuard | None,
+        *,
+        max_batch: int = 8,
+        queue: int = 64,
+        max_prompt_tokens: int | None = None,
+        max_tokens: int = 512,
+    ) -> None:
+        if guard is not None and guard.first_tokens:
+            raise EUAError(
+                f"The guard waits for the first {guard.first_tokens} generated tokens, which a stream would have shown by then: "
+                "calibrate one with first_tokens = 0 for serving."
+            )
+        self.model, self.tokenizer, self.guard = model, tokenizer, guard
+        self.max_batch, self.queue, self.max_tokens = max_batch, queue, max_tokens
+        self.positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_prompt_tokens = max_prompt_tokens
+        self.draining = False  # set it to turn new jobs away while those accepted are finished
+        eos = model.generation_config.eos_token_id
+        eos = tokenizer.eos_token_id if eos is None else eos
+        self._eos: list[int] = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        self._pad = next((token for token in (tokenizer.pad_token_id, *self._eos) if token is not None), 0)  # masked anyway
+        self._encoding = threading.Lock()  # a tokenizer is not to be used by two threads at once
+        self._waiting: deque[Job] = deque()
+        self._running: list[Job] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._attached = None if guard is None else guard.attach(model)
+        self._thread = threading.Thread(target=self._work, name="eua-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def encode(self, messages: Sequence[dict[str, str]], max_tokens: int | None) -> tuple[list[int], int]:
+        """Token ids of the prompt of a chat that ends with the user's message, and how long its answer may become.
+
+        Raises:
+            EUAError: a chat that the tokenizer's template does not take, or one that is too long.
+        """
+        chat = self.tokenizer.chat_template is not None
+        if not chat and len(messages) > 1:
+            raise RequestError(
+                "The request holds several messages, but the model's tokenizer has no chat template to put them together: "
+                "send a single message of the user's.",
+                field="messages",
+            )
+        row = {"prompt": messages} if chat else messages[0]["content"]
+        try:
+            with self._encoding:
+                (ids,) = encode_prompts([row], self.tokenizer)
+        except EUAError:
+            raise
+        except Exception as error:  # a template may raise anything, and so do tokenizers at half a surrogate pair
+            raise RequestError(
+                f"The messages cannot be turned into a prompt for this model ({type(error).__name__}): check the order of "
+                "roles, and that the text is valid Unicode.",
+                field="messages",
+            ) from None
+        check_token_ids(self.model, [ids])
+        return ids, self._answer_length(len(ids), max_tokens)
+
+    def _answer_length(self, prompt: int, asked: int | None) -> int:
+        """Raise :class:`RequestError` when prompt or answer would be too long."""
+        room = self.max_tokens if self.positions is None else self.positions - prompt
+        if room < 1 or (self.max_prompt_tokens is not None and prompt > self.max_prompt_tokens):
+            most = min(n for n in (self.max_prompt_tokens, self.positions and self.positions - 1) if n is not None)
+            raise RequestError(
+                f"The prompt has {prompt} tokens, more than the {most} that are taken here: shorten it.",
+                field="messages",
+                code="context_length_exceeded",
+            )
+        most = min(room, self.max_tokens)
+        if asked is not None and asked > most:
+            raise RequestError(
+                f"An answer of {asked} tokens was asked for, but after a prompt of {prompt} it can have {most}: ask for less.",
+                field="max_tokens",
+            )
+        return most if asked is None else asked
+
+    def submit(self, job: Job) -> None:
+        """Put a job in the queue.
+
+        Raises:
+            RequestError: 429 when the queue is full, 503 when the engine is shutting down.
+        """
+        with self._changed:
+            if self.draining or self._closing:
+                raise RequestError("The server is shutting down and takes nothing new: try another one, or later.", 503)
+            if len(self._waiting) >= self.queue:
+                raise RequestError(f"{self.queue} requests are waiting already, and no more may: try again later.", 429)
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Nobody waits for this job any more: free its place. Cancelling twice, or after the end, is harmless."""
+        with self._changed:
+            job.cancelled = True
+            if job in self._waiting:
+                self._waiting.remove(job)
+
+    def abort(self) -> None:
+        """Fail everything that waits or runs."""
+        with self._changed:
+            self.draining = True
+            for job in [*self._waiting, *self._running]:
+                job.cancelled = True
+                job.tell(Failure(503, "The server had to shut down before the answer was complete: ask again."))
+            self._waiting.clear()
+
+    def close(self) -> None:
+        """Abort, wait for the thread to end, and give the model back as it was."""
+        self.abort()
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+        if self._attached is not None:
+            self._attached.detach()
+
+    def _work(self) -> None:
+        while batch := self._next_batch():
+            self._answer(batch)
+            del batch  # or the last requests would be kept while none come
+
+    def _next_batch(self) -> list[Job]:
+        """The job that has waited longest, and those behind it that may share its batch; none when the engine closes."""
+        with self._changed:
+            self._running = []
+            self._changed.wait_for(lambda: self._waiting or self._closing)
+            if not self._waiting:
+                return []
+            first = self._waiting[0]
+            fitting = [job for job in self._waiting if job is first or job.sampling.shares_batch_with(first.sampling)]
+            self._running = fitting[: self.max_batch]
+            for job in self._running:
+                self._waiting.remove(job)
+            return self._running
+
+    def _answer(self, jobs: list[Job]) -> None:
+        rows = [AnswerRow(job, self.tokenizer, self._eos, () if self.guard is None else self.guard.refusal_ids) for job in jobs]
+        try:
+            refused = self._generate(rows)
+        except Exception as error:
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("A batch of %d failed with %s (its text is left out: it may quote a prompt)\n%s",
+                         len(rows), type(error).__name__, frames)  # fmt: skip
+            for row in rows:
+                if len(rows) > 1 and not row.told:
+                    self._answer([row.job])  # what is wrong with one row must not take the others with it
+                else:
+                    row.fail()
+            return
+        for row, is_refused in zip(rows, refused, strict=True):
+            row.end(is_refused)
+
+    def _generate(self, rows: Sequence[AnswerRow]) -> list[bool]:
+        """Run one ``generate`` call, which tells the rows' tokens as they come; which rows the guard refused."""
+        prompts, first = [row.job.prompt_ids for row in rows], rows[0].job.sampling
+        width, device = max(map(len, prompts)), self.model.device
+        ids = torch.tensor([[self._pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        config = self._config(rows)
+        devices = [device] if device.type == "cuda" else []
+        # Forked, since one client's seed must not decide what others get.
+        with torch.random.fork_rng(devices, enabled=first.seed is not None):
+            if first.seed is not None:
+                torch.manual_seed(first.seed % 2**63)
+            self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([_Told(rows)]),
+            )
+        if self._attached is None:
+            return [False] * len(rows)
+        refused = self._attached.refused
+        if refused is None or len(refused) != len(rows):
+            raise EUAError("The guard has not decided on every row, so nothing may be answered: serve plain generation.")
+        return refused.tolist()
+
+    def _config(self, rows: Sequence[AnswerRow]) -> GenerationConfig:
+        """The model's own settings, but for what a request decides."""
+        config, sampling = copy.deepcopy(self.model.generation_config), rows[0].job.sampling
+        longest = max(row.job.max_tokens for row in rows)
+        settings: dict[str, Any] = {"max_new_tokens": longest, "do_sample": not sampling.greedy, "num_beams": 1}
+        if not sampling.greedy:
+            settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        config.update(**settings, num_return_sequences=1, pad_token_id=self._pad, eos_token_id=self._eos or None)
+        return config
+
+
+class _Told(StoppingCriteria):
+    """Tells every row its new token; a row that is done goes on as padding until all are."""
+
+    def __init__(self, rows: Sequence[AnswerRow]) -> None:
+        self.rows = rows
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        done = [row.push(token) for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True)]
+        return torch.tensor(done, device=input_ids.device)
