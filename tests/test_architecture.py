@@ -81,6 +81,7 @@ ALLOWED = {
         "eua.errors",
         "eua.files",
     },
+    "eua.vllm": {"torch", "huggingface_hub", "vllm", "eua.errors", "eua.refusal"},
 }
 FORBIDDEN = {"eua.trainer": {"eua.refusal", "eua.calibration", "eua.evaluation", "eua.cli", "eua.demo"}}
 
