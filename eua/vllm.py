@@ -1,8 +1,8 @@
 """The guard inside vLLM: ``vllm serve MODEL --logits-processors eua.vllm:EnergyGuardProcessor``.
 
 The processor reads ``energy_guard.json`` from the folder that ``EUA_GUARD`` names, else from the model's, and without one vLLM
-does not start. Written against the sources of vLLM 0.24.0, 0.27.1, 0.30.0, 0.32.0 and 0.33.0. These have two model runners, and
-from 0.32 on each has an interface of its own for logits processors, so that vLLM is handed the one class for both.
+does not start. Written against the sources of vLLM 0.24.0, 0.27.1, 0.30.0, 0.31.0, 0.32.0 and 0.33.0. These have two model
+runners, and from 0.31 on each has an interface of its own for logits processors, so that vLLM is handed one class for both.
 
 Rows of logits reach a processor as the model's final logits: scaled, soft-capped, cut to the ``vocab_size`` of its config, as
 float32. What changes them before the processor (logit bias, allowed tokens, bad words, minimal length, a grammar, and in the
@@ -31,7 +31,7 @@ from eua.refusal import GUARD_FILE, EnergyGuard
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondInterface
-except ImportError:  # before vLLM 0.32 the second runner took no processors, and vLLM used the first for a model with one
+except ImportError:  # before vLLM 0.31 the second runner took no processors, and vLLM used the first for a model with one
     SecondInterface = object
 
 GUARD_VARIABLE = "EUA_GUARD"
@@ -77,8 +77,8 @@ class EnergyGuardProcessor(FirstInterface, SecondInterface):
                 if value not in harmless:
                     raise EUAError(
                         f"The request sets {name} = {value!r}, and this server guards its answers; {why}: leave it at "
-                        f"{harmless[0]!r}. (Defaults that a model's generation_config.json sets go away with "
-                        "`--generation-config vllm`; beam search sets logprobs.)"
+                        f"{harmless[0]!r}. (Beam search sets logprobs; what the model's generation_config.json sets, the "
+                        "server's --override-generation-config takes back.)"
                     )
 
 
@@ -110,7 +110,7 @@ class FirstRunnerGuard(FirstInterface):
         self.paused: deque[_Request] = deque(maxlen=2 * vllm_config.scheduler_config.max_num_seqs)
 
     def is_argmax_invariant(self) -> bool:
-        return False  # processors that are run after the temperature, and never for greedy rows
+        return False  # those that say True are run after the temperature, and never for greedy rows
 
     def update_state(self, batch_update: Any) -> None:
         if batch_update is None:

@@ -119,7 +119,7 @@ def test_the_answers_are_those_of_guarded_generate(vllm, tmp_path, model, tokeni
     assert sum(refused) == 4
 
 
-@pytest.mark.parametrize("second_interface", [True, False], ids=["0.32-and-later", "before-0.32"])
+@pytest.mark.parametrize("second_interface", [True, False], ids=["0.31-and-later", "before-0.31"])
 def test_the_class_path_passes_what_vllm_asks_of_a_class(monkeypatch, folder, second_interface):
     install(monkeypatch, second_interface)
     monkeypatch.delitem(sys.modules, "eua.vllm", raising=False)
@@ -166,6 +166,18 @@ def test_an_answer_that_begins_as_the_refusal_goes_on_after_a_pause(vllm, tmp_pa
     rows = processor.apply(torch.ones(2, VOCABULARY))
     assert torch.equal(rows[0], torch.ones(VOCABULARY))
     assert rows[1].argmax() == REFUSAL[1]  # nothing is known of this one: it may have been refused
+
+
+def test_a_slot_whose_prompt_was_never_scored_is_refused_whoever_had_it_before(vllm, tmp_path):
+    guard_of(threshold=math.inf).save_pretrained(tmp_path)
+    runner = SecondRunner(vllm.EnergyGuardProcessor, config_of(tmp_path), random_model, Random(0), False)
+    answered = Request([1, 2], length=2)
+    runner.step({answered: 2})
+    slot = runner.slots[answered]
+    assert not runner.processor.refused[slot]
+    runner.processor.add_request(slot, None)
+    runner.processor.apply_staged_writes()
+    assert runner.processor.refused[slot]
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ class SecondInterface(ABC):
 
 
 def install(monkeypatch, second_interface: bool = True) -> None:
-    """Put the stand-in where ``import vllm`` finds it; without the second interface it is a vLLM before 0.32."""
+    """Put the stand-in where ``import vllm`` finds it; without the second interface it is a vLLM before 0.31."""
     first = {"LogitsProcessor": FirstInterface, "BatchUpdate": BatchUpdate, "MoveDirectionality": MoveDirectionality}
     modules = {"vllm.v1.sample.logits_processor": first}
     if second_interface:
