@@ -192,6 +192,7 @@ def test_a_slot_whose_prompt_was_never_scored_is_refused_whoever_had_it_before(v
         ("logprobs", 0),
         ("prompt_logprobs", 1),
         ("logprob_token_ids", [1]),
+        ("prompt_logprob_token_ids", [[1]]),
         ("thinking_token_budget", 0),
     ],
 )
