@@ -141,6 +141,7 @@ ALLOWED = {
         "eua.serving.app",
         "eua.serving.engine",
     },
+    "eua.vllm": {"torch", "huggingface_hub", "vllm", "eua.errors", "eua.refusal"},
 }
 FORBIDDEN = {"eua.trainer": {"eua.refusal", "eua.calibration", "eua.evaluation", "eua.cli", "eua.demo"}}
 

@@ -56,8 +56,8 @@ class Engine:
     ) -> None:
         if guard is not None and guard.first_tokens:
             raise EUAError(
-                f"The guard waits for the first {guard.first_tokens} generated tokens, which a stream would have shown by then: "
-                "calibrate one with first_tokens = 0 for serving."
+                f"The guard waits for the first {guard.first_tokens} generated tokens, which a stream would have shown by "
+                "then: calibrate one with first_tokens = 0 for serving."
             )
         self.model, self.tokenizer, self.guard = model, tokenizer, guard
         self.max_batch, self.queue, self.max_tokens = max_batch, queue, max_tokens

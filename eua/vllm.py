@@ -1,0 +1,278 @@
+"""The guard inside vLLM: ``vllm serve MODEL --logits-processors eua.vllm:EnergyGuardProcessor``.
+
+The processor reads ``energy_guard.json`` from the folder that ``EUA_GUARD`` names, else from the model's, and without one vLLM
+does not start. Written against the sources of vLLM 0.24.0, 0.27.1, 0.30.0, 0.31.0, 0.32.0 and 0.33.0. These have two model
+runners, and from 0.31 on each has an interface of its own for logits processors, so that vLLM is handed one class for both.
+
+Rows of logits reach a processor as the model's final logits: scaled, soft-capped, cut to the ``vocab_size`` of its config, as
+float32. What changes them before the processor (logit bias, allowed tokens, bad words, minimal length, a grammar, and in the
+second runner penalties) would change the score, and what shows or steers answers past it (logprobs, beam search, a thinking
+budget) would go around the refusal: requests that ask for these are refused by :meth:`EnergyGuardProcessor.validate_params`.
+Temperature, top-k, top-p, min-p, presence and frequency penalties change neither.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from torch import Tensor
+from vllm.v1.sample.logits_processor import LogitsProcessor as FirstInterface
+from vllm.v1.sample.logits_processor import MoveDirectionality
+
+from eua.errors import EUAError
+from eua.refusal import GUARD_FILE, EnergyGuard
+
+try:
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondInterface
+except ImportError:  # before vLLM 0.31 the second runner took no processors, and vLLM used the first for a model with one
+    SecondInterface = object
+
+GUARD_VARIABLE = "EUA_GUARD"
+# Fields of SamplingParams under which the guard would not see the model's logits, or not decide what is answered, with the
+# values that leave it alone. Some versions lack some of them.
+CHANGE_THE_SCORE: dict[str, tuple[Any, ...]] = {
+    "logit_bias": (None, {}),
+    "allowed_token_ids": (None, []),
+    "bad_words": (None, []),
+    "min_tokens": (0, None),
+    "structured_outputs": (None,),
+    "repetition_penalty": (1.0,),
+}
+GO_AROUND: dict[str, tuple[Any, ...]] = {
+    "logprobs": (None,),
+    "prompt_logprobs": (None,),
+    "logprob_token_ids": (None, []),
+    "prompt_logprob_token_ids": (None, []),
+    "thinking_token_budget": (None,),
+}
+
+
+class EnergyGuardProcessor(FirstInterface, SecondInterface):
+    """What vLLM loads by its class path; called, it becomes the processor of the runner that calls it.
+
+    Raises:
+        EUAError: no guard to read, a guard of another vocabulary, or speculative decoding.
+    """
+
+    def __new__(cls, vllm_config: Any, *place: Any) -> Any:
+        """``place`` is (device, is_pin_memory) in the first runner, and (request states,) in the second."""
+        return (FirstRunnerGuard if len(place) == 2 else SecondRunnerGuard)(vllm_config, *place)
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """Raise :class:`EUAError`, which vLLM's server answers with status 400, for requests the guard would not cover."""
+        for fields, why in (
+            (CHANGE_THE_SCORE, "it changes logits before the guard scores the prompt"),
+            (GO_AROUND, "it shows or steers answers past the guard"),
+        ):
+            for name, harmless in fields.items():
+                value = getattr(sampling_params, name, harmless[0])
+                if value not in harmless:
+                    raise EUAError(
+                        f"The request sets {name} = {value!r}, and this server guards its answers; {why}: leave it at "
+                        f"{harmless[0]!r}. (Beam search sets logprobs; what the model's generation_config.json sets, the "
+                        "server's --override-generation-config takes back.)"
+                    )
+
+
+@dataclass
+class _Request:
+    """A row of the first runner's batch. ``refused`` is final once there is output."""
+
+    prompt_ids: list[int] | None
+    output_ids: list[int]  # vLLM's own list, which grows
+    refused: bool = True
+
+    @property
+    def answers(self) -> bool:
+        return bool(self.output_ids) and not self.refused
+
+
+class FirstRunnerGuard(FirstInterface):
+    """For the runner whose batch is a list of rows (``vllm/v1/worker/gpu_model_runner.py``).
+
+    A row is scored whenever its request has no output yet, since the runner also gives logits, which it throws away, of a
+    prompt that is not all read: the last such score is the prompt's. Requests that are paused leave the batch and come back
+    with their output; :meth:`_resume` says what becomes of them.
+    """
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self.rule = _Rule(vllm_config, device)
+        self.requests: dict[int, _Request] = {}
+        # Paused with an answer that so far might be the refusal as well.
+        self.paused: deque[_Request] = deque(maxlen=2 * vllm_config.scheduler_config.max_num_seqs)
+
+    def is_argmax_invariant(self) -> bool:
+        return False  # those that say True are run after the temperature, and never for greedy rows
+
+    def update_state(self, batch_update: Any) -> None:
+        if batch_update is None:
+            return
+        before, requests = list(self.requests.values()), self.requests
+        for index in batch_update.removed:
+            requests.pop(index, None)
+        added = {index: _Request(prompt_ids, output_ids) for index, _, prompt_ids, output_ids in batch_update.added}
+        requests.update(added)
+        for source, target, direction in batch_update.moved:
+            moved, replaced = requests.pop(source, None), requests.pop(target, None)
+            if moved is not None:
+                requests[target] = moved
+            if replaced is not None and direction == MoveDirectionality.SWAP:
+                requests[source] = replaced
+
+        staying = {id(request) for request in requests.values()}
+        self.paused.extend(
+            request
+            for request in before
+            if id(request) not in staying and request.answers and self.rule.may_be_refusal(request.output_ids)
+        )
+        for request in added.values():
+            if request.output_ids:
+                request.refused = self._resume(request)
+
+    def _resume(self, request: _Request) -> bool:
+        """Whether a request that comes with output was refused: its output tells, and where it does not, memory.
+
+        An answer may begin as the refusal does. Those that left so are remembered by the prompt they have, which stays one
+        object as long as the request lives; what is not remembered counts as refused.
+        """
+        if not self.rule.may_be_refusal(request.output_ids):
+            return False
+        return request.prompt_ids is None or all(other.prompt_ids is not request.prompt_ids for other in self.paused)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """(R, V) → (R, V), in place."""
+        self.rule.check_vocabulary(logits)
+        undecided = [index for index, request in self.requests.items() if not request.output_ids]
+        if undecided:
+            for index, refused in zip(undecided, self.rule.refuses(logits[undecided]).tolist(), strict=True):
+                self.requests[index].refused = refused
+        rows = [index for index, request in self.requests.items() if request.refused]
+        if rows:
+            tokens = [self.rule.token(len(self.requests[index].output_ids)) for index in rows]
+            logits[rows] = -torch.inf
+            logits[rows, tokens] = 0.0
+        return logits
+
+
+class SecondRunnerGuard(SecondInterface):
+    """For "Model Runner V2" (``vllm/v1/worker/gpu/model_runner.py``): requests keep a slot, and nothing waits for the device.
+
+    A slot counts as refused until the last token of its prompt has been scored. A request that was preempted comes back with
+    its output and in any slot: it goes on with the refusal if its output so far is the beginning of one, which an answer that
+    begins as the refusal does cannot be told from.
+    """
+
+    def __init__(self, vllm_config: Any, req_states: Any) -> None:
+        self.rule = _Rule(vllm_config, req_states.device)
+        self.states = req_states
+        self.refused = torch.ones(req_states.max_num_reqs, dtype=torch.bool, device=req_states.device)
+        self.added: list[int] = []
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        self.added.append(req_idx)
+        return True
+
+    def apply_staged_writes(self) -> None:
+        if not self.added:
+            return
+        self.refused[self.added] = True
+        for slot in self.added:
+            start, end = int(self.states.prompt_len.np[slot]), int(self.states.prefill_len.np[slot])
+            if end > start:
+                output = self.states.all_token_ids.gpu[slot, start:end]
+                steps = torch.arange(end - start, device=output.device)
+                self.refused[slot] = (output == self.rule.tokens(steps)).all()
+        self.added.clear()
+
+    def apply(self, logits: Tensor, ctx: Any) -> Tensor:
+        """(R, V) → (R, V), in place. One row per request of the batch, since there are no drafts."""
+        self.rule.check_vocabulary(logits)
+        slots = ctx.expanded_idx_mapping.long()
+        lengths = ctx.seq_lens_upper_bound_np[: len(ctx.idx_mapping_np)]  # exact without drafts; may be padded
+        prompts, prefills = (lens.np[ctx.idx_mapping_np] for lens in (self.states.prompt_len, self.states.prefill_len))
+        at_prompt_end = ((lengths == prompts) & (prefills == prompts)).nonzero()[0]  # prefills are longer after preemption
+        if len(at_prompt_end):
+            rows = torch.from_numpy(at_prompt_end).to(logits.device, non_blocking=True)
+            self.refused[slots[rows]] = self.rule.refuses(logits[rows])
+        tokens = self.rule.tokens(ctx.pos + 1 - self.states.prompt_len.gpu[slots])[:, None]
+        refused = self.refused[slots][:, None]
+        forced = torch.where(refused, 0.0, logits.gather(1, tokens))
+        return logits.masked_fill_(refused, -torch.inf).scatter_(1, tokens, forced)
+
+
+class _Rule:
+    """The guard of the model vLLM was started with: which rows of logits to refuse, and what to write into these."""
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        if vllm_config.speculative_config is not None:
+            raise EUAError(
+                "vLLM was started with speculative decoding, whose drafts have rows of logits the guard does not follow: "
+                "leave out --speculative-config."
+            )
+        model = vllm_config.model_config
+        folder = _guard_folder(model.model, model.revision)
+        guard = EnergyGuard.from_pretrained(folder)
+        if guard.first_tokens:
+            raise EUAError(
+                f"The guard in {folder} waits for the first {guard.first_tokens} generated tokens, which vLLM has shown by "
+                "then: calibrate one with first_tokens = 0."
+            )
+        self.threshold, self.temperature = guard.threshold, guard.temperature
+        self.refusal = guard.refusal_ids
+        self.vocabulary = model.get_vocab_size()
+        if max(self.refusal) >= self.vocabulary:
+            raise EUAError(
+                f"The refusal of the guard in {folder} has token {max(self.refusal)}, and the model {self.vocabulary} tokens, "
+                f"so it was calibrated for another model: calibrate one for this, or name its folder with {GUARD_VARIABLE}."
+            )
+        self._refusal_on_device = torch.tensor(self.refusal, device=device)
+
+    def check_vocabulary(self, logits: Tensor) -> None:
+        """Raise where logits have another width than those the threshold was calibrated on."""
+        if logits.shape[1] != self.vocabulary:
+            raise EUAError(
+                f"vLLM gives {logits.shape[1]} logits a row, and the model has {self.vocabulary} tokens, so its energies would "
+                "be over another vocabulary than the guard was calibrated on: this model is not supported."
+            )
+
+    def refuses(self, logits: Tensor) -> Tensor:
+        """(R, V) raw logits at the last tokens of R prompts → (R,) bool; a NaN is refused."""
+        energy = -self.temperature * torch.logsumexp(logits.float() / self.temperature, dim=-1)
+        return ~(energy <= self.threshold)
+
+    def token(self, step: int) -> int:
+        """What is written at ``step`` of a refusal, which past its end repeats the end-of-sequence token."""
+        return self.refusal[min(step, len(self.refusal) - 1)]
+
+    def tokens(self, steps: Tensor) -> Tensor:
+        """:meth:`token` on the device; steps before the first are the first."""
+        return self._refusal_on_device[steps.clamp(0, len(self.refusal) - 1)]
+
+    def may_be_refusal(self, output_ids: Sequence[int]) -> bool:
+        """Whether an output is one that a refused request has; −1 is vLLM's place for a token it does not know yet."""
+        return all(token in (-1, self.token(step)) for step, token in enumerate(output_ids))
+
+
+def _guard_folder(model: str, revision: str | None) -> Path:
+    """Where the guard lies; of a model on the Hugging Face Hub, its one file is fetched as the model's others are."""
+    named = os.environ.get(GUARD_VARIABLE)
+    try:
+        if named or Path(model).is_dir():
+            path = Path(named or model) / GUARD_FILE
+            path.stat()
+        else:
+            path = Path(hf_hub_download(model, GUARD_FILE, revision=revision))
+    except (OSError, ValueError) as error:
+        raise EUAError(
+            f"vLLM was started with {model}, and no {GUARD_FILE} is to be had ({error}), so there is nothing to guard it by: "
+            f"name the folder that holds one in the environment variable {GUARD_VARIABLE}, or calibrate one (`eua calibrate`)."
+        ) from error
+    return path.parent
