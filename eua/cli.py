@@ -165,8 +165,7 @@ def _parser(run_file: Path | None) -> argparse.ArgumentParser:
     serve.add_argument("--name", help="what clients call the model (default: the last part of --model)")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     serve.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes any free one")
-    serve.add_argument("--max-batch", type=_positive(int), default=8, help="requests answered in one batch; 1 for the exact "
-                       "answers of single calls")  # fmt: skip
+    serve.add_argument("--max-batch", type=_positive(int), default=8, help="requests in a batch; 1 answers exactly as alone")
     serve.add_argument("--queue", type=_positive(int), default=128, help="requests that may wait; more get status 429")
     serve.add_argument("--timeout", type=_positive(float), default=120.0, help="seconds a request may take; then status 504")
     serve.add_argument(
