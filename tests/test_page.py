@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import tomllib
@@ -35,21 +36,26 @@ HOSTILE = [
 ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def models(tokenizer):
     return {title: tiny_llama(len(tokenizer), seed) for seed, title in enumerate(("after", "before"))}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def guard(models, tokenizer, rows):
     return EnergyGuard.calibrate(models["after"], tokenizer, rows["retain"])
 
 
-@pytest.fixture
-def data(models, tokenizer, rows, guard):
+@pytest.fixture(scope="module")
+def gathered(models, tokenizer, rows, guard):
     sets = {"forget": rows["forget"], "retain": rows["retain"], "unseen": rows["test"]}
     loads = [lambda title=title: (models[title], tokenizer) for title in ("after", "before")]
     return page_data(sets, *loads, guard=guard, rows=6)
+
+
+@pytest.fixture
+def data(gathered):
+    return copy.deepcopy(gathered)
 
 
 def embedded(text: str) -> dict:
