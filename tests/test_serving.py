@@ -32,11 +32,12 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from eua import EnergyGuard, EUAError
+from eua.attached import AttachedGuard
 from eua.cli import main
 from eua.data import encode_prompts
 from eua.generation import answer
 from eua.loading import load_model
-from eua.refusal import DEFAULT_REFUSAL, AttachedGuard
+from eua.refusal import DEFAULT_REFUSAL
 from eua.serving.app import create_app
 from eua.serving.engine import Engine
 from eua.serving.jobs import Job
