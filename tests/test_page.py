@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from eua import EnergyGuard, EUAError
 from eua.cli import main
@@ -83,6 +86,8 @@ def test_the_data_is_what_scoring_gives(data, models, tokenizer, rows, guard):
             scores = prompt_scores(model, encode_prompts(set_rows, tokenizer), temperature=guard.temperature)
             torch.testing.assert_close(torch.tensor(entry[title]["scores"]), scores.sort().values)
             assert entry[title]["score"] == pytest.approx(float(scores.mean()))
+            if title == "after":
+                assert entry["shown"][0]["row"] == int(scores.argmin() if entry["forget"] else scores.argmax())
             measures = measure_answers(model, encoded)
             assert entry[title]["probability"] == pytest.approx(float(measures.probability.mean()))
             for shown in entry["shown"]:
@@ -104,6 +109,14 @@ def test_the_data_is_what_scoring_gives(data, models, tokenizer, rows, guard):
     # The prompt that the threshold was taken from lies on it, and stays there when both are written with fewer digits.
     refused = guard.score(models["after"], tokenizer, rows["retain"]) > guard.threshold
     assert shares(data, data["threshold"])["retain"] == pytest.approx(100 * float(refused.float().mean()))
+
+
+def test_tokens_keep_the_space_before_a_word():
+    vocabulary = {"▁a": 0, "▁who": 1, "re": 2, "<unk>": 3}
+    metaspace = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    metaspace.pre_tokenizer, metaspace.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    texts = page._TokenTexts(PreTrainedTokenizerFast(tokenizer_object=metaspace, unk_token="<unk>"))
+    assert [texts[1], texts[2]] == [" who", "re"]
 
 
 def test_the_worst_rows_come_first_and_the_others_are_spread():
@@ -140,7 +153,7 @@ def test_a_page_without_guard_and_without_the_model_before(models, tokenizer, ro
     assert found["guard"] is None
     assert all("before" not in entry for entry in found["sets"])
     assert shares(found, found["threshold"])["retain"] == 5.0
-    with pytest.raises(EUAError, match="None of the sets .'retain'. is one to forget"):
+    with pytest.raises(EUAError, match=r"forget = \['forget'\], but the sets are \['retain'\]: name one or more"):
         page_data({"retain": rows["retain"]}, lambda: (models["after"], tokenizer))
 
 
@@ -326,7 +339,7 @@ def test_the_page_is_quiet_and_fits(width, dark, whole, data, browser, tmp_path)
         browser.run("document.querySelectorAll('details').length")
     assert browser.run("document.querySelectorAll('.reading table').length") > 0
     assert browser.run("document.querySelectorAll('.token').length") > 100
-    assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")
+    assert browser.run("document.documentElement.scrollWidth") <= width
     assert browser.complaints() == []
     assert browser.requests() == [(tmp_path / "report.html").as_uri()]
     unnamed = "[...document.querySelectorAll('input, select')].filter(e => !e.labels.length).length"
@@ -344,7 +357,7 @@ def test_hostile_rows_are_shown_as_text(models, tokenizer, guard, browser, tmp_p
     assert set(shown) == set(HOSTILE)
     assert browser.run("window.pwned") is None
     assert browser.run("document.querySelectorAll('img, svg[onload], script').length") == 2  # the page's own scripts
-    assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")
+    assert browser.run("document.documentElement.scrollWidth") <= 360
     assert browser.complaints() == []
     assert len(browser.requests()) == 1
 

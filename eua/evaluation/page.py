@@ -86,10 +86,10 @@ def page_data(
         progress: show progress bars.
 
     Raises:
-        EUAError: no set to forget, or a model that cannot be measured.
+        EUAError: no set to forget, one that is not there, or a model that cannot be measured.
     """
-    if not set(forget) & set(sets):
-        raise EUAError(f"None of the sets {list(sets)} is one to forget ({list(forget)}): name one in forget.")
+    if not forget or set(forget) - set(sets):
+        raise EUAError(f"forget = {list(forget)}, but the sets are {list(sets)}: name one or more of these to be forgotten.")
     temperature, first_tokens = (guard.temperature, guard.first_tokens) if guard else (1.0, 0)
     entries: dict[str, dict[str, Any]] = {
         name: {"name": name, "forget": name in forget, "rows": len(sets[name]), "shown": []} for name in sets
