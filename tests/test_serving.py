@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import gc
 import http.client
 import json
 import logging
 import os
+import queue
 import shutil
 import signal
 import socket
@@ -39,7 +41,8 @@ from eua.loading import load_model
 from eua.refusal import DEFAULT_REFUSAL, AttachedGuard
 from eua.serving.app import create_app
 from eua.serving.engine import Engine
-from eua.serving.jobs import Job
+from eua.serving.jobs import Job, Sampling
+from eua.serving.server import DrainingServer
 from eua.serving.transcript import Transcript
 from tests.conftest import tiny_llama
 
@@ -536,6 +539,26 @@ def test_sigterm_finishes_what_runs_turns_others_away_and_exits_with_0(tokenizer
         assert '"POST /v1/chat/completions HTTP/1.1" 200' in log
         assert "Ann" not in log
         assert not any(text[start : start + 8] in log for start in range(len(text) - 8))
+
+
+def test_an_idle_server_leaves_at_once_and_a_second_signal_ends_the_grace(endless, tokenizer):
+    engine, events = Engine(endless, tokenizer, None, max_tokens=8000), queue.Queue()
+    try:
+        idle, busy = (DrainingServer(uvicorn.Config("none"), engine, grace=60) for _ in range(2))
+        assert not asyncio.run(busy.on_tick(1))
+        engine.submit(Job([5], 8000, Sampling(), (), False, events.put))
+        busy.handle_exit(signal.SIGTERM, None)
+        assert not asyncio.run(busy.on_tick(1))
+        assert events.empty()
+        busy.handle_exit(signal.SIGINT, None)
+        assert asyncio.run(busy.on_tick(1))
+        assert events.get(timeout=5).status == 503
+        wait_until(lambda: engine.running == 0, 2)
+        engine.draining = False
+        idle.handle_exit(signal.SIGTERM, None)
+        assert asyncio.run(idle.on_tick(1))
+    finally:
+        engine.close()
 
 
 def test_serving_without_what_it_needs_is_one_clear_line(tokenizer, tmp_path, monkeypatch, capsys):
