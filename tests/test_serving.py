@@ -439,7 +439,7 @@ def test_what_takes_too_long_ends(endless, tokenizer):
         assert "not complete within 0.5 s" in error["error"]["message"]
         wait_until(lambda: server.engine.running == 0, 2)
 
-        slow = http.client.HTTPConnection("127.0.0.1", server.port)
+        slow = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
         slow.putrequest("POST", "/v1/chat/completions")
         slow.putheader("Content-Length", "100")
         slow.endheaders(b"{")
