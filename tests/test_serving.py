@@ -206,6 +206,11 @@ def test_served_one_by_one_answers_are_those_of_generate_to_the_last_token(token
     with serving(Engine(model, tokenizer, None, max_batch=1)) as server, ThreadPoolExecutor(12) as pool:
         found = pool.map(lambda question: told(server.port, chat(question, max_tokens=50))[0], questions[:12])
         assert list(found) == expected
+        letter = expected[0][5]
+        _, content = ask(server.port, chat(questions[0], max_tokens=50, stop=letter))
+    choice = content["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (expected[0].split(letter)[0].strip(), "stop")
+    assert content["usage"]["completion_tokens"] < 20  # the rest was not generated
 
 
 @pytest.mark.parametrize(
