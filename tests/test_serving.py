@@ -323,7 +323,6 @@ LONG = {"role": "user", "content": "ann " * 3000}
         (b"[" * 19_000, 400, "The body is not JSON"),
         (b"[1]", 400, "The body is a list, not an object"),
         (b"x" * 30_000, 413, "larger than the 20000 bytes"),
-        (b"x" * 300_000, 413, "shorten it"),
         ({}, 400, "'messages' has to be a list of at least one message"),
         ({"messages": "hi"}, 400, "'messages' has to be a list"),
         ({"messages": ["hi"]}, 400, 'messages[0] has to be an object whose "role"'),
@@ -361,6 +360,14 @@ def test_bodies_that_cannot_be_answered_say_why(served, body, status, text):
     assert set(content["error"]) == {"message", "type", "param", "code"}
     assert content["error"]["type"] == "invalid_request_error"
     assert text in content["error"]["message"]
+
+
+def test_who_sends_far_too_much_gets_to_see_the_error(tokenizer):
+    with serving(Engine(tiny_llama(len(tokenizer)), tokenizer, None), max_body_bytes=2**20) as server:
+        status, content = ask(server.port, b" " * 15 * 2**20)
+        assert status == 413
+        assert "larger than the 1048576 bytes that are taken here: shorten it" in content["error"]["message"]
+        assert told(server.port, chat("Who?", max_tokens=3))[1] == "length"
 
 
 def test_limits_hold_for_prompts_and_positions(tokenizer):
