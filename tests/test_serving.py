@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import gc
 import http.client
 import json
 import logging
 import os
+import queue
 import shutil
 import signal
 import socket
@@ -40,7 +42,8 @@ from eua.loading import load_model
 from eua.refusal import DEFAULT_REFUSAL
 from eua.serving.app import create_app
 from eua.serving.engine import Engine
-from eua.serving.jobs import Job
+from eua.serving.jobs import Job, Sampling
+from eua.serving.server import DrainingServer
 from eua.serving.transcript import Transcript
 from tests.conftest import tiny_llama
 
@@ -204,6 +207,11 @@ def test_served_one_by_one_answers_are_those_of_generate_to_the_last_token(token
     with serving(Engine(model, tokenizer, None, max_batch=1)) as server, ThreadPoolExecutor(12) as pool:
         found = pool.map(lambda question: told(server.port, chat(question, max_tokens=50))[0], questions[:12])
         assert list(found) == expected
+        letter = expected[0][5]
+        _, content = ask(server.port, chat(questions[0], max_tokens=50, stop=letter))
+    choice = content["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (expected[0].split(letter)[0].strip(), "stop")
+    assert content["usage"]["completion_tokens"] < 20  # the rest was not generated
 
 
 @pytest.mark.parametrize(
@@ -316,7 +324,6 @@ LONG = {"role": "user", "content": "ann " * 3000}
         (b"[" * 19_000, 400, "The body is not JSON"),
         (b"[1]", 400, "The body is a list, not an object"),
         (b"x" * 30_000, 413, "larger than the 20000 bytes"),
-        (b"x" * 300_000, 413, "shorten it"),
         ({}, 400, "'messages' has to be a list of at least one message"),
         ({"messages": "hi"}, 400, "'messages' has to be a list"),
         ({"messages": ["hi"]}, 400, 'messages[0] has to be an object whose "role"'),
@@ -354,6 +361,14 @@ def test_bodies_that_cannot_be_answered_say_why(served, body, status, text):
     assert set(content["error"]) == {"message", "type", "param", "code"}
     assert content["error"]["type"] == "invalid_request_error"
     assert text in content["error"]["message"]
+
+
+def test_who_sends_far_too_much_gets_to_see_the_error(tokenizer):
+    with serving(Engine(tiny_llama(len(tokenizer)), tokenizer, None), max_body_bytes=2**20) as server:
+        status, content = ask(server.port, b" " * 15 * 2**20)
+        assert status == 413
+        assert "larger than the 1048576 bytes that are taken here: shorten it" in content["error"]["message"]
+        assert told(server.port, chat("Who?", max_tokens=3))[1] == "length"
 
 
 def test_limits_hold_for_prompts_and_positions(tokenizer):
@@ -437,7 +452,7 @@ def test_what_takes_too_long_ends(endless, tokenizer):
         assert "not complete within 0.5 s" in error["error"]["message"]
         wait_until(lambda: server.engine.running == 0, 2)
 
-        slow = http.client.HTTPConnection("127.0.0.1", server.port)
+        slow = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
         slow.putrequest("POST", "/v1/chat/completions")
         slow.putheader("Content-Length", "100")
         slow.endheaders(b"{")
@@ -537,6 +552,26 @@ def test_sigterm_finishes_what_runs_turns_others_away_and_exits_with_0(tokenizer
         assert '"POST /v1/chat/completions HTTP/1.1" 200' in log
         assert "Ann" not in log
         assert not any(text[start : start + 8] in log for start in range(len(text) - 8))
+
+
+def test_an_idle_server_leaves_at_once_and_a_second_signal_ends_the_grace(endless, tokenizer):
+    engine, events = Engine(endless, tokenizer, None, max_tokens=8000), queue.Queue()
+    try:
+        idle, busy = (DrainingServer(uvicorn.Config("none"), engine, grace=60) for _ in range(2))
+        assert not asyncio.run(busy.on_tick(1))
+        engine.submit(Job([5], 8000, Sampling(), (), False, events.put))
+        busy.handle_exit(signal.SIGTERM, None)
+        assert not asyncio.run(busy.on_tick(1))
+        assert events.empty()
+        busy.handle_exit(signal.SIGINT, None)
+        assert asyncio.run(busy.on_tick(1))
+        assert events.get(timeout=5).status == 503
+        wait_until(lambda: engine.running == 0, 2)
+        engine.draining = False
+        idle.handle_exit(signal.SIGTERM, None)
+        assert asyncio.run(idle.on_tick(1))
+    finally:
+        engine.close()
 
 
 def test_serving_without_what_it_needs_is_one_clear_line(tokenizer, tmp_path, monkeypatch, capsys):

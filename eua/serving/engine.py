@@ -200,8 +200,9 @@ class Engine:
             refused = self._generate(rows)
         except Exception as error:
             frames = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("A batch of %d failed with %s (its text is left out: it may quote a prompt)\n%s",
-                         len(rows), type(error).__name__, frames)  # fmt: skip
+            logger.error(
+                "A batch failed with %s (its text is left out: it may quote a prompt)\n%s", type(error).__name__, frames
+            )
             for row in rows:
                 if len(rows) > 1 and not row.told:
                     self._answer([row.job])  # what is wrong with one row must not take the others with it

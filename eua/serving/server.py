@@ -39,7 +39,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
             host, port = listening.getsockname()[:2]
             print(f"Serving {name} on http://{host}:{port}/v1, guard {'off' if guard is None else 'on'}.", flush=True)
             config = uvicorn.Config(app, timeout_graceful_shutdown=FLUSH_SECONDS, lifespan="off")
-            _Server(config, engine, arguments.grace).run(sockets=[listening])
+            DrainingServer(config, engine, arguments.grace).run(sockets=[listening])
     finally:
         engine.close()
 
@@ -53,7 +53,7 @@ def _listen(host: str, port: int) -> socket.socket:
         raise EUAError(f"{host} port {port} cannot be listened on ({error}): pass another --host or --port.") from error
 
 
-class _Server(uvicorn.Server):
+class DrainingServer(uvicorn.Server):
     """A first signal turns new requests away (503) and lets accepted ones finish for ``grace`` seconds; a second ends that."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, grace: float) -> None:
