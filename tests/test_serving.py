@@ -200,7 +200,7 @@ def test_a_hundred_at_once_none_lost_none_mixed_up_and_memory_stays_flat(served,
 
 
 def test_served_one_by_one_answers_are_those_of_generate_to_the_last_token(tokenizer, questions):
-    """A random model decides by hairs, so any difference would show."""
+    """By a random model, which is surer of no token than of the next, so that differences show."""
     model = tiny_llama(len(tokenizer))
     expected = [answer(model, tokenizer, [question], 50)[0] for question in questions[:12]]
     assert len(set(expected)) > 3
