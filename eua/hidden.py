@@ -19,6 +19,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from eua.distributed import gathered, is_partitioned, joined, shape_of
@@ -46,6 +47,7 @@ class Head:
     logit_scale: float = 1.0
     softcap: float | None = None
     module: nn.Module | None = None  # around whose call ZeRO-3 gathers weight and bias; None: they are whole
+    is_gathered: bool = False  # from FSDP2, which casts weights to the dtype it computes in as it gathers them
 
     @property
     def vocabulary(self) -> int:
@@ -75,10 +77,12 @@ class Head:
         """``function(hidden, weight, bias=, logit_scale=, softcap=)``, run as the head module's forward where that matters."""
 
         def run(hidden: Tensor) -> Any:
-            bias = self.bias
+            weight, bias = self.weight, self.bias
+            if self.is_gathered:
+                weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
             if bias is not None and self.logit_scale != 1.0:
                 bias = self.logit_scale * bias  # models scale what the head returns, its bias included
-            return function(hidden, self.weight, bias=bias, logit_scale=self.logit_scale, softcap=self.softcap)
+            return function(hidden, weight, bias=bias, logit_scale=self.logit_scale, softcap=self.softcap)
 
         if self.module is None:
             return run(hidden)
@@ -141,7 +145,8 @@ def output_head(model: nn.Module) -> Head:
     weight, bias = cast(Tensor, module.weight), cast("Tensor | None", getattr(module, "bias", None))
     if is_partitioned(weight):
         return Head(weight, bias, scale, softcap, module)
-    return Head(gathered(weight), None if bias is None else gathered(bias), scale, softcap)
+    is_sharded = isinstance(weight, DTensor)
+    return Head(gathered(weight), None if bias is None else gathered(bias), scale, softcap, is_gathered=is_sharded)
 
 
 def vocabulary_and_device(model: nn.Module) -> tuple[int, torch.device]:

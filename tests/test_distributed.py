@@ -46,6 +46,7 @@ RUNS = [
     ("accumulated", STEPS | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}),
     ("packed", STEPS | {"padding_free": True}),
     ("lora", STEPS | {"lora": True}),
+    ("bfloat16", STEPS | {"bf16": True}),
     ("stopped", STEPS | {"stop_at": 9, "save_strategy": "steps", "save_steps": 4}),
     ("stopped", STEPS | {"resume": True, "save_strategy": "steps", "save_steps": 4}),
     ("early", STEPS | {"max_steps": -1, "num_train_epochs": 30, "stop_when_met": 0.5, "gamma": 1.0, "alpha": 0.1}),
@@ -91,7 +92,7 @@ def launched(tokenizer, rows, tmp_path_factory) -> Callable[[str], Path]:
                 "model": str(base / "model"),
                 "rows": {kind: str(base / f"{kind}.jsonl") for kind in sizes},
                 "output": str(output),
-                "runs": IN_ONE if setup == "one" else RUNS,
+                "runs": IN_ONE if setup == "one" else [run for run in RUNS if setup != "zero3" or run[0] != "bfloat16"],
             }
             path = base / f"{setup}.json"
             path.write_text(json.dumps(settings))
@@ -132,6 +133,18 @@ def test_processes_follow_one_process(launched, setup, run):
     assert_same_weights(weights(output / run), weights(one))
     start = load_file(output.parent / "model" / "model.safetensors")
     assert run == "lora" or max((tensor - start[name]).abs().max() for name, tensor in weights(one).items()) > 5e-3
+
+
+@pytest.mark.parametrize("setup", ["ddp", "fsdp2"])
+def test_processes_follow_one_process_in_bfloat16(launched, setup):
+    """FSDP2 casts the weights themselves, DDP computes under autocast; the course is that of float32."""
+    logs = [
+        json.loads((launched(name) / run / "log.json").read_text()) for name, run in ((setup, "bfloat16"), ("one", "plain"))
+    ]
+    losses = [[line["loss"] for line in log if "loss" in line] for log in logs]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    assert losses[0] != losses[1]
+    assert {tensor.dtype for tensor in weights(launched(setup) / "bfloat16").values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("setup", ALL)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from eua.boundaries import compute_boundaries, fingerprint
@@ -32,12 +32,13 @@ def ranks(tmp_path_factory) -> Iterator[Ranks]:
     started.stop()
 
 
-def sharded(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
+def sharded(model: nn.Module, group: dist.ProcessGroup, dtype: torch.dtype | None = None) -> nn.Module:
     """Every weight is in parts but while its module runs; so the head is, once the model's forward has ended."""
+    settings = {"reshard_after_forward": True, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype)}
     mesh = DeviceMesh.from_group(group, "cpu")
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    return fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        fully_shard(layer, mesh=mesh, **settings)
+    return fully_shard(model, mesh=mesh, **settings)
 
 
 def loss(model: nn.Module, rows: list[EncodedRow]) -> Tensor:
@@ -82,6 +83,23 @@ def check_values(group: dist.ProcessGroup) -> None:
 
 def test_values_are_those_of_one_process(ranks):
     ranks.run(2, check_values)
+
+
+def check_mixed_precision(group: dist.ProcessGroup) -> None:
+    """Weights are float32 and cast as they are gathered; the head's are, wherever it is read."""
+    whole = tiny_llama(64).to(torch.bfloat16)
+    model = sharded(tiny_llama(64), group, torch.bfloat16)
+    check_head(model)
+    with torch.no_grad():
+        for found, expected in zip(*(token_energies(m, pad_rows(ROWS), 0.7) for m in (model, whole)), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    loss(model, ROWS).backward()
+    assert model.lm_head.weight.grad.dtype == torch.float32
+    assert model.lm_head.weight.grad.full_tensor().abs().sum() > 0
+
+
+def test_mixed_precision(ranks):
+    ranks.run(2, check_mixed_precision)
 
 
 def check_world(group: dist.ProcessGroup) -> None:
