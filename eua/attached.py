@@ -9,17 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.generation import BaseStreamer, GenerationMode
 
 from eua.errors import EUAError
 from eua.hidden import output_module
-from eua.recording import EnergyRecorder
+from eua.recording import EnergyRecorder, end_ids
 from eua.refusal import EnergyGuard
 
 GENERATE_PARAMETERS = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
@@ -69,7 +64,7 @@ class AttachedGuard:
     def _guarded_generate(self, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(zip(GENERATE_PARAMETERS, args, strict=False))
         config = _check_guardable(self.model, kwargs)
-        _check_first_tokens(self.guard, config, kwargs)
+        _check_first_tokens(self.guard, config)
         processor = _RefusalProcessor(self.model, self.guard, config)
         kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), processor])
         if self.guard.first_tokens and kwargs.get("streamer") is not None:
@@ -97,21 +92,18 @@ class _RefusalProcessor(EnergyRecorder):
     """
 
     def __init__(self, model: PreTrainedModel, guard: EnergyGuard, config: GenerationConfig) -> None:
-        eos = config.eos_token_id if config.eos_token_id is not None else guard.refusal_ids[-1]
-        super().__init__(model, guard.temperature, guard.first_tokens, eos if isinstance(eos, list) else [eos])
+        eos = end_ids(config.eos_token_id) or [guard.refusal_ids[-1]]
+        super().__init__(model, guard.temperature, guard.first_tokens, eos)
         self.guard, self.config = guard, config
         self.flagged: Tensor | None = None  # (R,) row indices
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         super().__call__(input_ids, scores)
-        if not self.is_complete:
-            return scores
-        if self.decide().numel() == 0:
+        if not self.is_complete or self.decide().numel() == 0:
             return scores
         ids = self.guard.refusal_ids
-        step = input_ids.shape[1] - self.start if self.first_tokens == 0 else len(ids)
         # Past its end the refusal repeats the end-of-sequence token, so that nothing can follow it.
-        forced = ids[min(step, len(ids) - 1)]
+        forced = ids[-1] if self.first_tokens else ids[min(input_ids.shape[1] - self.start, len(ids) - 1)]
         scores = scores.clone()
         scores[self.flagged] = -torch.inf
         scores[self.flagged, forced] = 0.0
@@ -154,7 +146,7 @@ class _HeldBack(BaseStreamer):
         self.is_refused = False
 
     def put(self, value: Tensor) -> None:
-        if self.held is not None and self.processor.energies and self.processor.is_complete:
+        if self.held is not None and self.processor.is_complete:
             self._release()
         if self.held is not None and self.processor.energies:
             self.held.append(value)
@@ -192,8 +184,8 @@ def _check_guardable(model: PreTrainedModel, kwargs: dict[str, Any]) -> Generati
         raise EUAError("The model is in training mode, where dropout changes energies: call model.eval() first.")
     mask, ids = kwargs.get("attention_mask"), kwargs.get("inputs", kwargs.get("input_ids"))
     right = mask is not None and mask.ndim == 2 and not mask[:, -1].all()
-    pad, eos = config.pad_token_id, config.eos_token_id
-    if mask is None and isinstance(ids, Tensor) and pad is not None and pad not in (eos if isinstance(eos, list) else [eos]):
+    pad = config.pad_token_id
+    if mask is None and isinstance(ids, Tensor) and pad is not None and pad not in end_ids(config.eos_token_id):
         right = bool((ids[:, -1] == pad).any())
     if right:
         raise EUAError(
@@ -203,7 +195,7 @@ def _check_guardable(model: PreTrainedModel, kwargs: dict[str, Any]) -> Generati
     return config
 
 
-def _check_first_tokens(guard: EnergyGuard, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+def _check_first_tokens(guard: EnergyGuard, config: GenerationConfig) -> None:
     """Raise where a guard that waits for generated tokens could not take them back."""
     if guard.first_tokens == 0:
         return
@@ -212,12 +204,9 @@ def _check_first_tokens(guard: EnergyGuard, config: GenerationConfig, kwargs: di
             f"The guard's score takes in the first {guard.first_tokens} generated tokens, which beams exchange among "
             "themselves: generate greedily or by sampling, or calibrate with first_tokens = 0."
         )
-    told = [
-        name
-        for name in ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
-        if config.to_dict().get(name)
-    ]
-    if told and (config.return_dict_in_generate or kwargs.get("return_dict_in_generate")):
+    tells = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
+    told = [name for name in tells if getattr(config, name, None)]
+    if told and config.return_dict_in_generate:
         raise EUAError(
             f"{' and '.join(told)} would tell what a refused row began to say, since the guard's score takes in the first "
             f"{guard.first_tokens} generated tokens: leave it out, or calibrate with first_tokens = 0."

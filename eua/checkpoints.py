@@ -102,7 +102,7 @@ class CheckpointingTrainer(Trainer):
         """Raise rather than save weights that a step has ruined."""
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                check_finite(local_part(parameter.detach()), f"the weights {name} after step {self.state.global_step}")
+                check_finite(local_part(parameter).detach(), f"the weights {name} after step {self.state.global_step}")
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -119,8 +119,7 @@ class CheckpointingTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As Trainer's, but whole or not at all, with the model's card and without the pickle of the arguments."""
-        if not self.args.should_save:  # where the model is sharded, other processes give their parts
-            super()._save(output_dir, state_dict)
+        if not self.args.should_save:
             return
 
         def write(folder: Path) -> None:

@@ -37,6 +37,14 @@ def pad_rows(rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
     return batch
 
 
+def pad_prompts(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` (B, S), padded on the left with ``pad``, as ``generate`` takes them."""
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
 def flatten_rows(padded: dict[str, Tensor]) -> dict[str, Tensor]:
     """A padded batch (B, S) as one row (1, N) without its padding, N tokens in all.
 
@@ -66,7 +74,8 @@ class ForgetRetainCollator:
         for i, entry in enumerate(entries):
             batch["boundary"][i, entry["row"].answer_positions] = entry["boundary"]
         is_forget = torch.tensor([entry["forget"] for entry in entries])
-        batch["forget"] = is_forget[:, None].expand(batch["labels"].shape)
+        # Not expanded: memory that several places share cannot be pinned.
+        batch["forget"] = is_forget[:, None].repeat(1, batch["labels"].shape[1])
         return flatten_rows(batch) if self.padding_free else batch
 
 

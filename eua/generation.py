@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eua.collator import pad_prompts
 from eua.data import Row, encode_prompts
 from eua.scoring import check_token_ids
 
@@ -25,18 +26,14 @@ def answer(
     A guard attached to the model acts as in any ``model.generate``.
     """
     ids = encode_prompts(questions, tokenizer, "questions")
-    width = max(map(len, ids))
     check_token_ids(model, ids)
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)  # masked anyway
-    batch = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
+    batch = pad_prompts(ids, pad, model.device)
     training = model.training
     model.eval()
     try:
         options = {"do_sample": False} | options
-        output = model.generate(
-            input_ids=batch, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **options
-        )
+        output = model.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=pad, **options)
     finally:
         model.train(training)
-    return [text.strip() for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
+    return [text.strip() for text in tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]

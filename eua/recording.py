@@ -13,6 +13,11 @@ from eua.errors import EUAError
 from eua.hidden import check_finite, output_head, output_module
 
 
+def end_ids(eos: int | list[int] | None) -> list[int]:
+    """What a config calls ``eos_token_id``, as the ids that end a row."""
+    return [] if eos is None else eos if isinstance(eos, list) else [eos]
+
+
 class EnergyRecorder(LogitsProcessor):
     """Reads what the head reads at each step of one ``generate`` call, so before any penalty, temperature or other processor.
 

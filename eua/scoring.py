@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessorList
 
-from eua.collator import flatten_rows, pad_rows
+from eua.collator import flatten_rows, pad_prompts, pad_rows
 from eua.data import EncodedRow
 from eua.errors import EUAError
 from eua.hidden import check_finite, check_head, hidden_states, output_head, vocabulary_and_device
-from eua.recording import EnergyRecorder
+from eua.recording import EnergyRecorder, end_ids
 from fused_energy import EnergyNLL
 
 
@@ -78,14 +78,10 @@ def _generated_scores(
     check_head(model)
     check_token_ids(model, prompts)
     generator = cast(Any, model)
-    eos = generator.generation_config.eos_token_id
-    eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    eos = end_ids(generator.generation_config.eos_token_id)
+    pad = eos[0] if eos else 0  # masked, or behind an answer's end
     settings = GenerationConfig(
-        max_new_tokens=first_tokens + 1,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=eos,
-        pad_token_id=eos_ids[0] if eos_ids else 0,
+        max_new_tokens=first_tokens + 1, do_sample=False, num_beams=1, eos_token_id=eos or None, pad_token_id=pad
     )
     scores = torch.empty(len(prompts))
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -94,17 +90,11 @@ def _generated_scores(
     try:
         for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None, leave=False):
             indices = order[start : start + batch_size]
-            width = len(prompts[indices[0]])
-            ids = torch.tensor([[0] * (width - len(prompts[i])) + list(prompts[i]) for i in indices], device=generator.device)
-            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in indices])
-            recorder = EnergyRecorder(generator, temperature, first_tokens, eos_ids)
+            batch = pad_prompts([prompts[i] for i in indices], pad, generator.device)
+            recorder = EnergyRecorder(generator, temperature, first_tokens, eos)
             with recorder.listening():
                 type(generator).generate(  # a guard that is attached to this model would write refusals into it
-                    generator,
-                    ids,
-                    attention_mask=mask.to(ids.device),
-                    generation_config=settings,
-                    logits_processor=LogitsProcessorList([recorder]),
+                    generator, **batch, generation_config=settings, logits_processor=LogitsProcessorList([recorder])
                 )
             scores[indices] = recorder.scores()
     finally:

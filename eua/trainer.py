@@ -214,12 +214,11 @@ class EUATrainer(CheckpointingTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Answer tokens to forget and to retain, (2,), over the accumulation window and all processes."""
-        counts = torch.zeros(2)
+        counts = torch.zeros(2, device=device)
         for batch in batch_samples:
-            counted = (batch["labels"][:, 1:] != IGNORE_INDEX).cpu()
-            forget = batch["forget"][:, 1:].cpu()
-            counts += torch.stack([(counted & forget).sum(), (counted & ~forget).sum()])
-        return self.accelerator.reduce(counts.to(device), reduction="sum")
+            counted, forget = batch["labels"][:, 1:] != IGNORE_INDEX, batch["forget"][:, 1:]
+            counts += torch.stack([(counted & forget).sum(), (counted & ~forget).sum()]).to(device)
+        return self.accelerator.reduce(counts, reduction="sum")
 
     def compute_loss(
         self,

@@ -83,7 +83,7 @@ ALLOWED = {
     "eua.held_out": {"torch", "eua.reference", "eua.hidden", "eua.losses", "eua.scoring", "eua.separation", "eua.data"},
     "eua.config": {"torch", "transformers", "eua.errors"},
     "eua.run_file": {"yaml", "eua.config", "eua.errors"},
-    "eua.generation": {"torch", "transformers", "eua.data", "eua.scoring"},
+    "eua.generation": {"torch", "transformers", "eua.collator", "eua.data", "eua.scoring"},
     "eua.attached": {"torch", "transformers", "eua.hidden", "eua.recording", "eua.refusal", "eua.errors"},
     "eua.evaluation.page": {
         "torch",
@@ -116,8 +116,10 @@ ALLOWED = {
     "eua.serving.engine": {
         "torch",
         "transformers",
+        "eua.collator",
         "eua.data",
         "eua.errors",
+        "eua.recording",
         "eua.refusal",
         "eua.scoring",
         "eua.serving.jobs",

@@ -125,6 +125,8 @@ def test_a_batch_holds_both_kinds_with_their_boundaries():
     assert batch["boundary"].tolist() == [[0, -1, -2, 0], [0, 0, 0, -4], [0, -3, 0, 0]]
 
     flat = ForgetRetainCollator(padding_free=True)([dataset[0, (1, 0)]])
+    for tensor in (*batch.values(), *flat.values()):
+        assert tensor.is_contiguous()  # places that share memory cannot be pinned for a GPU
     assert {name: tensor.tolist() for name, tensor in flat.items()} == {
         "input_ids": [[5, 6, 7, 3, 4, 5, 6, 1, 2]],
         "position_ids": [[0, 1, 2, 0, 1, 2, 3, 0, 1]],

@@ -325,13 +325,16 @@ def test_a_stream_shows_nothing_of_what_is_taken_back(known, tokenizer, question
     verdicts = []
     for question in questions:
         batch = batch_of(tokenizer, [question])
-        streamer = Collecting()
+        streamer, forwards = Collecting(), []
+        hook = known.register_forward_hook(lambda *_, forwards=forwards: forwards.append(1))
         with patient.attach(known) as handle:
             output = known.generate(**batch, max_new_tokens=40, do_sample=False, streamer=streamer)
+        hook.remove()
         assert streamer.shown == output[0].tolist()
         assert streamer.ended == 1
         verdicts += handle.refused.tolist()
         if verdicts[-1]:
+            assert len(forwards) <= patient.first_tokens + 1  # it ends as soon as that is decided
             assert streamer.shown[batch["input_ids"].shape[1] :] == list(patient.refusal_ids)
     assert sum(verdicts) == 3
 

@@ -59,6 +59,19 @@ def test_setups_that_are_supported(launched, reference, sharded):
     assert is_sharded(launched) == sharded
 
 
+def test_ruined_weights_are_found_in_the_part_that_a_process_holds(model, tokenizer, rows, tmp_path):
+    """Outside its module's call ZeRO-3 leaves a parameter empty, and its values beside it."""
+    trainer = make(model, tokenizer, rows, tmp_path)
+    trainer.check_weights()
+    weight = model.lm_head.weight
+    weight.ds_tensor = weight.detach().clone()
+    weight.data = torch.empty(0)
+    trainer.check_weights()
+    weight.ds_tensor[3, 4] = torch.inf
+    with pytest.raises(EUAError, match="NaN or infinity in the weights lm_head.weight after step 0"):
+        trainer.check_weights()
+
+
 def test_what_needs_the_weights_in_place_says_so(model, tokenizer, rows, tmp_path, monkeypatch):
     monkeypatch.setattr("eua.trainer.is_sharded", lambda accelerator: True)
     evaluated = {"eval_forget_dataset": rows["calibration"][:3], "eval_retain_dataset": rows["test"][:3]}

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from eua.collator import pad_prompts
 from eua.data import encode_prompts
 from eua.errors import EUAError
+from eua.recording import end_ids
 from eua.refusal import EnergyGuard
 from eua.scoring import check_token_ids
 from eua.serving.jobs import Failure, Job
@@ -64,9 +66,7 @@ class Engine:
         self.positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_prompt_tokens = max_prompt_tokens
         self.draining = False  # set it to turn new jobs away while those accepted are finished
-        eos = model.generation_config.eos_token_id
-        eos = tokenizer.eos_token_id if eos is None else eos
-        self._eos: list[int] = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        self._eos = end_ids(model.generation_config.eos_token_id) or end_ids(tokenizer.eos_token_id)
         self._pad = next((token for token in (tokenizer.pad_token_id, *self._eos) if token is not None), 0)  # masked anyway
         self._encoding = threading.Lock()  # a tokenizer is not to be used by two threads at once
         self._waiting: deque[Job] = deque()
@@ -214,10 +214,8 @@ class Engine:
 
     def _generate(self, rows: Sequence[AnswerRow]) -> list[bool]:
         """Run one ``generate`` call, which tells the rows' tokens as they come; which rows the guard refused."""
-        prompts, first = [row.job.prompt_ids for row in rows], rows[0].job.sampling
-        width, device = max(map(len, prompts)), self.model.device
-        ids = torch.tensor([[self._pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        first, device = rows[0].job.sampling, self.model.device
+        batch = pad_prompts([row.job.prompt_ids for row in rows], self._pad, device)
         config = self._config(rows)
         devices = [device] if device.type == "cuda" else []
         # Forked, since one client's seed must not decide what others get.
@@ -225,8 +223,7 @@ class Engine:
             if first.seed is not None:
                 torch.manual_seed(first.seed % 2**63)
             self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
+                **batch,
                 generation_config=config,
                 stopping_criteria=StoppingCriteriaList([_Told(rows)]),
             )
