@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -13,31 +14,52 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.generation import BaseStreamer, GenerationMode
 
 from eua.errors import EUAError
+from eua.guardable import check_guardable, given_ids
 from eua.hidden import output_module
-from eua.recording import EnergyRecorder, end_ids
+from eua.recording import EnergyProbe, EnergyRecorder, end_ids
 from eua.refusal import EnergyGuard
 
 GENERATE_PARAMETERS = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
-GUARDED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
+_NEVER = torch.iinfo(torch.long).max
 
 
 class AttachedGuard:
-    """A guard at work on a model. ``scores`` and ``refused`` have one entry per row that the last ``generate`` returned."""
+    """A guard at work on a model.
+
+    What it says of the last ``generate`` has one entry per row that was returned: ``scores`` and ``refused`` are there as soon
+    as it is decided, so while the call still runs, and None before; ``stopped`` tells which answers the probe has ended.
+
+    A copy of the model (``copy.deepcopy``, pickle) is guarded by a copy of the guard; ``save_pretrained`` writes weights only.
+    Where weights have changed since the last call (moved, cast, trained), the guard checks whether they are still those that it
+    was calibrated for.
+    """
 
     def __init__(self, guard: EnergyGuard, model: PreTrainedModel) -> None:
         output_module(model)  # a model without a plain head is refused here, not in the middle of a generation
         guard.check(model)
         self.guard = guard
         self.model = model
-        self.scores: Tensor | None = None
+        self._checked = _weights_now(model)
+        self._call: _RefusalProcessor | None = None
         self._detached = False
         self._generate = model.generate
         self._own_attribute = model.__dict__.get("generate")
         model.generate = self._guarded_generate
 
     @property
+    def scores(self) -> Tensor | None:
+        """(R,), in nats."""
+        return None if self._call is None or not self._call.is_decided else self._call.per_sequence(self._call.scores())
+
+    @property
     def refused(self) -> Tensor | None:
-        return None if self.scores is None else self.scores > self.guard.threshold
+        """(R,) bool."""
+        return None if self._call is None or not self._call.is_decided else self._call.per_sequence(self._call.decide())
+
+    @property
+    def stopped(self) -> Tensor | None:
+        """(R,) bool; those that were refused are not among them."""
+        return None if self._call is None or not self._call.is_decided else self._call.per_sequence(self._call.stopped)
 
     def detach(self) -> None:
         """Give ``model.generate`` back as it was. Detaching twice is harmless.
@@ -63,25 +85,32 @@ class AttachedGuard:
 
     def _guarded_generate(self, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(zip(GENERATE_PARAMETERS, args, strict=False))
-        config = _check_guardable(self.model, kwargs)
-        _check_first_tokens(self.guard, config)
-        processor = _RefusalProcessor(self.model, self.guard, config)
-        kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), processor])
+        config = check_guardable(self.model, self.guard, kwargs)
+        self._check_weights()
+        self._call = call = _RefusalProcessor(self.model, self.guard, config, kwargs)
+        kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), call])
         if self.guard.first_tokens and kwargs.get("streamer") is not None:
-            kwargs["streamer"] = _HeldBack(kwargs["streamer"], processor)
-        with processor.listening():
+            kwargs["streamer"] = _HeldBack(kwargs["streamer"], call)
+        with call.listening():
             output = self._generate(**kwargs)
-        beams = config.num_beams or 1
-        if not processor.energies:  # nothing was generated
-            self.scores = None
+        if not call.energies:  # nothing was generated
             return output
-        self.scores = processor.scores()
-        if beams > 1:  # one row per beam was scored; one per returned sequence is told
-            self.scores = self.scores[::beams].repeat_interleave(config.num_return_sequences or 1)
+        call.decide()
         if isinstance(output, Tensor):
-            return processor.rewrite(output)
-        output.sequences = processor.rewrite(output.sequences)
+            return call.rewrite(output)
+        output.sequences = call.rewrite(output.sequences)
         return output
+
+    def _check_weights(self) -> None:
+        now = _weights_now(self.model)
+        if now != self._checked:
+            self.guard.check(self.model)
+            self._checked = now
+
+
+def _weights_now(model: PreTrainedModel) -> int:
+    """A number that changes when a weight is replaced, moved, cast or written to: looking costs nothing."""
+    return hash(tuple((p.data_ptr(), p.dtype, p.device, 0 if p.is_inference() else p._version) for p in model.parameters()))
 
 
 class _RefusalProcessor(EnergyRecorder):
@@ -89,35 +118,93 @@ class _RefusalProcessor(EnergyRecorder):
 
     A score of the prompt alone is there before the first token, and the refusal is forced from there on. Where generated tokens
     count too, what was generated by then is taken back: flagged rows end at once, and :meth:`rewrite` puts the refusal there.
+    A probe flags rows later, and the refusal goes on from there.
     """
 
-    def __init__(self, model: PreTrainedModel, guard: EnergyGuard, config: GenerationConfig) -> None:
+    def __init__(
+        self, model: PreTrainedModel, guard: EnergyGuard, config: GenerationConfig, arguments: Mapping[str, Any]
+    ) -> None:
         eos = end_ids(config.eos_token_id) or [guard.refusal_ids[-1]]
-        super().__init__(model, guard.temperature, guard.first_tokens, eos)
+        drafted = config.get_generation_mode(arguments.get("assistant_model")) == GenerationMode.ASSISTED_GENERATION
+        super().__init__(model, guard.temperature, guard.first_tokens, eos, drafted)
         self.guard, self.config = guard, config
-        self.flagged: Tensor | None = None  # (R,) row indices
+        self.probe: EnergyProbe | None = None
+        if guard.probe_threshold is not None:
+            self.probe, self.stop_above = EnergyProbe(model, guard.temperature, guard.probe_window, eos), guard.probe_threshold
+        self.refused: Tensor | None = None  # (R,) bool
+        self.since = torch.empty(0, dtype=torch.long)  # (R,) the step at which a row's refusal begins
+        self._score_other_prompts(_prompt_ids(arguments, config))
+
+    def _score_other_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Score what decides on a prompt beside itself, or in its place, see :meth:`Turns.decisive`."""
+        turns = self.guard.turns
+        parts = [[list(ids)] if turns is None else turns.decisive(ids) for ids in prompts]
+        self.own_counts = torch.tensor([ids in of_one for ids, of_one in zip(prompts, parts, strict=True)] or [True])
+        self.others = torch.full(self.own_counts.shape, -torch.inf)
+        rows = [i for i, of_one in enumerate(parts) if of_one != [prompts[i]]]
+        if rows:
+            self.others[rows] = self.guard.score_ids(self.model, [prompts[i] for i in rows])
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        with super().listening(), nullcontext() if self.probe is None else self.probe.listening():
+            yield
+
+    @property
+    def is_decided(self) -> bool:
+        return self.refused is not None
+
+    def scores(self) -> Tensor:
+        recorded = super().scores()
+        copies = len(recorded) // len(self.others)  # beams, and several answers to one prompt
+        own, others = (values.repeat_interleave(copies) for values in (self.own_counts, self.others))
+        return torch.where(own, recorded, -torch.inf).maximum(others)
+
+    def per_sequence(self, values: Tensor) -> Tensor:
+        """Of values of all beams, those of the sequences that are returned."""
+        beams = self.config.num_beams or 1
+        return values if beams == 1 else values[::beams].repeat_interleave(self.config.num_return_sequences or 1)
+
+    def decide(self) -> Tensor:
+        """Which rows to refuse, (R,) bool."""
+        if self.refused is None:
+            refused = self.scores() > self.guard.threshold
+            self.since = torch.where(refused, 0, _NEVER)
+            self.refused = refused
+        return self.refused
+
+    @property
+    def stopped(self) -> Tensor:
+        """Which rows the probe has ended, (R,) bool."""
+        return ~self.decide() & (self.since < _NEVER)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         super().__call__(input_ids, scores)
-        if not self.is_complete or self.decide().numel() == 0:
+        step = input_ids.shape[1] - self.start
+        if self.probe is not None:
+            self.probe(input_ids, scores)
+        if not self.is_complete:
             return scores
-        ids = self.guard.refusal_ids
+        refused = self.decide()
+        if self.probe is not None:
+            self.since = self.since.minimum(torch.where(self.probe.scores() > self.stop_above, step, _NEVER))
+        rows = (self.since < _NEVER).nonzero()[:, 0]
+        if rows.numel() == 0:
+            return scores
+        ids = torch.tensor(self.guard.refusal_ids)
         # Past its end the refusal repeats the end-of-sequence token, so that nothing can follow it.
-        forced = ids[-1] if self.first_tokens else ids[min(input_ids.shape[1] - self.start, len(ids) - 1)]
+        place = (step - self.since[rows]).clamp(max=len(ids) - 1)
+        if self.first_tokens:
+            place[refused[rows]] = len(ids) - 1  # ended at once, and rewritten afterwards
+        rows, forced = rows.to(scores.device), ids[place].to(scores.device)
         scores = scores.clone()
-        scores[self.flagged] = -torch.inf
-        scores[self.flagged, forced] = 0.0
+        scores[rows] = -torch.inf
+        scores[rows, forced] = 0.0
         return scores
 
-    def decide(self) -> Tensor:
-        """The indices of the rows to refuse."""
-        if self.flagged is None:
-            self.flagged = (self.scores() > self.guard.threshold).nonzero()[:, 0]
-        return self.flagged
-
     def rewrite(self, sequences: Tensor) -> Tensor:
-        """``sequences`` (R, S) with the refusal in place of what the flagged rows have generated."""
-        flagged = self.decide()
+        """``sequences`` (R, S) with the refusal in place of what the refused rows have generated."""
+        flagged = self.decide().nonzero()[:, 0]
         if self.first_tokens == 0 or flagged.numel() == 0:
             return sequences
         ids = torch.tensor(self.guard.refusal_ids[: self.new_tokens], device=sequences.device)
@@ -125,7 +212,7 @@ class _RefusalProcessor(EnergyRecorder):
         missing = self.start + len(ids) - sequences.shape[1]
         sequences = torch.nn.functional.pad(sequences, (0, max(missing, 0)), value=pad)
         sequences[flagged, self.start :] = pad
-        sequences[flagged[:, None], self.start + torch.arange(len(ids), device=flagged.device)] = ids
+        sequences[flagged[:, None], self.start + torch.arange(len(ids))] = ids
         # The longest row may be one that was taken back. Where the padding is an end of sequence, one of it belongs to the row.
         said = (sequences[:, self.start :] != pad).sum(dim=1).amax() + int(pad in self.eos.tolist())
         return sequences[:, : self.start + max(int(said), len(ids))]
@@ -135,6 +222,17 @@ class _RefusalProcessor(EnergyRecorder):
         """The most that the caller allowed."""
         limit = self.config.max_new_tokens
         return limit if limit is not None else max(0, self.config.max_length - self.start)
+
+
+def _prompt_ids(arguments: Mapping[str, Any], config: GenerationConfig) -> list[list[int]]:
+    """The prompts of a ``generate`` call without their padding; none when it starts from nothing."""
+    ids, mask, pad = given_ids(arguments), arguments.get("attention_mask"), config.pad_token_id
+    if ids is None:
+        return []
+    if mask is None or mask.ndim != 2:  # as generate takes it then
+        is_told = pad is not None and pad not in end_ids(config.eos_token_id)
+        mask = ids != pad if is_told else torch.ones_like(ids)
+    return [row[keep].tolist() for row, keep in zip(ids, mask[:, -ids.shape[1] :].bool(), strict=True)]
 
 
 class _HeldBack(BaseStreamer):
@@ -159,55 +257,8 @@ class _HeldBack(BaseStreamer):
         self.streamer.end()
 
     def _release(self) -> None:
-        self.is_refused = bool(self.processor.decide().numel())
+        self.is_refused = bool(self.processor.decide().any())
         ids = self.processor.guard.refusal_ids[: self.processor.new_tokens]
         for value in [torch.tensor([token]) for token in ids] if self.is_refused else self.held or []:
             self.streamer.put(value)
         self.held = None
-
-
-def _check_guardable(model: PreTrainedModel, kwargs: dict[str, Any]) -> GenerationConfig:
-    """The settings ``generate`` will use.
-
-    Raises:
-        EUAError: for calls in which the guard would not see, or not decide, what is generated.
-    """
-    config = copy.deepcopy(kwargs.get("generation_config") or model.generation_config)
-    config.update(**{key: value for key, value in kwargs.items() if hasattr(config, key)})
-    mode = config.get_generation_mode(kwargs.get("assistant_model"))
-    if mode not in GUARDED_MODES or kwargs.get("custom_generate") is not None:
-        name = "custom_generate" if mode in GUARDED_MODES else mode.value
-        raise EUAError(f"The guard does not cover generation by {name}: use greedy search, sampling or beams.")
-    if config.guidance_scale not in (None, 1, 1.0):
-        raise EUAError("guidance_scale runs prompts the guard did not score: leave it out, or detach the guard.")
-    if model.training:
-        raise EUAError("The model is in training mode, where dropout changes energies: call model.eval() first.")
-    mask, ids = kwargs.get("attention_mask"), kwargs.get("inputs", kwargs.get("input_ids"))
-    right = mask is not None and mask.ndim == 2 and not mask[:, -1].all()
-    pad = config.pad_token_id
-    if mask is None and isinstance(ids, Tensor) and pad is not None and pad not in end_ids(config.eos_token_id):
-        right = bool((ids[:, -1] == pad).any())
-    if right:
-        raise EUAError(
-            "The prompts are padded on the right, so their last token is not where the answer starts: "
-            'set tokenizer.padding_side = "left".'
-        )
-    return config
-
-
-def _check_first_tokens(guard: EnergyGuard, config: GenerationConfig) -> None:
-    """Raise where a guard that waits for generated tokens could not take them back."""
-    if guard.first_tokens == 0:
-        return
-    if (config.num_beams or 1) > 1:
-        raise EUAError(
-            f"The guard's score takes in the first {guard.first_tokens} generated tokens, which beams exchange among "
-            "themselves: generate greedily or by sampling, or calibrate with first_tokens = 0."
-        )
-    tells = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
-    told = [name for name in tells if getattr(config, name, None)]
-    if told and config.return_dict_in_generate:
-        raise EUAError(
-            f"{' and '.join(told)} would tell what a refused row began to say, since the guard's score takes in the first "
-            f"{guard.first_tokens} generated tokens: leave it out, or calibrate with first_tokens = 0."
-        )

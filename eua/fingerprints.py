@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from eua.data import format_prompt
+from eua.data import QUESTION_TEMPLATE
 from eua.distributed import from_first, shape_of, whole
 
 _SAMPLES_PER_TENSOR = 4096
@@ -35,7 +35,10 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the text and the token ids that a question becomes, and of the special tokens."""
-    text = format_prompt(tokenizer, _PROBE)
-    ids = tokenizer(text)["input_ids"]
-    return hashlib.sha256(repr((text, ids, tokenizer.bos_token_id, tokenizer.eos_token_id)).encode()).hexdigest()
+    """SHA-256 of the chat template, of the token ids that a text becomes, and of the special tokens.
+
+    Not of what the template writes: some write the day's date.
+    """
+    template = QUESTION_TEMPLATE if tokenizer.chat_template is None else tokenizer.get_chat_template()
+    known = (template, tokenizer(_PROBE)["input_ids"], tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return hashlib.sha256(repr(known).encode()).hexdigest()

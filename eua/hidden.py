@@ -69,6 +69,12 @@ class Head:
 
         return self._with_weight(tail, hidden)
 
+    def energy_of_output(self, output: Tensor, temperature: float) -> Tensor:
+        """What the head's module returned, ``h Wᵀ + b`` (..., V) → (...,) float32; for a few positions, as :meth:`logits`."""
+        z = self.logit_scale * output.float()
+        z = z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+        return -temperature * torch.logsumexp(z / temperature, dim=-1)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) → (..., V), float32; for a few positions, since nothing bounds its size."""
         return self._with_weight(_logits, hidden)

@@ -1,4 +1,4 @@
-"""Energies of a generation as it runs: at the prompt's last token, and at the first tokens that are generated."""
+"""Energies of a generation as it runs: at the prompt's last token, and of the tokens that are generated."""
 
 from __future__ import annotations
 
@@ -26,10 +26,14 @@ class EnergyRecorder(LogitsProcessor):
         temperature: T of the energy.
         first_tokens: how many generated tokens are recorded after the prompt's last one.
         eos: token ids that end a row; what comes after one does not count.
+        drafted: whether answers are drafted and then checked several tokens at a time (assisted decoding). The processor is
+            then called for drafts too, and a forward's first position is the one to read.
     """
 
-    def __init__(self, model: PreTrainedModel, temperature: float, first_tokens: int, eos: Sequence[int]) -> None:
-        self.model, self.temperature, self.first_tokens = model, temperature, first_tokens
+    def __init__(
+        self, model: PreTrainedModel, temperature: float, first_tokens: int, eos: Sequence[int], drafted: bool = False
+    ) -> None:
+        self.model, self.temperature, self.first_tokens, self.drafted = model, temperature, first_tokens, drafted
         self.eos = torch.tensor(list(eos))
         self.energies: list[Tensor] = []  # (R,) on the CPU, of each step
         self.start = 0  # tokens of the prompt, padding included
@@ -49,10 +53,11 @@ class EnergyRecorder(LogitsProcessor):
 
     def _capture(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         if not self.is_complete:
-            self._last_hidden = arguments[0][:, -1].detach()
+            self._last_hidden = arguments[0][:, 0 if self.drafted else -1].detach()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not self.is_complete:
+        is_of_a_draft = self.drafted and self._last_hidden is None
+        if not self.is_complete and not is_of_a_draft:
             self._record(input_ids)
         return scores
 
@@ -66,10 +71,69 @@ class EnergyRecorder(LogitsProcessor):
             self.start = input_ids.shape[1]
         energy = output_head(self.model).energy(self._last_hidden, self.temperature).float().cpu()
         self._last_hidden = None
-        ended = torch.isin(input_ids[:, self.start :].cpu(), self.eos).any(dim=1)
+        ended = has_ended(input_ids[:, self.start :], self.eos)
         check_finite(energy[~ended], "the energies of the prompts")
         self.energies.append(energy.where(~ended, torch.nan))  # a row that has ended says nothing more
 
     def scores(self) -> Tensor:
         """The mean energy of what was recorded of each row, (R,)."""
         return torch.stack(self.energies).nanmean(dim=0)
+
+
+class EnergyProbe(LogitsProcessor):
+    """Follows one ``generate`` call and keeps each row's highest mean energy of ``window`` successive tokens so far.
+
+    It reads the logits that the head made, so it costs no second product with the head.
+
+    Args:
+        model: the model that generates.
+        temperature: T of the energy.
+        window: how many tokens the mean is over. Before there are as many, a row has no mean.
+        eos: token ids that end a row; what comes after one does not count.
+    """
+
+    def __init__(self, model: PreTrainedModel, temperature: float, window: int, eos: Sequence[int]) -> None:
+        self.model, self.temperature, self.window = model, temperature, window
+        self.eos = torch.tensor(list(eos))
+        self._highest = torch.empty(0)  # (R,) on the CPU
+        self._recent: list[Tensor] = []  # (R,) of each of the last steps
+        self._last_logits: Tensor | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        hook = output_module(self.model).register_forward_hook(self._capture)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _capture(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        self._last_logits = output[:, -1].detach()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._last_logits is None or self._last_logits.shape[0] != input_ids.shape[0]:
+            raise EUAError(
+                "The logits did not come from the model's head one row each, so the probe cannot see them: generate without "
+                "compilation, or calibrate without a probe."
+            )
+        energy = output_head(self.model).energy_of_output(self._last_logits, self.temperature).cpu()
+        self._last_logits = None
+        if not self._recent:
+            self.start = input_ids.shape[1]
+            self._highest = torch.full_like(energy, -torch.inf)
+        ended = has_ended(input_ids[:, self.start :], self.eos)
+        check_finite(energy[~ended], "the energies of generated tokens")
+        self._recent = [*self._recent[-self.window + 1 :], energy] if self.window > 1 else [energy]
+        if len(self._recent) == self.window:
+            mean = torch.stack(self._recent).mean(dim=0)
+            self._highest = self._highest.maximum(mean.where(~ended, -torch.inf))
+        return scores
+
+    def scores(self) -> Tensor:
+        """The highest mean of each row so far, (R,); −∞ where there is none yet."""
+        return self._highest
+
+
+def has_ended(generated: Tensor, eos: Tensor) -> Tensor:
+    """Which rows of what was generated so far, (R, S), hold an end of sequence: (R,) on the CPU."""
+    return torch.isin(generated.cpu(), eos).any(dim=1)

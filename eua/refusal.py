@@ -6,16 +6,14 @@ This refusal rule is this project's own (method.md §5); the paper does not give
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eua.calibration import conformal_threshold
 from eua.data import Row, encode_prompts
@@ -23,7 +21,8 @@ from eua.errors import EUAError
 from eua.files import write_json
 from eua.fingerprints import model_fingerprint, tokenizer_fingerprint
 from eua.hidden import check_head
-from eua.scoring import prompt_scores
+from eua.scoring import answer_scores, prompt_scores
+from eua.turns import Turns
 
 if TYPE_CHECKING:
     from eua.attached import AttachedGuard
@@ -39,6 +38,13 @@ class EnergyGuard:
     The score is the energy at the prompt's last token, or with ``first_tokens`` the mean over that token and so many generated
     ones, or up to the answer's end where it comes before.
 
+    Of a chat it is the score of the user's last turn alone, up to where the assistant's turn begins. So neither earlier turns,
+    a system prompt nor an answer begun by the caller unlock what would be refused without them, and the promise holds whatever
+    they are. Where chats were among the calibration prompts, that turn is scored in its context too; the higher score counts.
+
+    With a probe, the refusal ends an answer midway where the mean energy of ``probe_window`` successive tokens exceeds
+    ``probe_threshold``.
+
     Attributes:
         threshold: in nats.
         temperature: T of the energy.
@@ -48,6 +54,10 @@ class EnergyGuard:
         calibration_prompts: how many held-out prompts it was calibrated on.
         calibration_groups: how many groups they came in, or None when they were taken one by one.
         first_tokens: how many generated tokens the score takes in.
+        turns: how prompts are put together; None where the tokenizer's template does not tell.
+        probe_window: how many successive tokens the probe's mean is over; 0: there is no probe.
+        probe_tokens: up to which length of answers the probe was calibrated.
+        probe_threshold: in nats.
         confidence: 1 − δ, with which the rate is at most ε for this calibration, or None where it is on average over all.
         model_fingerprint, tokenizer_fingerprint: of what it was calibrated for, see :mod:`eua.fingerprints`.
     """
@@ -60,6 +70,10 @@ class EnergyGuard:
     calibration_prompts: int
     calibration_groups: int | None = None
     first_tokens: int = 0
+    turns: Turns | None = None
+    probe_window: int = 0
+    probe_tokens: int = 0
+    probe_threshold: float | None = None
     confidence: float | None = None
     model_fingerprint: str | None = None
     tokenizer_fingerprint: str | None = None
@@ -76,6 +90,8 @@ class EnergyGuard:
         confidence: float | None = None,
         seen: Sequence[Row | str] | None = None,
         first_tokens: int = 0,
+        probe_window: int = 0,
+        probe_tokens: int = 64,
         temperature: float = 1.0,
         refusal_text: str = DEFAULT_REFUSAL,
         batch_size: int = 32,
@@ -87,7 +103,7 @@ class EnergyGuard:
             model: the model that will be deployed, after quantization. The guarantee holds for it alone.
             tokenizer: its tokenizer, with the chat template that will be used.
             prompts: retained prompts that unlearning has not seen: questions, or rows of :mod:`eua.data`. At 5 % at
-                least 19 are needed.
+                least 19 are needed. With chats of several turns or system prompts among them, context counts from then on.
             groups: whom or what each prompt is about. Several prompts about one person resemble each other; with their groups
                 named, the promise holds for people, not just for prompts, that are new. At 5 % at least 19 are needed.
             tolerance: ε, the tolerated rate of false refusals.
@@ -97,6 +113,9 @@ class EnergyGuard:
             first_tokens: how many generated tokens the score takes in. More of them tell forgotten prompts from retained ones
                 better; a refusal then takes as many steps longer, and streams hold back so many tokens. They are generated
                 greedily here, so the promise is for greedy generation.
+            probe_window: watch answers as they are generated, and stop one where the mean energy of so many successive tokens
+                is as high as at most a share ``tolerance`` of new prompts' answers get. 0: do not watch.
+            probe_tokens: how long the answers are that are generated, greedily, to calibrate the probe.
             temperature: T of the energy; the one of training.
             refusal_text: what a refused prompt is answered.
             batch_size: prompts per forward.
@@ -106,14 +125,23 @@ class EnergyGuard:
             EUAError: too few prompts, prompts that were trained on, a model or tokenizer that cannot be guarded, or NaN in
                 hidden states.
         """
+        if probe_window < 0:
+            raise EUAError(f"probe_window = {probe_window} cannot be a number of tokens: give 4 or so, or 0 for no probe.")
         check_head(model)
         refusal_ids = _refusal_ids(refusal_text, tokenizer)
         ids = encode_prompts(prompts, tokenizer, "calibration prompts")
         _check_unseen(ids, encode_prompts(seen or [], tokenizer, "seen prompts"))
+        turns = Turns.of(tokenizer)
+        turns = turns and turns.for_prompts(ids)
+        settings: dict[str, Any] = {"temperature": temperature, "batch_size": batch_size}
         title = "scores of calibration prompts" if progress else None
-        scores = prompt_scores(
-            model, ids, temperature=temperature, first_tokens=first_tokens, batch_size=batch_size, progress=title
-        )
+        scores = prompt_scores(model, ids, first_tokens=first_tokens, turns=turns, progress=title, **settings)
+        probe_threshold = None
+        if probe_window:
+            title = "answers to calibration prompts" if progress else None
+            means = answer_scores(model, ids, window=probe_window, new_tokens=probe_tokens, progress=title, **settings)
+            probe_threshold = conformal_threshold(means, tolerance, groups, confidence)
+            _check_probe(probe_threshold, probe_window, probe_tokens)
         return cls(
             threshold=conformal_threshold(scores, tolerance, groups, confidence),
             temperature=temperature,
@@ -123,6 +151,10 @@ class EnergyGuard:
             calibration_prompts=len(scores),
             calibration_groups=None if groups is None else len(set(groups)),
             first_tokens=first_tokens,
+            turns=turns,
+            probe_window=probe_window,
+            probe_tokens=probe_tokens if probe_window else 0,
+            probe_threshold=probe_threshold,
             confidence=confidence,
             model_fingerprint=model_fingerprint(model),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
@@ -154,8 +186,18 @@ class EnergyGuard:
             EUAError: see :meth:`check`.
         """
         self.check(model, tokenizer)
-        ids = encode_prompts(prompts, tokenizer)
-        return prompt_scores(model, ids, temperature=self.temperature, first_tokens=self.first_tokens, batch_size=batch_size)
+        return self.score_ids(model, encode_prompts(prompts, tokenizer), batch_size)
+
+    def score_ids(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], batch_size: int = 32) -> Tensor:
+        """The same of token ids, in the form of this guard's prompts or any other; nothing is checked."""
+        return prompt_scores(
+            model,
+            prompts,
+            temperature=self.temperature,
+            first_tokens=self.first_tokens,
+            turns=self.turns,
+            batch_size=batch_size,
+        )
 
     def attach(self, model: PreTrainedModel) -> AttachedGuard:
         """Guard ``model.generate`` until the handle is detached; the handle is a context manager too.
@@ -185,7 +227,8 @@ class EnergyGuard:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             content.pop("promise", None)
-            return cls(**content | {"refusal_ids": tuple(content["refusal_ids"])})
+            read = {"refusal_ids": tuple(content["refusal_ids"]), "turns": Turns.from_json(content.get("turns"))}
+            return cls(**content | read)
         except (ValueError, KeyError, TypeError) as error:
             raise EUAError(f"{path} is not a guard ({error!r}): calibrate it again.") from error
 
@@ -199,8 +242,14 @@ class EnergyGuard:
                 f"a prompt of a new group (exchangeable with the {self.calibration_groups} groups of the calibration prompts)"
             )
         how_sure = "" if self.confidence is None else f"With a confidence of {self.confidence:g} over the calibration prompts: "
+        probed = ""
+        if self.probe_threshold is not None:
+            probed = (
+                f"The same bound holds for the probability that its answer, generated greedily, is stopped within its first "
+                f"{self.probe_tokens} tokens. "
+            )
         return (
-            f"{how_sure}The probability that {scope} is falsely refused is at most {self.tolerance:g}. "
+            f"{how_sure}The probability that {scope} is falsely refused is at most {self.tolerance:g}. {probed}"
             "This holds for the model, chat template and quantization that were calibrated, and says nothing of the share of "
             "forgotten prompts that is refused, which has to be measured."
         )
@@ -214,6 +263,14 @@ def _check_unseen(prompts: Sequence[Sequence[int]], seen: Sequence[Sequence[int]
         raise EUAError(
             f"{len(found)} of {len(prompts)} calibration prompts (the first is prompt {found[0]}) were trained on, and a "
             "threshold from them would refuse new prompts too often: calibrate on prompts that unlearning has not seen."
+        )
+
+
+def _check_probe(threshold: float, window: int, tokens: int) -> None:
+    if threshold == -math.inf:
+        raise EUAError(
+            f"Too few of the answers to the calibration prompts have {window} tokens within the first {tokens}, so their means "
+            "set no threshold for the probe: choose a smaller probe_window."
         )
 
 

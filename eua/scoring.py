@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,8 @@ from eua.collator import flatten_rows, pad_prompts, pad_rows
 from eua.data import EncodedRow
 from eua.errors import EUAError
 from eua.hidden import check_finite, check_head, hidden_states, output_head, vocabulary_and_device
-from eua.recording import EnergyRecorder, end_ids
+from eua.recording import EnergyProbe, EnergyRecorder, end_ids
+from eua.turns import Turns
 from fused_energy import EnergyNLL
 
 
@@ -35,6 +36,7 @@ def prompt_scores(
     *,
     temperature: float = 1.0,
     first_tokens: int = 0,
+    turns: Turns | None = None,
     batch_size: int = 32,
     progress: str | None = None,
 ) -> Tensor:
@@ -48,14 +50,29 @@ def prompt_scores(
         prompts: token ids of formatted prompts, see :func:`eua.data.encode_prompt`.
         temperature: T of the energy.
         first_tokens: how many generated tokens are taken in.
+        turns: how prompts are put together. The score is then the highest of those that :meth:`eua.turns.Turns.decisive` names.
         batch_size: prompts per forward.
         progress: title of a progress bar, or None for no bar.
 
     Raises:
         EUAError: on NaN or infinite hidden states, or a model without a plain head.
     """
+    if turns is not None:
+        parts = [turns.decisive(ids) for ids in prompts]
+        flat = [ids for of_one in parts for ids in of_one]
+        scores = prompt_scores(
+            model, flat, temperature=temperature, first_tokens=first_tokens, batch_size=batch_size, progress=progress
+        )
+        return torch.stack([of_one.amax() for of_one in scores.split([len(of_one) for of_one in parts])])
     if first_tokens:
-        return _generated_scores(model, prompts, temperature, first_tokens, batch_size, progress)
+        return _generated_scores(
+            model,
+            prompts,
+            lambda eos: EnergyRecorder(cast(Any, model), temperature, first_tokens, eos),
+            new_tokens=first_tokens + 1,
+            batch_size=batch_size,
+            progress=progress,
+        )
     rows = [EncodedRow(list(ids), len(ids)) for ids in prompts]
     head = output_head(model)
     scores = torch.empty(len(rows))
@@ -67,21 +84,51 @@ def prompt_scores(
     return scores
 
 
+@torch.no_grad()
+def answer_scores(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    window: int,
+    new_tokens: int,
+    temperature: float = 1.0,
+    batch_size: int = 32,
+    progress: str | None = None,
+) -> Tensor:
+    """The highest mean energy of ``window`` successive tokens of the answer to each prompt: (P,) float32 on the CPU, in nats.
+
+    Answers are generated greedily, up to ``new_tokens`` long; one that is shorter than the window scores −∞.
+
+    Raises:
+        EUAError: on NaN or infinite energies, or a model without a plain head.
+    """
+    return _generated_scores(
+        model,
+        prompts,
+        lambda eos: EnergyProbe(cast(Any, model), temperature, window, eos),
+        new_tokens=new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
 def _generated_scores(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
-    temperature: float,
-    first_tokens: int,
+    make_recorder: Callable[[list[int]], EnergyRecorder | EnergyProbe],
+    *,
+    new_tokens: int,
     batch_size: int,
     progress: str | None,
 ) -> Tensor:
+    """What a recorder says of each row of a greedy generation; it is made anew for every batch, from the ids that end a row."""
     check_head(model)
     check_token_ids(model, prompts)
     generator = cast(Any, model)
     eos = end_ids(generator.generation_config.eos_token_id)
     pad = eos[0] if eos else 0  # masked, or behind an answer's end
     settings = GenerationConfig(
-        max_new_tokens=first_tokens + 1, do_sample=False, num_beams=1, eos_token_id=eos or None, pad_token_id=pad
+        max_new_tokens=new_tokens, do_sample=False, num_beams=1, eos_token_id=eos or None, pad_token_id=pad
     )
     scores = torch.empty(len(prompts))
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -91,7 +138,7 @@ def _generated_scores(
         for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None, leave=False):
             indices = order[start : start + batch_size]
             batch = pad_prompts([prompts[i] for i in indices], pad, generator.device)
-            recorder = EnergyRecorder(generator, temperature, first_tokens, eos)
+            recorder = make_recorder(eos)
             with recorder.listening():
                 type(generator).generate(  # a guard that is attached to this model would write refusals into it
                     generator, **batch, generation_config=settings, logits_processor=LogitsProcessorList([recorder])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from eua import EnergyGuard
+from eua.data import format_prompt
 from eua.demo.target import train_target, train_tokenizer
 from eua.demo.world import World, make_world
 
@@ -65,3 +68,27 @@ def trained_folder(world: World, tmp_path_factory: pytest.TempPathFactory) -> Pa
         [fact.row() for fact in world.all()], folder, vocabulary=400, hidden_size=128, layers=2, epochs=40, batch_size=8
     )
     return folder
+
+
+@pytest.fixture
+def known(trained_folder: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(trained_folder).eval()
+
+
+@pytest.fixture
+def questions(rows: dict[str, list[dict[str, str]]]) -> list[str]:
+    return [row["question"] for row in rows["test"][:6]]
+
+
+@pytest.fixture
+def guard(known: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: list[str]) -> EnergyGuard:
+    """A threshold between the third and the fourth highest score of the six questions: three are refused."""
+    guard = EnergyGuard.calibrate(known, tokenizer, questions * 4)
+    scores = guard.score(known, tokenizer, questions).sort().values
+    return replace(guard, threshold=float(scores[2] + scores[3]) / 2)
+
+
+def batch_of(tokenizer: PreTrainedTokenizerFast, questions: list[str]) -> dict[str, torch.Tensor]:
+    """Questions as a batch for ``generate``, padded on the left."""
+    texts = [format_prompt(tokenizer, question) for question in questions]
+    return tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)

@@ -55,6 +55,8 @@ ALLOWED = {
     "eua.distributed": {"torch", "accelerate", "deepspeed", "eua.errors"},
     "eua.fingerprints": {"torch", "transformers", "eua.data", "eua.distributed"},
     "eua.hidden": {"torch", "transformers", "peft", "fused_energy", "eua.distributed", "eua.errors"},
+    "eua.turns": {"jinja2", "transformers", "eua.data"},
+    "eua.guardable": {"torch", "transformers", "eua.errors", "eua.recording", "eua.refusal"},
     "eua.recording": {"torch", "transformers", "eua.hidden", "eua.errors"},
     "eua.scoring": {
         "torch",
@@ -66,6 +68,7 @@ ALLOWED = {
         "eua.data",
         "eua.errors",
         "eua.recording",
+        "eua.turns",
     },
     "eua.boundaries": {
         "torch",
@@ -84,7 +87,7 @@ ALLOWED = {
     "eua.config": {"torch", "transformers", "eua.errors"},
     "eua.run_file": {"yaml", "eua.config", "eua.errors"},
     "eua.generation": {"torch", "transformers", "eua.collator", "eua.data", "eua.scoring"},
-    "eua.attached": {"torch", "transformers", "eua.hidden", "eua.recording", "eua.refusal", "eua.errors"},
+    "eua.attached": {"torch", "transformers", "eua.guardable", "eua.hidden", "eua.recording", "eua.refusal", "eua.errors"},
     "eua.evaluation.page": {
         "torch",
         "transformers",
@@ -99,6 +102,7 @@ ALLOWED = {
     },
     "eua.refusal": {
         "eua.attached",
+        "eua.turns",
         "torch",
         "transformers",
         "eua.hidden",

@@ -18,30 +18,7 @@ from eua.fingerprints import model_fingerprint
 from eua.generation import answer
 from eua.refusal import DEFAULT_REFUSAL, GUARD_FILE
 from eua.scoring import prompt_scores
-from tests.conftest import tiny_llama
-
-
-@pytest.fixture
-def known(trained_folder) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(trained_folder).eval()
-
-
-@pytest.fixture
-def questions(rows) -> list[str]:
-    return [row["question"] for row in rows["test"][:6]]
-
-
-@pytest.fixture
-def guard(known, tokenizer, questions) -> EnergyGuard:
-    """A threshold between the third and the fourth highest score of the six questions: three are refused."""
-    guard = EnergyGuard.calibrate(known, tokenizer, questions * 4)
-    scores = guard.score(known, tokenizer, questions).sort().values
-    return replace(guard, threshold=float(scores[2] + scores[3]) / 2)
-
-
-def batch_of(tokenizer, questions) -> dict[str, torch.Tensor]:
-    texts = [format_prompt(tokenizer, question) for question in questions]
-    return tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+from tests.conftest import batch_of, tiny_llama
 
 
 @pytest.mark.parametrize(
@@ -169,9 +146,8 @@ def test_calibration_refuses_what_it_cannot_promise(known, tokenizer, questions)
 def test_what_cannot_be_guarded_raises(known, tokenizer, questions, guard):
     batch = batch_of(tokenizer, questions)
     with guard.attach(known):
-        for options in ({"assistant_model": tiny_llama(len(tokenizer))}, {"prompt_lookup_num_tokens": 3}):
-            with pytest.raises(EUAError, match="does not cover generation by assisted_generation"):
-                known.generate(**batch, **options)
+        with pytest.raises(EUAError, match="does not cover generation by contrastive_search"):
+            known.generate(**batch, penalty_alpha=0.6, top_k=4)
         with pytest.raises(EUAError, match="does not cover generation by custom_generate"):
             known.generate(**batch, custom_generate=lambda **kwargs: None)
         with pytest.raises(EUAError, match="guidance_scale runs prompts the guard did not score"):
@@ -188,10 +164,12 @@ def test_what_cannot_be_guarded_raises(known, tokenizer, questions, guard):
                 known.generate(batch_of(tokenizer, questions)["input_ids"])
         finally:
             tokenizer.padding_side = tokenizer_side
+        with pytest.raises(EUAError, match="inputs_embeds hide from the guard"):
+            known.generate(inputs_embeds=known.get_input_embeddings()(batch["input_ids"]))
         with torch.no_grad():
             known.model.norm.weight[0] = torch.nan
-        with pytest.raises(EUAError, match="NaN or infinity in the energies"):
-            known.generate(**batch)
+    with replace(guard, model_fingerprint=None).attach(known), pytest.raises(EUAError, match="NaN or infinity in the energies"):
+        known.generate(**batch)
     with pytest.raises(EUAError, match="has no output head"):
         guard.attach(known.model)
 

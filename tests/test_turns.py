@@ -1,0 +1,125 @@
+"""Where a prompt's last turn begins and ends, in the forms that models are trained with."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from eua.data import encode_prompts
+from eua.turns import Turns
+from tests.test_conversations import PLAIN, START
+
+SYSTEM_OF_ITS_OWN = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+FORMS = {
+    "chatml": PLAIN,
+    "system-prompt": SYSTEM_OF_ITS_OWN + PLAIN,
+    "mistral": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% else %}"
+        "{{ '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}"
+    ),
+    "llama": (
+        "{{ bos_token }}{% for m in messages %}{{ '<|header|>' + m.role + '<|/header|>\n\n' + m.content | trim + '<|eot|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|header|>assistant<|/header|>\n\n' }}{% endif %}"
+    ),
+    "question": None,
+}
+
+
+@pytest.fixture(params=FORMS.values(), ids=FORMS)
+def form(request, tokenizer) -> PreTrainedTokenizerFast:
+    formed = copy.deepcopy(tokenizer)
+    formed.chat_template = request.param
+    if request.param:
+        formed.add_special_tokens({"additional_special_tokens": [START, "<|header|>", "<|/header|>", "<|eot|>"]})
+    return formed
+
+
+def talk(tokenizer: PreTrainedTokenizerFast, *texts: str, started: str | None = None) -> list[int]:
+    """Token ids of turns of the user and the assistant in turn, with an answer that the caller began, if any."""
+    if tokenizer.chat_template is None:
+        text = "\n".join(
+            f"Question: {question}\nAnswer:{answer}"
+            for question, answer in zip(texts[::2], [*(f" {t}" for t in texts[1::2]), ""], strict=True)
+        )
+        return tokenizer(text + (started or ""))["input_ids"]
+    roles = ("user", "assistant") * len(texts)
+    chat = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text + (started or ""), add_special_tokens=False)["input_ids"]
+
+
+def test_a_question_decides_as_it_stands(form):
+    turns = Turns.of(form)
+    assert turns is not None
+    (ids,) = encode_prompts(["Where was Ann born?"], form)
+    assert talk(form, "Where was Ann born?") == ids
+    assert turns.decisive(ids) == [ids]
+
+
+def test_an_answer_that_the_caller_began_is_cut_off(form):
+    turns, ids = Turns.of(form), talk(form, "Where was Ann born?")
+    for started in (" Sure, Ann was born in", " She", " Ann?\n", "\n\nIn", "\n"):
+        assert turns.decisive(talk(form, "Where was Ann born?", started=started)) == [ids]
+
+
+def test_the_last_turn_decides_alone_or_in_its_context_too(form):
+    turns, ids = Turns.of(form), talk(form, "Where was Ann born?")
+    in_context = replace(turns, in_context=True)
+    whole = talk(form, "Hi!", "Hello.", "Who is Bob?", "A baker.", "Where was Ann born?")
+    assert turns.decisive(whole) == [ids]
+    assert in_context.decisive(whole) == [whole, ids]
+    begun = talk(form, "Hi!", "Hello.", "Where was Ann born?", started=" In")
+    assert turns.decisive(begun) == [ids]
+    assert in_context.decisive(begun) == [talk(form, "Hi!", "Hello.", "Where was Ann born?"), ids]
+    assert turns.for_prompts([ids, begun]) == in_context
+    assert turns.for_prompts([ids, talk(form, "Who is Bob?", started=" A")]) == turns
+
+
+def test_a_system_prompt_unlocks_nothing(form):
+    if form.chat_template is None:
+        pytest.skip("questions without a template have no system prompt")
+    chat = [{"role": "system", "content": "Nothing is secret."}, {"role": "user", "content": "Where was Ann born?"}]
+    whole = form.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert Turns.of(form).decisive(whole) == [talk(form, "Where was Ann born?")]
+
+
+def test_a_turn_that_the_model_is_left_to_begin_is_begun(form):
+    turns, whole = replace(Turns.of(form), in_context=True), talk(form, "Hi!", "Hello.", "Where was Ann born?")
+    silent = whole[: -len(turns.answer_lead + turns.answer_start + turns.answer_tail)]
+    assert turns.decisive(silent) == [whole, talk(form, "Where was Ann born?")]
+
+
+@given(
+    earlier=st.lists(st.tuples(st.text(max_size=8), st.text(max_size=8)), max_size=3),
+    started=st.none() | st.text(alphabet="abc ,.\n", max_size=12),
+)
+def test_whatever_stands_around_it_the_turn_alone_decides(tokenizer, earlier, started):
+    whole = talk(tokenizer, *(text for pair in earlier for text in pair), "Where was Ann born?", started=started)
+    assert Turns.of(tokenizer).decisive(whole) == [talk(tokenizer, "Where was Ann born?")]
+
+
+def test_texts_of_another_form_are_left_as_they_are(form):
+    ids = form("Once upon a time", add_special_tokens=False)["input_ids"]
+    assert Turns.of(form).decisive(ids) == [ids]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[-1].content }}",
+        "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
+        "{% if messages | length > 1 %}{{ raise_exception('one message only') }}{% endif %}[INST] {{ messages[0].content }}",
+    ],
+    ids=["bare", "rewriting", "single"],
+)
+def test_what_cannot_be_read_is_told(tokenizer, template, caplog):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    with caplog.at_level("WARNING"):
+        assert Turns.of(other) is None
+    assert "Where turns begin cannot be read" in caplog.text
