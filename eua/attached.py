@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
@@ -43,8 +43,13 @@ class AttachedGuard:
         self._call: _RefusalProcessor | None = None
         self._detached = False
         self._generate = model.generate
-        self._own_attribute = model.__dict__.get("generate")
-        model.generate = self._guarded_generate
+        self._own_attributes = {name: model.__dict__.get(name) for name in self._put_over_model}
+        for name, method in self._put_over_model.items():
+            setattr(model, name, method)
+
+    @property
+    def _put_over_model(self) -> dict[str, Callable[..., Any]]:
+        return {"generate": self._guarded_generate, "init_continuous_batching": self._no_continuous_batching}
 
     @property
     def scores(self) -> Tensor | None:
@@ -72,16 +77,23 @@ class AttachedGuard:
         if self.model.__dict__.get("generate") != self._guarded_generate:
             raise EUAError("model.generate was replaced after this guard was attached: undo that first (detach a later guard).")
         self._detached = True
-        if self._own_attribute is None:
-            del self.model.generate
-        else:
-            self.model.generate = self._own_attribute
+        for name, own in self._own_attributes.items():
+            if own is None:
+                delattr(self.model, name)
+            else:
+                setattr(self.model, name, own)
 
     def __enter__(self) -> AttachedGuard:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.detach()
+
+    def _no_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        raise EUAError(
+            "Continuous batching (generate_batch) goes around generate, so no guard would see its prompts: use generate, serve "
+            "with `eua serve` or in vLLM, or detach the guard."
+        )
 
     def _guarded_generate(self, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(zip(GENERATE_PARAMETERS, args, strict=False))
@@ -132,6 +144,7 @@ class _RefusalProcessor(EnergyRecorder):
         if guard.probe_threshold is not None:
             self.probe, self.stop_above = EnergyProbe(model, guard.temperature, guard.probe_window, eos), guard.probe_threshold
         self.refused: Tensor | None = None  # (R,) bool
+        self.lets_all_pass = False
         self.since = torch.empty(0, dtype=torch.long)  # (R,) the step at which a row's refusal begins
         self._score_other_prompts(_prompt_ids(arguments, config))
 
@@ -170,6 +183,7 @@ class _RefusalProcessor(EnergyRecorder):
         if self.refused is None:
             refused = self.scores() > self.guard.threshold
             self.since = torch.where(refused, 0, _NEVER)
+            self.lets_all_pass = self.probe is None and not refused.any()
             self.refused = refused
         return self.refused
 
@@ -179,6 +193,8 @@ class _RefusalProcessor(EnergyRecorder):
         return ~self.decide() & (self.since < _NEVER)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.lets_all_pass:
+            return scores
         super().__call__(input_ids, scores)
         step = input_ids.shape[1] - self.start
         if self.probe is not None:

@@ -142,6 +142,12 @@ def _parser(run_file: Path | None) -> argparse.ArgumentParser:
     calibrate.add_argument(
         "--first-tokens", type=int, default=0, help="generated tokens that a score takes in beside the prompt's last one"
     )
+    calibrate.add_argument(
+        "--probe-window", type=int, default=0, help="stop answers midway by the mean energy of so many tokens (default: do not)"
+    )
+    calibrate.add_argument(
+        "--probe-tokens", type=_positive(int), default=64, help="length of the answers that calibrate the probe"
+    )
     calibrate.add_argument("--refusal", help="what a refused prompt is answered (default: a plain sentence)")
     calibrate.add_argument("--forget", type=Path, help="JSONL of forgotten rows, to measure how many of them are refused")
     calibrate.add_argument("--output", type=Path, help="folder for the guard (default: the model's)")
@@ -277,6 +283,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         seen=seen,
         temperature=arguments.temperature,
         first_tokens=arguments.first_tokens,
+        probe_window=arguments.probe_window,
+        probe_tokens=arguments.probe_tokens,
         refusal_text=arguments.refusal or DEFAULT_REFUSAL,
         progress=True,
     )
@@ -322,8 +330,9 @@ def _ask(arguments: argparse.Namespace) -> None:
     with guard.attach(model) as attached:
         answers = answer(model, tokenizer, arguments.question, arguments.max_new_tokens)
         scores = [] if attached.scores is None else attached.scores.tolist()
-    for text, score in zip(answers, scores, strict=True):
-        verdict = "refused" if score > guard.threshold else "answered"
+        stopped = [] if attached.stopped is None else attached.stopped.tolist()
+    for text, score, was_stopped in zip(answers, scores, stopped, strict=True):
+        verdict = "refused" if score > guard.threshold else "stopped midway" if was_stopped else "answered"
         print(f"{text}\n  ({verdict}: energy {score:.2f}, threshold {guard.threshold:.2f} nats)")
 
 

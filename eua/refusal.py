@@ -162,7 +162,7 @@ class EnergyGuard:
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Raise :class:`EUAError` for a model or a tokenizer that the promise is not for, see :mod:`eua.fingerprints`."""
-        if self.model_fingerprint not in (None, model_fingerprint(model)):
+        if self.model_fingerprint is not None and self.model_fingerprint != model_fingerprint(model):
             raise EUAError(
                 "The guard was calibrated for other weights than this model's (trained on, merged, quantized or in another "
                 "dtype since), and its threshold promises nothing for them: calibrate it again for this model."
@@ -186,10 +186,12 @@ class EnergyGuard:
             EUAError: see :meth:`check`.
         """
         self.check(model, tokenizer)
-        return self.score_ids(model, encode_prompts(prompts, tokenizer), batch_size)
+        return self.score_ids(model, encode_prompts(prompts, tokenizer), batch_size, check=True)
 
-    def score_ids(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], batch_size: int = 32) -> Tensor:
-        """The same of token ids, in the form of this guard's prompts or any other; nothing is checked."""
+    def score_ids(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], batch_size: int = 32, *, check: bool = False
+    ) -> Tensor:
+        """The same of token ids; whether weights and tokenizer are the guard's is not looked at, see :func:`prompt_scores`."""
         return prompt_scores(
             model,
             prompts,
@@ -197,6 +199,7 @@ class EnergyGuard:
             first_tokens=self.first_tokens,
             turns=self.turns,
             batch_size=batch_size,
+            check=check,
         )
 
     def attach(self, model: PreTrainedModel) -> AttachedGuard:

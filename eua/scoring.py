@@ -39,6 +39,7 @@ def prompt_scores(
     turns: Turns | None = None,
     batch_size: int = 32,
     progress: str | None = None,
+    check: bool = True,
 ) -> Tensor:
     """The energy at the last token of each prompt: (P,) float32 on the CPU, in nats.
 
@@ -53,15 +54,25 @@ def prompt_scores(
         turns: how prompts are put together. The score is then the highest of those that :meth:`eua.turns.Turns.decisive` names.
         batch_size: prompts per forward.
         progress: title of a progress bar, or None for no bar.
+        check: compare head and vocabulary with the model's own first; False where that was done before.
 
     Raises:
         EUAError: on NaN or infinite hidden states, or a model without a plain head.
     """
+    if check:
+        check_head(model)
+        check_token_ids(model, prompts)
     if turns is not None:
         parts = [turns.decisive(ids) for ids in prompts]
         flat = [ids for of_one in parts for ids in of_one]
         scores = prompt_scores(
-            model, flat, temperature=temperature, first_tokens=first_tokens, batch_size=batch_size, progress=progress
+            model,
+            flat,
+            temperature=temperature,
+            first_tokens=first_tokens,
+            batch_size=batch_size,
+            progress=progress,
+            check=False,
         )
         return torch.stack([of_one.amax() for of_one in scores.split([len(of_one) for of_one in parts])])
     if first_tokens:
@@ -76,7 +87,7 @@ def prompt_scores(
     rows = [EncodedRow(list(ids), len(ids)) for ids in prompts]
     head = output_head(model)
     scores = torch.empty(len(rows))
-    for indices, hidden in eval_hidden_states(model, rows, batch_size, progress):
+    for indices, hidden in eval_hidden_states(model, rows, batch_size, progress, check=False):
         last = torch.tensor([len(rows[i].input_ids) - 1 for i in indices], device=hidden.device)
         at_end = hidden[torch.arange(len(indices), device=hidden.device), last]
         check_finite(at_end, "the hidden states at the end of a prompt")
@@ -102,6 +113,8 @@ def answer_scores(
     Raises:
         EUAError: on NaN or infinite energies, or a model without a plain head.
     """
+    check_head(model)
+    check_token_ids(model, prompts)
     return _generated_scores(
         model,
         prompts,
@@ -122,8 +135,6 @@ def _generated_scores(
     progress: str | None,
 ) -> Tensor:
     """What a recorder says of each row of a greedy generation; it is made anew for every batch, from the ids that end a row."""
-    check_head(model)
-    check_token_ids(model, prompts)
     generator = cast(Any, model)
     eos = end_ids(generator.generation_config.eos_token_id)
     pad = eos[0] if eos else 0  # masked, or behind an answer's end
@@ -202,15 +213,16 @@ def check_token_ids(model: nn.Module, rows: Iterable[Sequence[int]]) -> None:
 
 @torch.no_grad()
 def eval_hidden_states(
-    model: nn.Module, rows: Sequence[EncodedRow], batch_size: int, progress: str | None = None
+    model: nn.Module, rows: Sequence[EncodedRow], batch_size: int, progress: str | None = None, check: bool = True
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Hidden states of rows in eval mode, as pairs of row indices and (B, S, H), longest rows first.
 
     Rows of like length share a batch, so little padding is computed; the longest come first, so memory that does not
     suffice fails at once.
     """
-    check_head(model)
-    check_token_ids(model, (row.input_ids for row in rows))
+    if check:
+        check_head(model)
+        check_token_ids(model, (row.input_ids for row in rows))
     _, device = vocabulary_and_device(model)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
     batches: Iterable[int] = range(0, len(order), batch_size)

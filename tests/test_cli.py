@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from eua import EnergyGuard
 from eua.cli import main
 from eua.files import write_jsonl
 from eua.refusal import DEFAULT_REFUSAL
@@ -63,6 +64,13 @@ def test_unlearn_calibrate_ask_evaluate(trained_folder, data, world, tmp_path, c
     assert world.retain[0].answer in shown
     assert main(["ask", "--model", str(output), "--no-guard", world.forget[0].question]) == 0
     assert world.forget[0].answer not in capsys.readouterr().out
+
+    probe = ["--probe-window", "2", "--probe-tokens", "16", "--tolerance", "0.1"]
+    assert main(["calibrate", "--model", str(output), *held_out, *probe, "--output", str(tmp_path / "probe")]) == 0
+    assert "is stopped within its first 16 tokens" in capsys.readouterr().out
+    assert EnergyGuard.from_pretrained(tmp_path / "probe").probe_window == 2
+    assert main(["ask", "--model", str(output), "--guard", str(tmp_path / "probe"), world.forget[0].question]) == 0
+    assert "(refused: energy" in capsys.readouterr().out
 
     report_folder = tmp_path / "report"
     sets = [

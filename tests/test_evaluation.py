@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from eua import EnergyGuard, EUAError
 from eua.data import EncodedRow, encode_rows, read_rows
 from eua.evaluation import evaluate, measure_answers, render_tables, truth_ratios
 from eua.evaluation.pictures import energy_histograms
+from tests.test_guarded_calls import CHAT, messages
 
 TOFU = Path(__file__).parent.parent.parent / "shared" / "tofu"
 
@@ -72,6 +74,23 @@ def test_report_counts_what_the_guard_refuses(model, tokenizer, world, tmp_path)
     energy_histograms(picture, {"now": {"forget": scores["forget"], "retain": scores["test"]}}, threshold=guard.threshold)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["energies.png"]
+
+
+def test_a_chat_scores_as_the_guard_scores_it(model, tokenizer, rows):
+    """Its last turn alone, with a guard and without one."""
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = CHAT
+    asked = [row["question"] for row in rows["test"][:4]]
+    chats = [
+        {"messages": messages("Who is Bob?", "A baker.", question) + [{"role": "assistant", "content": "Ann."}]}
+        for question in asked
+    ]
+    guard = EnergyGuard.calibrate(model, chatty, [row["question"] for row in rows["retain"]])
+    alone = guard.score(model, chatty, asked)
+    for with_guard in (guard, None):
+        report, scores = evaluate(model, chatty, {"forget": chats}, guard=with_guard)
+        torch.testing.assert_close(scores["forget"], alone)
+    assert report["threshold"] is None
 
 
 @pytest.mark.skipif(not TOFU.is_dir(), reason="TOFU's files are not beside the checkout")

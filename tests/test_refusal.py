@@ -66,7 +66,7 @@ def test_detached_guard_leaves_no_trace(known, tokenizer, questions, guard):
     handle.detach()
     handle.detach()
     assert answer(known, tokenizer, questions) == plain
-    assert "generate" not in known.__dict__
+    assert not {"generate", "init_continuous_batching"} & known.__dict__.keys()
     assert not known.lm_head._forward_pre_hooks
     first, second = guard.attach(known), guard.attach(known)
     with pytest.raises(EUAError, match="detach a later guard"):
@@ -146,8 +146,15 @@ def test_calibration_refuses_what_it_cannot_promise(known, tokenizer, questions)
 def test_what_cannot_be_guarded_raises(known, tokenizer, questions, guard):
     batch = batch_of(tokenizer, questions)
     with guard.attach(known):
-        with pytest.raises(EUAError, match="does not cover generation by contrastive_search"):
-            known.generate(**batch, penalty_alpha=0.6, top_k=4)
+        for name, options in {
+            "contrastive_search": {"penalty_alpha": 0.6, "top_k": 4},
+            "dola_generation": {"dola_layers": "high"},
+            "group_beam_search": {"num_beams": 4, "num_beam_groups": 2},
+        }.items():
+            with pytest.raises(EUAError, match=f"does not cover generation by {name}"):
+                known.generate(**batch, **options)
+        with pytest.raises(EUAError, match="Continuous batching .* goes around generate"):
+            known.generate_batch([[5, 6, 7]])
         with pytest.raises(EUAError, match="does not cover generation by custom_generate"):
             known.generate(**batch, custom_generate=lambda **kwargs: None)
         with pytest.raises(EUAError, match="guidance_scale runs prompts the guard did not score"):

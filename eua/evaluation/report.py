@@ -13,6 +13,7 @@ from eua.evaluation.metrics import measure_answers, truth_ratios
 from eua.refusal import EnergyGuard
 from eua.scoring import prompt_scores
 from eua.separation import auroc, false_positive_rate
+from eua.turns import Turns
 
 # Report key → (heading, format). Measures are taken with the guard off; "refused" says what the guard adds.
 COLUMNS = {
@@ -59,15 +60,15 @@ def evaluate(
     """
     temperature = guard.temperature if guard else temperature
     first_tokens = guard.first_tokens if guard else first_tokens
+    turns = guard.turns if guard else Turns.of(tokenizer)
     report: dict[str, Any] = {"sets": {}, "separation": {}, "threshold": guard.threshold if guard else None}
     scores: dict[str, Tensor] = {}
 
     def score(prompts: Sequence[Row | str], name: str) -> Tensor:
         ids = encode_prompts(prompts, tokenizer, name)
         title = f"{name}: prompts" if progress else None
-        return prompt_scores(
-            model, ids, temperature=temperature, first_tokens=first_tokens, batch_size=batch_size, progress=title
-        )
+        settings: dict[str, Any] = {"temperature": temperature, "first_tokens": first_tokens, "batch_size": batch_size}
+        return prompt_scores(model, ids, turns=turns, progress=title, **settings)
 
     for name, rows in sets.items():
         encoded = encode_rows(rows, tokenizer, None, f"{name} rows")
