@@ -34,7 +34,7 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from eua import EnergyGuard, EUAError
-from eua.attached import AttachedGuard
+from eua.attached import AttachedGuard, _RefusalProcessor
 from eua.cli import main
 from eua.data import encode_prompts
 from eua.generation import answer
@@ -48,6 +48,26 @@ from eua.serving.transcript import Transcript
 from tests.conftest import tiny_llama
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def decided_while_generate_runs() -> Iterator[None]:
+    """``AttachedGuard.refused`` as the engine needs it: None until the running call has decided, then its decision."""
+    generate, decide, running = AttachedGuard._guarded_generate, _RefusalProcessor.decide, threading.local()
+
+    def guarded_generate(self: AttachedGuard, *args: Any, **kwargs: Any) -> Any:
+        self.scores, running.guard = None, self
+        return generate(self, *args, **kwargs)
+
+    def decide_and_tell(self: _RefusalProcessor) -> torch.Tensor:
+        flagged = decide(self)
+        running.guard.scores = self.scores()
+        return flagged
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AttachedGuard, "_guarded_generate", guarded_generate)
+        patch.setattr(_RefusalProcessor, "decide", decide_and_tell)
+        yield
 
 
 @pytest.fixture(scope="module")
