@@ -42,7 +42,7 @@ from eua.loading import load_model
 from eua.refusal import DEFAULT_REFUSAL
 from eua.serving.app import create_app
 from eua.serving.engine import Engine
-from eua.serving.jobs import Job, Sampling
+from eua.serving.jobs import Finish, Job, Piece, Sampling
 from eua.serving.server import DrainingServer
 from eua.serving.transcript import Transcript
 from tests.conftest import tiny_llama
@@ -284,12 +284,55 @@ def test_a_seed_repeats_an_answer_in_any_company_and_leaves_others_to_chance(ser
     assert len(free) > 1
 
 
-def test_without_a_decision_of_the_guard_there_is_no_refusal_to_tell(served, questions, unserved, monkeypatch):
-    refused = next(question for question in questions if unserved[question][1] == "content_filter")
-    monkeypatch.setattr(AttachedGuard, "refused", None)
-    assert ask(served.port, chat(refused))[0] == 500
-    monkeypatch.undo()
-    assert told(served.port, chat(refused)) == unserved[refused]
+@pytest.mark.parametrize("decision", [None, torch.tensor([False, False])], ids=["none", "of other rows"])
+def test_without_a_decision_on_every_row_nothing_is_answered(served, questions, unserved, monkeypatch, decision):
+    for wanted in ("content_filter", "stop"):
+        question = next(question for question in questions if unserved[question][1] == wanted)
+        with monkeypatch.context() as patch:
+            patch.setattr(AttachedGuard, "refused", decision)
+            assert ask(served.port, chat(question))[0] == 500
+            assert ask(served.port, chat(question, stream=True))[0] == 500
+        assert told(served.port, chat(question)) == unserved[question]
+
+
+def test_a_refusal_is_told_at_once_and_answers_beside_it_go_on(endless, tokenizer, questions):
+    guard = EnergyGuard.calibrate(endless, tokenizer, questions[:19])
+    scores = guard.score(endless, tokenizer, questions[:19])
+    good, bad = questions[int(scores.argmin())], questions[int(scores.argmax())]
+    guard = replace(guard, threshold=float(scores.min() + scores.max()) / 2)
+    steps = []
+    endless.register_forward_pre_hook(lambda *_: steps.append(1))
+    engine = Engine(endless, tokenizer, guard, max_tokens=8000)
+
+    def submit(question: str, **fields: Any) -> tuple[Job, queue.Queue]:
+        ids, _ = engine.encode([{"role": "user", "content": question}], None)
+        events = queue.Queue()
+        job = Job(ids, **{"max_tokens": 4000, "sampling": Sampling(), "stop": (), "stream": True} | fields, tell=events.put)
+        engine.submit(job)
+        return job, events
+
+    refusal = [Piece(DEFAULT_REFUSAL), Finish("content_filter", len(guard.refusal_ids) - 1)]
+    try:
+        first, _ = submit(good)
+        wait_until(lambda: engine.running == 1)
+        (answered, answer_events), *refused = submit(good), submit(bad), submit(bad, stream=False, stop=("c",), max_tokens=1)
+        engine.cancel(first)
+        for _, events in refused:
+            assert [events.get(timeout=5), events.get(timeout=5)] == refusal
+        assert engine.running == 3
+        while not answer_events.empty():
+            assert isinstance(answer_events.get(), Piece)
+        assert isinstance(answer_events.get(timeout=5), Piece)
+        engine.cancel(answered)
+        wait_until(lambda: engine.running == 0)
+
+        steps.clear()
+        _, events = submit(bad)
+        assert [events.get(timeout=5), events.get(timeout=5)] == refusal
+        wait_until(lambda: engine.running == 0)
+        assert len(steps) == 1  # what is known need not be generated
+    finally:
+        engine.close()
 
 
 def test_usage_names_and_health(served, questions, tokenizer):
@@ -614,3 +657,16 @@ def test_a_guard_that_waits_for_generated_tokens_is_not_served(model, tokenizer)
     guard = EnergyGuard.calibrate(model, tokenizer, ["Who?"] * 19, first_tokens=2)
     with pytest.raises(EUAError, match="waits for the first 2 generated tokens, .* calibrate one with first_tokens = 0"):
         Engine(model, tokenizer, guard)
+
+
+def test_a_guard_of_another_tokenizer_or_template_is_not_served(guarded_folder, tmp_path, capsys):
+    folder = shutil.copytree(guarded_folder, tmp_path / "model")
+    model, tokenizer = load_model(str(folder))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(EUAError, match="calibrated with another tokenizer or chat template"):
+        Engine(model, tokenizer, EnergyGuard.from_pretrained(folder))
+    assert model.generate.__name__ == "generate"  # nothing was left on it
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["serve", "--model", str(folder), "--port", str(taken.getsockname()[1])]) == 2
+    assert "calibrated with another tokenizer or chat template" in capsys.readouterr().err
