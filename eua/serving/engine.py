@@ -191,12 +191,24 @@ class Engine:
             self._changed.wait_for(lambda: self._waiting or self._closing)
             if not self._waiting:
                 return []
-            first = self._waiting[0]
-            fitting = [job for job in self._waiting if job is first or job.sampling.shares_batch_with(first.sampling)]
-            self._running = fitting[: self.max_batch]
-            for job in self._running:
-                self._waiting.remove(job)
-            return self._running
+            batch = [self._waiting.popleft()]
+            for job in list(self._waiting):
+                if len(batch) < self.max_batch and self._may_join(job, batch):
+                    batch.append(job)
+                    self._waiting.remove(job)
+            self._running = batch
+            return batch
+
+    def _may_join(self, job: Job, batch: Sequence[Job]) -> bool:
+        """Whether a job may share the batch of others.
+
+        A row that is done goes on as padding until the longest answer ends. Positions beyond the model's, where it has learned
+        them, would fail the whole batch, on a GPU even the process.
+        """
+        rows = [*batch, job]
+        longest = max(len(row.prompt_ids) for row in rows) + max(row.max_tokens for row in rows)
+        fits = self.positions is None or longest <= self.positions
+        return fits and job.sampling.shares_batch_with(batch[0].sampling)
 
     def _answer(self, jobs: list[Job]) -> None:
         rows = [AnswerRow(job, self.tokenizer, self._eos) for job in jobs]
