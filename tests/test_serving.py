@@ -31,7 +31,9 @@ import torch
 import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaForCausalLM
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eua import EnergyGuard, EUAError
 from eua.attached import AttachedGuard, _RefusalProcessor
@@ -175,6 +177,15 @@ def told(port: int, body: dict[str, Any]) -> tuple[str, str]:
     return choice["message"]["content"], choice["finish_reason"]
 
 
+def submit(engine: Engine, prompt_ids: list[int], max_tokens: int = 4000, **fields: Any) -> tuple[Job, queue.Queue]:
+    """A job given to the engine without a web server, and what is told of it."""
+    events = queue.Queue()
+    settings = {"sampling": Sampling(), "stop": (), "stream": True} | fields
+    job = Job(prompt_ids, max_tokens, **settings, tell=events.put)
+    engine.submit(job)
+    return job, events
+
+
 def events_of(response: http.client.HTTPResponse) -> Iterator[dict[str, Any] | str]:
     for line in response:
         if line.strip():
@@ -239,6 +250,7 @@ def test_served_one_by_one_answers_are_those_of_generate_to_the_last_token(token
     [
         {},
         {"max_tokens": 3},
+        {"temperature": 1e-40, "top_p": 0},
         {"max_completion_tokens": 4, "max_tokens": 9},
         {"stop": "e"},
         {"stop": [" the", "ou"], "temperature": 0},
@@ -257,7 +269,7 @@ def test_streaming_tells_what_is_told_at_once(served, questions, unserved, field
             assert text == DEFAULT_REFUSAL  # whole, whatever the limits
             continue
         texts.add(text)
-        if fields.get("temperature", 0) == 0:
+        if fields.get("temperature", 0) < 1e-6:
             whole = unserved[question][0]
             assert whole.startswith(text)
             stops = [fields.get("stop", [])] if isinstance(fields.get("stop"), str) else fields.get("stop", [])
@@ -304,18 +316,13 @@ def test_a_refusal_is_told_at_once_and_answers_beside_it_go_on(endless, tokenize
     endless.register_forward_pre_hook(lambda *_: steps.append(1))
     engine = Engine(endless, tokenizer, guard, max_tokens=8000)
 
-    def submit(question: str, **fields: Any) -> tuple[Job, queue.Queue]:
-        ids, _ = engine.encode([{"role": "user", "content": question}], None)
-        events = queue.Queue()
-        job = Job(ids, **{"max_tokens": 4000, "sampling": Sampling(), "stop": (), "stream": True} | fields, tell=events.put)
-        engine.submit(job)
-        return job, events
-
+    good, bad = (engine.encode([{"role": "user", "content": question}], None)[0] for question in (good, bad))
     refusal = [Piece(DEFAULT_REFUSAL), Finish("content_filter", len(guard.refusal_ids) - 1)]
     try:
-        first, _ = submit(good)
+        first, _ = submit(engine, good)
         wait_until(lambda: engine.running == 1)
-        (answered, answer_events), *refused = submit(good), submit(bad), submit(bad, stream=False, stop=("c",), max_tokens=1)
+        answered, answer_events = submit(engine, good)
+        refused = submit(engine, bad), submit(engine, bad, stream=False, stop=("c",), max_tokens=1)
         engine.cancel(first)
         for _, events in refused:
             assert [events.get(timeout=5), events.get(timeout=5)] == refusal
@@ -327,7 +334,7 @@ def test_a_refusal_is_told_at_once_and_answers_beside_it_go_on(endless, tokenize
         wait_until(lambda: engine.running == 0)
 
         steps.clear()
-        _, events = submit(bad)
+        _, events = submit(engine, bad)
         assert [events.get(timeout=5), events.get(timeout=5)] == refusal
         wait_until(lambda: engine.running == 0)
         assert len(steps) == 1  # what is known need not be generated
@@ -449,6 +456,31 @@ def test_limits_hold_for_prompts_and_positions(tokenizer):
         engine.close()
 
 
+def test_rows_share_a_batch_only_within_the_positions_there_are(tokenizer):
+    """A row that is done is padded until the longest answer ends, and learned positions end where the model's do."""
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=1
+    )
+    model = GPT2LMHeadModel(config).eval()
+    model.generation_config.suppress_tokens = [tokenizer.eos_token_id]
+    gate, batches = threading.Event(), []
+    model.register_forward_pre_hook(lambda *_: gate.wait(20) and None)
+    model.transformer.wte.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+    engine = Engine(model, tokenizer, None)
+    try:
+        told = [submit(engine, [5], 1)[1]]
+        wait_until(lambda: engine.running == 1)
+        lengths = [(60, 4), (4, 60), (3, 30), (60, 3)]
+        told += [submit(engine, [5] * prompt, answer)[1] for prompt, answer in lengths]
+        gate.set()
+        for events, answer in zip(told, (1, 4, 60, 30, 3), strict=True):
+            *_, last = iter(lambda events=events: events.get(timeout=20), Finish("length", answer))
+            assert isinstance(last, Piece)
+    finally:
+        engine.close()
+    assert batches == [1] + [2] * 4 + [2] * 60
+
+
 def test_chats_go_through_the_template(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = (
@@ -484,7 +516,7 @@ def test_clients_that_leave_free_their_place(endless, tokenizer):
         wait_until(lambda: engine.running == 1)
         running.close()
         wait_until(lambda: engine.running == 0, 2)
-        assert "eua_cancelled_total 2.0" in get(server.port, "/metrics")[1]
+        assert "eua_cancelled_total 3.0" in get(server.port, "/metrics")[1]
         assert told(server.port, chat("Who?", max_tokens=3))[1] == "length"
 
 
@@ -503,7 +535,7 @@ def test_a_full_queue_turns_away_and_says_when_to_come_back(endless, tokenizer):
         assert told(server.port, chat("Who?", max_tokens=3))[1] == "length"
 
 
-def test_what_takes_too_long_ends(endless, tokenizer):
+def test_what_takes_too_long_ends(endless, tokenizer, monkeypatch):
     with serving(Engine(endless, tokenizer, None, max_tokens=8000), timeout=0.5) as server:
         status, content = ask(server.port, chat("Who?"))
         assert (status, content["error"]["type"]) == (504, "server_error")
@@ -514,6 +546,12 @@ def test_what_takes_too_long_ends(endless, tokenizer):
         assert len(chunks) > 2
         assert "not complete within 0.5 s" in error["error"]["message"]
         wait_until(lambda: server.engine.running == 0, 2)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(server.engine, "encode", lambda *_: time.sleep(1.5))
+            start = time.monotonic()
+            assert ask(server.port, chat("Who?"))[0] == 504
+            assert time.monotonic() - start < 1.4
 
         slow = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
         slow.putrequest("POST", "/v1/chat/completions")
@@ -562,6 +600,14 @@ def test_pieces_are_never_taken_back(tokenizer, text, stop):
     cuts = [text.find(end) for end in stop if end in text]
     assert "".join(pieces) == text[: min(cuts, default=None)].strip()
     assert transcript.stopped == bool(cuts)
+
+
+def test_spaces_that_were_shown_are_not_cleaned_up():
+    words = Tokenizer(WordLevel({"▁do": 0, "▁n": 1, "'t": 2, "<unk>": 3}, unk_token="<unk>"))
+    words.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", clean_up_tokenization_spaces=True)
+    transcript = Transcript(tokenizer)
+    assert [transcript.piece([0, 1, 2][: n + 1], final=n == 2) for n in range(3)] == ["do", " n", "'t"]
 
 
 @contextmanager
