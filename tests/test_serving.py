@@ -296,7 +296,7 @@ def test_a_seed_repeats_an_answer_in_any_company_and_leaves_others_to_chance(ser
     assert len(free) > 1
 
 
-@pytest.mark.parametrize("decision", [None, torch.tensor([False, False])], ids=["none", "of other rows"])
+@pytest.mark.parametrize("decision", [None, torch.tensor([True, True])], ids=["none", "of other rows"])
 def test_without_a_decision_on_every_row_nothing_is_answered(served, questions, unserved, monkeypatch, decision):
     for wanted in ("content_filter", "stop"):
         question = next(question for question in questions if unserved[question][1] == wanted)
