@@ -358,6 +358,12 @@ def test_usage_names_and_health(served, questions, tokenizer):
     assert get(served.port, "/v1/chat/completions")[0] == 405
 
 
+def test_health_tells_of_an_engine_that_is_gone(model, tokenizer):
+    with serving(Engine(model, tokenizer, None)) as server:
+        server.engine.close()
+        assert get(server.port, "/health") == (503, '{"status":"failed"}')
+
+
 def test_metrics_count_what_happened(served, questions, unserved):
     def counts() -> dict[str, float]:
         lines = get(served.port, "/metrics")[1].splitlines()

@@ -69,7 +69,7 @@ class Engine:
         self.draining = False  # set it to turn new jobs away while those accepted are finished
         self._eos = end_ids(model.generation_config.eos_token_id) or end_ids(tokenizer.eos_token_id)
         self._pad = next((token for token in (tokenizer.pad_token_id, *self._eos) if token is not None), 0)  # masked anyway
-        self._encoding = threading.Lock()  # a tokenizer is not to be used by two threads at once
+        self._encoding = threading.Lock()  # it may change a tokenizer's padding; decoding does not
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._changed = threading.Condition()
