@@ -102,6 +102,8 @@ def test_the_data_is_what_scoring_gives(data, models, tokenizer, rows, guard):
                 assert reading["energies"][reading["prompt"] - 1] == pytest.approx(float(scores[i]), abs=1e-3)
                 likely = logits[encoded[i].prompt_length - 1 : -1].argmax(-1)
                 assert reading["likely"] == [tokenizer.decode([token]) for token in likely]
+                answered = torch.tensor(encoded[i].input_ids[encoded[i].prompt_length :])
+                assert reading["said"] == (likely == answered).tolist()
                 assert "".join(reading["tokens"]) == tokenizer.decode(encoded[i].input_ids)
                 assert reading["left_out"] == [0, 0]
                 assert shown["question"] == set_rows[i]["question"]
@@ -344,6 +346,26 @@ def test_the_page_is_quiet_and_fits(width, dark, whole, data, browser, tmp_path)
     assert browser.requests() == [(tmp_path / "report.html").as_uri()]
     unnamed = "[...document.querySelectorAll('input, select')].filter(e => !e.labels.length).length"
     assert browser.run(unnamed) == 0
+
+
+@needs_chromium
+def test_what_the_page_says_of_tokens_is_in_its_data(data, browser, tmp_path):
+    """Two tokens that are parts of characters have one text; and a score of several tokens is not that of the framed one."""
+    data["first_tokens"] = 3
+    for entry in data["sets"]:
+        for reading in (shown[title] for shown in entry["shown"] for title in ("after", "before")):
+            reading["likely"] = reading["tokens"][reading["prompt"] :]
+            reading["said"] = [place == 0 for place in range(len(reading["likely"]))]
+    write_page(tmp_path / "report.html", data)
+    browser.open(tmp_path / "report.html")
+    for _ in range(2):
+        browser.run(OPEN_ALL)
+        browser.run("new Promise(requestAnimationFrame)")
+    said, scored = (browser.run(f"document.querySelectorAll('.token.{name}').length") for name in ("said", "scored"))
+    assert said == scored > 0
+    assert "and the first 3 that are generated" in browser.run("document.querySelector('main').innerText")
+    assert "where the guard looks" not in browser.run("document.querySelector('main').innerText")
+    assert browser.complaints() == []
 
 
 @needs_chromium

@@ -31,10 +31,12 @@ import torch
 import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaForCausalLM
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eua import EnergyGuard, EUAError
-from eua.attached import AttachedGuard
+from eua.attached import AttachedGuard, _RefusalProcessor
 from eua.cli import main
 from eua.data import encode_prompts
 from eua.generation import answer
@@ -42,12 +44,32 @@ from eua.loading import load_model
 from eua.refusal import DEFAULT_REFUSAL
 from eua.serving.app import create_app
 from eua.serving.engine import Engine
-from eua.serving.jobs import Job, Sampling
+from eua.serving.jobs import Finish, Job, Piece, Sampling
 from eua.serving.server import DrainingServer
 from eua.serving.transcript import Transcript
 from tests.conftest import tiny_llama
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def decided_while_generate_runs() -> Iterator[None]:
+    """``AttachedGuard.refused`` as the engine needs it: None until the running call has decided, then its decision."""
+    generate, decide, running = AttachedGuard._guarded_generate, _RefusalProcessor.decide, threading.local()
+
+    def guarded_generate(self: AttachedGuard, *args: Any, **kwargs: Any) -> Any:
+        self.scores, running.guard = None, self
+        return generate(self, *args, **kwargs)
+
+    def decide_and_tell(self: _RefusalProcessor) -> torch.Tensor:
+        flagged = decide(self)
+        running.guard.scores = self.scores()
+        return flagged
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AttachedGuard, "_guarded_generate", guarded_generate)
+        patch.setattr(_RefusalProcessor, "decide", decide_and_tell)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +177,15 @@ def told(port: int, body: dict[str, Any]) -> tuple[str, str]:
     return choice["message"]["content"], choice["finish_reason"]
 
 
+def submit(engine: Engine, prompt_ids: list[int], max_tokens: int = 4000, **fields: Any) -> tuple[Job, queue.Queue]:
+    """A job given to the engine without a web server, and what is told of it."""
+    events = queue.Queue()
+    settings = {"sampling": Sampling(), "stop": (), "stream": True} | fields
+    job = Job(prompt_ids, max_tokens, **settings, tell=events.put)
+    engine.submit(job)
+    return job, events
+
+
 def events_of(response: http.client.HTTPResponse) -> Iterator[dict[str, Any] | str]:
     for line in response:
         if line.strip():
@@ -219,6 +250,7 @@ def test_served_one_by_one_answers_are_those_of_generate_to_the_last_token(token
     [
         {},
         {"max_tokens": 3},
+        {"temperature": 1e-40, "top_p": 0},
         {"max_completion_tokens": 4, "max_tokens": 9},
         {"stop": "e"},
         {"stop": [" the", "ou"], "temperature": 0},
@@ -237,7 +269,7 @@ def test_streaming_tells_what_is_told_at_once(served, questions, unserved, field
             assert text == DEFAULT_REFUSAL  # whole, whatever the limits
             continue
         texts.add(text)
-        if fields.get("temperature", 0) == 0:
+        if fields.get("temperature", 0) < 1e-6:
             whole = unserved[question][0]
             assert whole.startswith(text)
             stops = [fields.get("stop", [])] if isinstance(fields.get("stop"), str) else fields.get("stop", [])
@@ -264,12 +296,50 @@ def test_a_seed_repeats_an_answer_in_any_company_and_leaves_others_to_chance(ser
     assert len(free) > 1
 
 
-def test_without_a_decision_of_the_guard_there_is_no_refusal_to_tell(served, questions, unserved, monkeypatch):
-    refused = next(question for question in questions if unserved[question][1] == "content_filter")
-    monkeypatch.setattr(AttachedGuard, "refused", None)
-    assert ask(served.port, chat(refused))[0] == 500
-    monkeypatch.undo()
-    assert told(served.port, chat(refused)) == unserved[refused]
+@pytest.mark.parametrize("decision", [None, torch.tensor([True, True])], ids=["none", "of other rows"])
+def test_without_a_decision_on_every_row_nothing_is_answered(served, questions, unserved, monkeypatch, decision):
+    for wanted in ("content_filter", "stop"):
+        question = next(question for question in questions if unserved[question][1] == wanted)
+        with monkeypatch.context() as patch:
+            patch.setattr(AttachedGuard, "refused", decision)
+            assert ask(served.port, chat(question))[0] == 500
+            assert ask(served.port, chat(question, stream=True))[0] == 500
+        assert told(served.port, chat(question)) == unserved[question]
+
+
+def test_a_refusal_is_told_at_once_and_answers_beside_it_go_on(endless, tokenizer, questions):
+    guard = EnergyGuard.calibrate(endless, tokenizer, questions[:19])
+    scores = guard.score(endless, tokenizer, questions[:19])
+    good, bad = questions[int(scores.argmin())], questions[int(scores.argmax())]
+    guard = replace(guard, threshold=float(scores.min() + scores.max()) / 2)
+    steps = []
+    endless.register_forward_pre_hook(lambda *_: steps.append(1))
+    engine = Engine(endless, tokenizer, guard, max_tokens=8000)
+
+    good, bad = (engine.encode([{"role": "user", "content": question}], None)[0] for question in (good, bad))
+    refusal = [Piece(DEFAULT_REFUSAL), Finish("content_filter", len(guard.refusal_ids) - 1)]
+    try:
+        first, _ = submit(engine, good)
+        wait_until(lambda: engine.running == 1)
+        answered, answer_events = submit(engine, good)
+        refused = submit(engine, bad), submit(engine, bad, stream=False, stop=("c",), max_tokens=1)
+        engine.cancel(first)
+        for _, events in refused:
+            assert [events.get(timeout=5), events.get(timeout=5)] == refusal
+        assert engine.running == 3
+        while not answer_events.empty():
+            assert isinstance(answer_events.get(), Piece)
+        assert isinstance(answer_events.get(timeout=5), Piece)
+        engine.cancel(answered)
+        wait_until(lambda: engine.running == 0)
+
+        steps.clear()
+        _, events = submit(engine, bad)
+        assert [events.get(timeout=5), events.get(timeout=5)] == refusal
+        wait_until(lambda: engine.running == 0)
+        assert len(steps) == 1  # what is known need not be generated
+    finally:
+        engine.close()
 
 
 def test_usage_names_and_health(served, questions, tokenizer):
@@ -286,6 +356,12 @@ def test_usage_names_and_health(served, questions, tokenizer):
     assert get(served.port, "/health") == (200, '{"status":"ok"}')
     assert get(served.port, "/v2")[0] == 404
     assert get(served.port, "/v1/chat/completions")[0] == 405
+
+
+def test_health_tells_of_an_engine_that_is_gone(model, tokenizer):
+    with serving(Engine(model, tokenizer, None)) as server:
+        server.engine.close()
+        assert get(server.port, "/health") == (503, '{"status":"failed"}')
 
 
 def test_metrics_count_what_happened(served, questions, unserved):
@@ -386,6 +462,31 @@ def test_limits_hold_for_prompts_and_positions(tokenizer):
         engine.close()
 
 
+def test_rows_share_a_batch_only_within_the_positions_there_are(tokenizer):
+    """A row that is done is padded until the longest answer ends, and learned positions end where the model's do."""
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=1
+    )
+    model = GPT2LMHeadModel(config).eval()
+    model.generation_config.suppress_tokens = [tokenizer.eos_token_id]
+    gate, batches = threading.Event(), []
+    model.register_forward_pre_hook(lambda *_: gate.wait(20) and None)
+    model.transformer.wte.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+    engine = Engine(model, tokenizer, None)
+    try:
+        told = [submit(engine, [5], 1)[1]]
+        wait_until(lambda: engine.running == 1)
+        lengths = [(60, 4), (4, 60), (3, 30), (60, 3)]
+        told += [submit(engine, [5] * prompt, answer)[1] for prompt, answer in lengths]
+        gate.set()
+        for events, answer in zip(told, (1, 4, 60, 30, 3), strict=True):
+            *_, last = iter(lambda events=events: events.get(timeout=20), Finish("length", answer))
+            assert isinstance(last, Piece)
+    finally:
+        engine.close()
+    assert batches == [1] + [2] * 4 + [2] * 60
+
+
 def test_chats_go_through_the_template(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = (
@@ -421,7 +522,7 @@ def test_clients_that_leave_free_their_place(endless, tokenizer):
         wait_until(lambda: engine.running == 1)
         running.close()
         wait_until(lambda: engine.running == 0, 2)
-        assert "eua_cancelled_total 2.0" in get(server.port, "/metrics")[1]
+        assert "eua_cancelled_total 3.0" in get(server.port, "/metrics")[1]
         assert told(server.port, chat("Who?", max_tokens=3))[1] == "length"
 
 
@@ -440,7 +541,7 @@ def test_a_full_queue_turns_away_and_says_when_to_come_back(endless, tokenizer):
         assert told(server.port, chat("Who?", max_tokens=3))[1] == "length"
 
 
-def test_what_takes_too_long_ends(endless, tokenizer):
+def test_what_takes_too_long_ends(endless, tokenizer, monkeypatch):
     with serving(Engine(endless, tokenizer, None, max_tokens=8000), timeout=0.5) as server:
         status, content = ask(server.port, chat("Who?"))
         assert (status, content["error"]["type"]) == (504, "server_error")
@@ -451,6 +552,12 @@ def test_what_takes_too_long_ends(endless, tokenizer):
         assert len(chunks) > 2
         assert "not complete within 0.5 s" in error["error"]["message"]
         wait_until(lambda: server.engine.running == 0, 2)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(server.engine, "encode", lambda *_: time.sleep(1.5))
+            start = time.monotonic()
+            assert ask(server.port, chat("Who?"))[0] == 504
+            assert time.monotonic() - start < 1.4
 
         slow = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
         slow.putrequest("POST", "/v1/chat/completions")
@@ -499,6 +606,14 @@ def test_pieces_are_never_taken_back(tokenizer, text, stop):
     cuts = [text.find(end) for end in stop if end in text]
     assert "".join(pieces) == text[: min(cuts, default=None)].strip()
     assert transcript.stopped == bool(cuts)
+
+
+def test_spaces_that_were_shown_are_not_cleaned_up():
+    words = Tokenizer(WordLevel({"▁do": 0, "▁n": 1, "'t": 2, "<unk>": 3}, unk_token="<unk>"))
+    words.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", clean_up_tokenization_spaces=True)
+    transcript = Transcript(tokenizer)
+    assert [transcript.piece([0, 1, 2][: n + 1], final=n == 2) for n in range(3)] == ["do", " n", "'t"]
 
 
 @contextmanager
@@ -594,3 +709,16 @@ def test_a_guard_that_waits_for_generated_tokens_is_not_served(model, tokenizer)
     guard = EnergyGuard.calibrate(model, tokenizer, ["Who?"] * 19, first_tokens=2)
     with pytest.raises(EUAError, match="waits for the first 2 generated tokens, .* calibrate one with first_tokens = 0"):
         Engine(model, tokenizer, guard)
+
+
+def test_a_guard_of_another_tokenizer_or_template_is_not_served(guarded_folder, tmp_path, capsys):
+    folder = shutil.copytree(guarded_folder, tmp_path / "model")
+    model, tokenizer = load_model(str(folder))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(EUAError, match="calibrated with another tokenizer or chat template"):
+        Engine(model, tokenizer, EnergyGuard.from_pretrained(folder))
+    assert model.generate.__name__ == "generate"  # nothing was left on it
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["serve", "--model", str(folder), "--port", str(taken.getsockname()[1])]) == 2
+    assert "calibrated with another tokenizer or chat template" in capsys.readouterr().err

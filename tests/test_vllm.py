@@ -168,6 +168,21 @@ def test_an_answer_that_begins_as_the_refusal_goes_on_after_a_pause(vllm, tmp_pa
     assert rows[1].argmax() == REFUSAL[1]  # nothing is known of this one: it may have been refused
 
 
+def test_who_stays_does_not_crowd_out_the_memory_of_who_is_paused(vllm, tmp_path):
+    guard_of(threshold=math.inf).save_pretrained(tmp_path)
+    processor = vllm.EnergyGuardProcessor(config_of(tmp_path), torch.device("cpu"), False)
+    pausing, staying = ([1, 2], []), ([1, 2], [])
+    processor.update_state(BatchUpdate(2, [], [(0, None, *pausing), (1, None, *staying)], []))
+    processor.apply(torch.zeros(2, VOCABULARY))
+    for _, output in (pausing, staying):
+        output.append(REFUSAL[0])
+    processor.update_state(BatchUpdate(1, [0], [], []))
+    for _ in range(3 * SEQUENCES):
+        processor.update_state(BatchUpdate(2, [], [(0, None, [3], [])], []))
+    processor.update_state(BatchUpdate(2, [], [(0, None, pausing[0], [REFUSAL[0]])], []))
+    assert torch.equal(processor.apply(torch.ones(2, VOCABULARY)), torch.ones(2, VOCABULARY))
+
+
 def test_a_slot_whose_prompt_was_never_scored_is_refused_whoever_had_it_before(vllm, tmp_path):
     guard_of(threshold=math.inf).save_pretrained(tmp_path)
     runner = SecondRunner(vllm.EnergyGuardProcessor, config_of(tmp_path), random_model, Random(0), False)

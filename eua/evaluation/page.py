@@ -134,6 +134,7 @@ def page_data(
         "sets": list(entries.values()),
         "threshold": _decimal(start),
         "guard": promise,
+        "first_tokens": first_tokens,
         "settings": [[key, str(value)] for key, value in ({"temperature": temperature} | dict(settings or {})).items()],
     }
 
@@ -160,8 +161,9 @@ def read_tokens(
 ) -> list[dict[str, Any]]:
     """Each row's tokens with the energy after each, in nats, and what the model knows of the answer.
 
-    The energy at the prompt's last token is the prompt's score. ``likely`` holds, of each token shown after the prompt, the
-    one that the model would have said in its place.
+    The energy at the prompt's last token is the prompt's score, or the first part of it. ``likely`` holds, of each token shown
+    after the prompt, the one that the model would have said in its place, and ``said`` whether they are the same: their
+    texts are, too, where each is a part of some character.
     """
     measures = measure_answers(model, rows, temperature=temperature, batch_size=batch_size)
     head = output_head(model)
@@ -175,12 +177,14 @@ def read_tokens(
             check_finite(states[start:stop], "the hidden states of a row to show")
             energies = head.energy(states[start:stop], temperature).tolist()
             likely = greedy_tokens(head, states[row.prompt_length - 1 : stop - 1]).tolist()
+            answer = row.input_ids[row.prompt_length : stop]
             readings[i] = {
                 "extraction_strength": _decimal(float(measures.extraction_strength[i])),
                 "probability": _decimal(float(measures.probability[i])),
                 "tokens": [text_of[token] for token in row.input_ids[start:stop]],
                 "energies": [round(energy, 3) for energy in energies],
                 "likely": [text_of[token] for token in likely],
+                "said": [token == other for token, other in zip(answer, likely, strict=True)],
                 "prompt": row.prompt_length - start,
                 "left_out": [start, len(row.input_ids) - stop],
             }

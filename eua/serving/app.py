@@ -89,7 +89,8 @@ class _Service:
     async def _chat(self, request: Request) -> Response:
         arrival = time.monotonic()
         asked = parse_request(await self._body(request, arrival), self.name)
-        prompt_ids, max_tokens = await asyncio.to_thread(self.engine.encode, asked.messages, asked.max_tokens)
+        encoding = asyncio.to_thread(self.engine.encode, asked.messages, asked.max_tokens)
+        prompt_ids, max_tokens = await self._in_time(encoding, arrival)
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -106,7 +107,7 @@ class _Service:
             if asked.stream:  # an error that comes before any text can still be told by the status
                 first: Piece | Finish = await _unless_gone(request, anext(told))
                 streaming = True
-                return _JobStream(self.engine, job, self._chunks(asked, head, job, first, told))
+                return _JobStream(self, job, self._chunks(asked, head, job, first, told))
             text, finish = await _unless_gone(request, _gathered(told))
             return JSONResponse(completion(head, text, finish, len(prompt_ids)))
         finally:
@@ -130,6 +131,15 @@ class _Service:
             raise RequestError(f"The body is larger than the {self.max_body_bytes} bytes that are taken here: shorten it.", 413)
         return bytes(body)
 
+    async def _in_time(self, work: Awaitable[T], arrival: float) -> T:
+        """The result of ``work``, or :class:`RequestError` (504) once the request's time is over."""
+        try:
+            return await asyncio.wait_for(work, arrival + self.timeout - time.monotonic())
+        except TimeoutError:
+            raise RequestError(
+                f"The answer was not complete within {self.timeout:g} s: ask for fewer tokens, or try again later.", 504
+            ) from None
+
     async def _told(self, job: Job, events: asyncio.Queue[Event], arrival: float) -> AsyncIterator[Piece | Finish]:
         """What the engine tells of a job, up to its :class:`Finish`.
 
@@ -138,12 +148,7 @@ class _Service:
         """
         is_first = True
         while True:
-            try:
-                said = await asyncio.wait_for(events.get(), arrival + self.timeout - time.monotonic())
-            except TimeoutError:
-                raise RequestError(
-                    f"The answer was not complete within {self.timeout:g} s: ask for fewer tokens, or try again later.", 504
-                ) from None
+            said = await self._in_time(events.get(), arrival)
             if isinstance(said, Failure):
                 raise RequestError(said.text, said.status)
             seconds = time.monotonic() - arrival
@@ -177,15 +182,21 @@ class _Service:
 class _JobStream(StreamingResponse):
     """A stream that frees its job's place however it ends."""
 
-    def __init__(self, engine: Engine, job: Job, chunks: AsyncIterator[bytes]) -> None:
+    def __init__(self, service: _Service, job: Job, chunks: AsyncIterator[bytes]) -> None:
         super().__init__(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.engine, self.job = engine, job
+        self.service, self.job = service, job
+        self.is_whole = False
+
+    async def stream_response(self, send: Send) -> None:
+        await super().stream_response(send)
+        self.is_whole = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.engine.cancel(self.job)
+            self.service.engine.cancel(self.job)
+            self.service.metrics.cancelled.inc(not self.is_whole)
 
 
 async def _gathered(told: AsyncIterator[Piece | Finish]) -> tuple[str, Finish]:

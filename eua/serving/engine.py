@@ -7,7 +7,8 @@ import logging
 import threading
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Engine:
     Args:
         model: in eval mode; nobody else may use it while the engine runs.
         tokenizer: its tokenizer.
-        guard: None answers everything.
+        guard: None answers everything. It has to be of this model and this tokenizer.
         max_batch: rows of one ``generate`` call.
         queue: jobs that may wait; more are turned away.
         max_prompt_tokens: of one prompt; None leaves it to the model's positions.
@@ -61,19 +62,22 @@ class Engine:
                 f"The guard waits for the first {guard.first_tokens} generated tokens, which a stream would have shown by "
                 "then: calibrate one with first_tokens = 0 for serving."
             )
-        self.model, self.tokenizer, self.guard = model, tokenizer, guard
+        self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.queue, self.max_tokens = max_batch, queue, max_tokens
         self.positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_prompt_tokens = max_prompt_tokens
         self.draining = False  # set it to turn new jobs away while those accepted are finished
         self._eos = end_ids(model.generation_config.eos_token_id) or end_ids(tokenizer.eos_token_id)
         self._pad = next((token for token in (tokenizer.pad_token_id, *self._eos) if token is not None), 0)  # masked anyway
-        self._encoding = threading.Lock()  # a tokenizer is not to be used by two threads at once
+        self._encoding = threading.Lock()  # it may change a tokenizer's padding; decoding does not
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._changed = threading.Condition()
         self._closing = False
-        self._attached = None if guard is None else guard.attach(model)
+        self._attached = None
+        if guard is not None:
+            guard.check(model, tokenizer)
+            self._attached = guard.attach(model)
         self._thread = threading.Thread(target=self._work, name="eua-engine", daemon=True)
         self._thread.start()
 
@@ -187,33 +191,46 @@ class Engine:
             self._changed.wait_for(lambda: self._waiting or self._closing)
             if not self._waiting:
                 return []
-            first = self._waiting[0]
-            fitting = [job for job in self._waiting if job is first or job.sampling.shares_batch_with(first.sampling)]
-            self._running = fitting[: self.max_batch]
-            for job in self._running:
-                self._waiting.remove(job)
-            return self._running
+            batch = [self._waiting.popleft()]
+            for job in list(self._waiting):
+                if len(batch) < self.max_batch and self._may_join(job, batch):
+                    batch.append(job)
+                    self._waiting.remove(job)
+            self._running = batch
+            return batch
+
+    def _may_join(self, job: Job, batch: Sequence[Job]) -> bool:
+        """Whether a job may share the batch of others.
+
+        A row that is done goes on as padding until the longest answer ends. Positions beyond the model's, where it has learned
+        them, would fail the whole batch, on a GPU even the process.
+        """
+        rows = [*batch, job]
+        longest = max(len(row.prompt_ids) for row in rows) + max(row.max_tokens for row in rows)
+        fits = self.positions is None or longest <= self.positions
+        return fits and job.sampling.shares_batch_with(batch[0].sampling)
 
     def _answer(self, jobs: list[Job]) -> None:
-        rows = [AnswerRow(job, self.tokenizer, self._eos, () if self.guard is None else self.guard.refusal_ids) for job in jobs]
+        rows = [AnswerRow(job, self.tokenizer, self._eos) for job in jobs]
         try:
-            refused = self._generate(rows)
+            self._generate(rows)
+            for row in rows:
+                row.end()
+            return
         except Exception as error:
             frames = "".join(traceback.format_tb(error.__traceback__))
             logger.error(
                 "A batch failed with %s (its text is left out: it may quote a prompt)\n%s", type(error).__name__, frames
             )
-            for row in rows:
-                if len(rows) > 1 and not row.told:
-                    self._answer([row.job])  # what is wrong with one row must not take the others with it
-                else:
-                    row.fail()
-            return
-        for row, is_refused in zip(rows, refused, strict=True):
-            row.end(is_refused)
+        # Not in the except clause, where the traceback would keep what the failed call had allocated.
+        for row in rows:
+            if len(rows) > 1 and not (row.told or row.is_over):
+                self._answer([row.job])  # what is wrong with one row must not take the others with it
+            else:
+                row.fail()
 
-    def _generate(self, rows: Sequence[AnswerRow]) -> list[bool]:
-        """Run one ``generate`` call, which tells the rows' tokens as they come; which rows the guard refused."""
+    def _generate(self, rows: Sequence[AnswerRow]) -> None:
+        """Run one ``generate`` call, which tells the rows' tokens as they come."""
         first, device = rows[0].job.sampling, self.model.device
         batch = pad_prompts([row.job.prompt_ids for row in rows], self._pad, device)
         config = self._config(rows)
@@ -225,14 +242,19 @@ class Engine:
             self.model.generate(
                 **batch,
                 generation_config=config,
-                stopping_criteria=StoppingCriteriaList([_Told(rows)]),
+                stopping_criteria=StoppingCriteriaList([_Told(rows, partial(self._refuse, rows))]),
             )
+
+    def _refuse(self, rows: Sequence[AnswerRow]) -> None:
+        """Tell the rows of the running call that the guard refuses. It has decided on all before they have a token."""
         if self._attached is None:
-            return [False] * len(rows)
-        refused = self._attached.refused
+            return
+        guard, refused = self._attached.guard, self._attached.refused
         if refused is None or len(refused) != len(rows):
             raise EUAError("The guard has not decided on every row, so nothing may be answered: serve plain generation.")
-        return refused.tolist()
+        for row, is_refused in zip(rows, refused.tolist(), strict=True):
+            if is_refused:
+                row.refuse(guard.refusal_text.strip(), len(guard.refusal_ids) - 1)  # nor is an answer's end counted
 
     def _config(self, rows: Sequence[AnswerRow]) -> GenerationConfig:
         """The model's own settings, but for what a request decides."""
@@ -246,11 +268,15 @@ class Engine:
 
 
 class _Told(StoppingCriteria):
-    """Tells every row its new token; a row that is done goes on as padding until all are."""
+    """Tells every row its new token, after ``begin`` at the first; a row that is done goes on as padding until all are."""
 
-    def __init__(self, rows: Sequence[AnswerRow]) -> None:
-        self.rows = rows
+    def __init__(self, rows: Sequence[AnswerRow], begin: Callable[[], None]) -> None:
+        self.rows, self.begin = rows, begin
+        self.has_begun = False
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        if not self.has_begun:
+            self.has_begun = True
+            self.begin()
         done = [row.push(token) for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True)]
         return torch.tensor(done, device=input_ids.device)

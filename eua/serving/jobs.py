@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+COLDEST = 1e-6  # logits divided by less may overflow, which ends a GPU's use to the process; the answer is greedy anyway
 FinishReason = Literal["stop", "length", "content_filter"]
 
 
@@ -19,7 +20,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < COLDEST
 
     def shares_batch_with(self, other: Sampling) -> bool:
         """Greedy requests share a batch, and so do equal ones without a seed; what a seed gives must not depend on company."""

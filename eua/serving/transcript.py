@@ -23,7 +23,8 @@ class Transcript:
         Before the ``final`` call, what might yet turn out otherwise is held back: characters of which bytes are missing, the
         beginning of a stop text, and whitespace that would be stripped at the end.
         """
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        # Clean-up would take back spaces that were shown: "do n", then "don't".
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         ends = [place for stop in self.stop if (place := text.find(stop)) >= 0]
         if ends:
             self.stopped, text = True, text[: min(ends)]
