@@ -27,6 +27,7 @@ GUARD = EnergyGuard(
     temperature=1.0,
     refusal_text="No.",
     refusal_ids=(7, 2),
+    stop_ids=(7, 2),
     tolerance=0.05,
     calibration_prompts=100,
     turns=TURNS,

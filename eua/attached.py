@@ -142,7 +142,12 @@ class _RefusalProcessor(EnergyRecorder):
         self.guard, self.config = guard, config
         self.probe: EnergyProbe | None = None
         if guard.probe_threshold is not None:
-            self.probe, self.stop_above = EnergyProbe(model, guard.temperature, guard.probe_window, eos), guard.probe_threshold
+            ends = [*eos, *end_ids(config.pad_token_id)]  # a row that a stopping criterion has ended goes on as padding
+            self.probe, self.stop_above = EnergyProbe(model, guard.temperature, guard.probe_window, ends), guard.probe_threshold
+        # What is forced on rows that are stopped, and on those that are refused. Past its end a text repeats the end of
+        # sequence, so that nothing can follow it.
+        longest = max(len(guard.stop_ids), len(guard.refusal_ids))
+        self.texts = torch.tensor([ids + ids[-1:] * (longest - len(ids)) for ids in (guard.stop_ids, guard.refusal_ids)])
         self.refused: Tensor | None = None  # (R,) bool
         self.lets_all_pass = False
         self.since = torch.empty(0, dtype=torch.long)  # (R,) the step at which a row's refusal begins
@@ -207,12 +212,10 @@ class _RefusalProcessor(EnergyRecorder):
         rows = (self.since < _NEVER).nonzero()[:, 0]
         if rows.numel() == 0:
             return scores
-        ids = torch.tensor(self.guard.refusal_ids)
-        # Past its end the refusal repeats the end-of-sequence token, so that nothing can follow it.
-        place = (step - self.since[rows]).clamp(max=len(ids) - 1)
+        place = (step - self.since[rows]).clamp(max=self.texts.shape[1] - 1)
         if self.first_tokens:
-            place[refused[rows]] = len(ids) - 1  # ended at once, and rewritten afterwards
-        rows, forced = rows.to(scores.device), ids[place].to(scores.device)
+            place[refused[rows]] = -1  # ended at once, and rewritten afterwards
+        rows, forced = rows.to(scores.device), self.texts[refused[rows].long(), place].to(scores.device)
         scores = scores.clone()
         scores[rows] = -torch.inf
         scores[rows, forced] = 0.0

@@ -50,6 +50,7 @@ class EnergyGuard:
         temperature: T of the energy.
         refusal_text: what a refused prompt is answered.
         refusal_ids: the same as token ids, ended by the end-of-sequence token.
+        stop_ids: the same behind what an answer has said, where the probe ends it.
         tolerance: ε, the tolerated rate of false refusals the threshold was calibrated for.
         calibration_prompts: how many held-out prompts it was calibrated on.
         calibration_groups: how many groups they came in, or None when they were taken one by one.
@@ -66,6 +67,7 @@ class EnergyGuard:
     temperature: float
     refusal_text: str
     refusal_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]
     tolerance: float
     calibration_prompts: int
     calibration_groups: int | None = None
@@ -128,7 +130,7 @@ class EnergyGuard:
         if probe_window < 0:
             raise EUAError(f"probe_window = {probe_window} cannot be a number of tokens: give 4 or so, or 0 for no probe.")
         check_head(model)
-        refusal_ids = _refusal_ids(refusal_text, tokenizer)
+        refusal_ids, stop_ids = _refusal_ids(refusal_text, tokenizer)
         ids = encode_prompts(prompts, tokenizer, "calibration prompts")
         _check_unseen(ids, encode_prompts(seen or [], tokenizer, "seen prompts"))
         turns = Turns.of(tokenizer)
@@ -147,6 +149,7 @@ class EnergyGuard:
             temperature=temperature,
             refusal_text=refusal_text,
             refusal_ids=refusal_ids,
+            stop_ids=stop_ids,
             tolerance=tolerance,
             calibration_prompts=len(scores),
             calibration_groups=None if groups is None else len(set(groups)),
@@ -175,7 +178,8 @@ class EnergyGuard:
 
     def with_refusal(self, text: str, tokenizer: PreTrainedTokenizerBase) -> EnergyGuard:
         """The same guard with another refusal text."""
-        return replace(self, refusal_text=text, refusal_ids=_refusal_ids(text, tokenizer))
+        refusal_ids, stop_ids = _refusal_ids(text, tokenizer)
+        return replace(self, refusal_text=text, refusal_ids=refusal_ids, stop_ids=stop_ids)
 
     def score(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Row | str], batch_size: int = 32
@@ -230,8 +234,8 @@ class EnergyGuard:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             content.pop("promise", None)
-            read = {"refusal_ids": tuple(content["refusal_ids"]), "turns": Turns.from_json(content.get("turns"))}
-            return cls(**content | read)
+            read = {name: tuple(content[name]) for name in ("refusal_ids", "stop_ids")}
+            return cls(**content | read | {"turns": Turns.from_json(content.get("turns"))})
         except (ValueError, KeyError, TypeError) as error:
             raise EUAError(f"{path} is not a guard ({error!r}): calibrate it again.") from error
 
@@ -277,12 +281,12 @@ def _check_probe(threshold: float, window: int, tokens: int) -> None:
         )
 
 
-def _refusal_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The refusal as an answer is tokenized, ended by the end-of-sequence token."""
+def _refusal_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The refusal as an answer is tokenized, and behind words, each ended by the end-of-sequence token."""
     if tokenizer.eos_token_id is None:
         raise EUAError("The tokenizer has no end-of-sequence token, so a refusal could not end: set tokenizer.eos_token.")
-    spaced = text if tokenizer.chat_template is not None else f" {text}"
-    ids = tokenizer(spaced, add_special_tokens=False)["input_ids"]
+    plain, spaced = (tokenizer(start + text, add_special_tokens=False)["input_ids"] for start in ("", " "))
+    ids = plain if tokenizer.chat_template is not None else spaced
     if not text.strip() or not ids:
         raise EUAError(f"The refusal text {text!r} becomes no token: give it some words.")
-    return (*ids, tokenizer.eos_token_id)
+    return (*ids, tokenizer.eos_token_id), (*spaced, tokenizer.eos_token_id)

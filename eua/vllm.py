@@ -225,6 +225,11 @@ class _Rule:
                 f"The guard in {folder} waits for the first {guard.first_tokens} generated tokens, which vLLM has shown by "
                 "then: calibrate one with first_tokens = 0."
             )
+        if guard.probe_threshold is not None:
+            raise EUAError(
+                f"The guard in {folder} has a probe, and this processor decides at the prompt's last token only, so it would "
+                "stop no answer midway: calibrate one without a probe."
+            )
         self.threshold, self.temperature = guard.threshold, guard.temperature
         self.refusal = guard.refusal_ids
         self.vocabulary = model.get_vocab_size()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
@@ -13,10 +14,12 @@ from transformers.generation import BaseStreamer
 from eua import EnergyGuard, EUAError
 from eua.calibration import conformal_threshold
 from eua.data import encode_prompts
+from eua.generation import answer
 from eua.hidden import output_head
 from eua.refusal import GUARD_FILE
 from eua.scoring import answer_scores
 from tests.conftest import batch_of
+from tests.test_guarded_calls import CHAT
 
 
 def window_means(model: LlamaForCausalLM, ids: list[int], window: int, new_tokens: int) -> list[float]:
@@ -92,10 +95,24 @@ def test_an_answer_is_stopped_where_its_energy_rises(known, tokenizer, questions
             assert said[: len(theirs)] == theirs[: len(said)]
             assert set(said[len(theirs) :]) | set(theirs[len(said) :]) <= {tokenizer.pad_token_id}
         elif expected[row] is not None and "repetition_penalty" not in options:
-            refusal = list(watching.refusal_ids)[: 40 - expected[row]]
+            refusal = list(watching.stop_ids)[: 40 - expected[row]]
             assert said[: expected[row]] == theirs[: expected[row]]
             assert said[expected[row] :][: len(refusal)] == refusal
             assert set(said[expected[row] + len(refusal) :]) <= {tokenizer.pad_token_id}
+
+
+def test_what_ends_an_answer_stands_apart_from_it(known, tokenizer, questions):
+    """In a chat template a refusal begins without a space."""
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = CHAT
+    guard = EnergyGuard.calibrate(known, chatty, questions * 4)
+    for each in (guard, guard.with_refusal("Not for me.", chatty)):
+        assert chatty.decode(each.refusal_ids) == f"{each.refusal_text}<eos>"
+        assert chatty.decode(each.stop_ids) == f" {each.refusal_text}<eos>"
+    apart = replace(guard, threshold=100.0, probe_window=2, probe_threshold=-100.0)  # stops everything at its second token
+    plain = answer(known, chatty, questions, max_new_tokens=1)
+    with apart.attach(known):
+        assert answer(known, chatty, questions) == [f"{text} {guard.refusal_text}" for text in plain]
 
 
 def test_a_stream_shows_what_is_returned(known, tokenizer, questions, watching):

@@ -36,12 +36,13 @@ from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eua import EnergyGuard, EUAError
-from eua.attached import AttachedGuard, _RefusalProcessor
+from eua.attached import AttachedGuard
 from eua.cli import main
 from eua.data import encode_prompts
 from eua.generation import answer
 from eua.loading import load_model
 from eua.refusal import DEFAULT_REFUSAL
+from eua.scoring import answer_scores
 from eua.serving.app import create_app
 from eua.serving.engine import Engine
 from eua.serving.jobs import Finish, Job, Piece, Sampling
@@ -50,26 +51,6 @@ from eua.serving.transcript import Transcript
 from tests.conftest import tiny_llama
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module", autouse=True)
-def decided_while_generate_runs() -> Iterator[None]:
-    """``AttachedGuard.refused`` as the engine needs it: None until the running call has decided, then its decision."""
-    generate, decide, running = AttachedGuard._guarded_generate, _RefusalProcessor.decide, threading.local()
-
-    def guarded_generate(self: AttachedGuard, *args: Any, **kwargs: Any) -> Any:
-        self.scores, running.guard = None, self
-        return generate(self, *args, **kwargs)
-
-    def decide_and_tell(self: _RefusalProcessor) -> torch.Tensor:
-        flagged = decide(self)
-        running.guard.scores = self.scores()
-        return flagged
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AttachedGuard, "_guarded_generate", guarded_generate)
-        patch.setattr(_RefusalProcessor, "decide", decide_and_tell)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -340,6 +321,28 @@ def test_a_refusal_is_told_at_once_and_answers_beside_it_go_on(endless, tokenize
         assert len(steps) == 1  # what is known need not be generated
     finally:
         engine.close()
+
+
+def test_an_answer_that_the_probe_stops_ends_with_the_refusal(guarded_folder, questions):
+    """Half of the answers are stopped; told at once or streamed, alone or beside others, as guarded ``generate`` gives them."""
+    model, tokenizer = load_model(str(guarded_folder))
+    prompts = encode_prompts(questions, tokenizer)
+    means = answer_scores(model, prompts, window=3, new_tokens=64).sort().values
+    middle = float(means[len(means) // 2 - 1] + means[len(means) // 2]) / 2
+    guard = EnergyGuard.from_pretrained(guarded_folder)
+    guard = replace(guard, threshold=100.0, probe_window=3, probe_tokens=64, probe_threshold=middle)
+    expected = []
+    with guard.attach(model) as handle:
+        for question in questions:
+            (text,) = answer(model, tokenizer, [question], 64)
+            # What was said may have ended with a space, which the server leaves out.
+            expected.append((text.replace("  ", " "), "content_filter" if handle.stopped.item() else "stop"))
+    assert {reason for _, reason in expected} == {"content_filter", "stop"}
+    assert all((DEFAULT_REFUSAL in text) == (reason == "content_filter") for text, reason in expected)
+    with serving(Engine(model, tokenizer, guard, max_batch=1, queue=200, max_tokens=64)) as server:
+        for ask_for in (told, streamed):
+            with ThreadPoolExecutor(8) as pool:
+                assert list(pool.map(lambda q, ask_for=ask_for: ask_for(server.port, chat(q)), questions)) == expected
 
 
 def test_usage_names_and_health(served, questions, tokenizer):

@@ -40,7 +40,7 @@ def random_model(tokens: list[int]) -> torch.Tensor:
 
 
 def guard_of(threshold: float, refusal_ids: tuple[int, ...] = REFUSAL, temperature: float = 2.0) -> EnergyGuard:
-    return EnergyGuard(threshold, temperature, "No.", refusal_ids, 0.05, 100)
+    return EnergyGuard(threshold, temperature, "No.", refusal_ids, refusal_ids, 0.05, 100)
 
 
 def config_of(folder, vocabulary: int = VOCABULARY, speculative_config=None):
@@ -266,6 +266,9 @@ def test_what_cannot_be_guarded_does_not_start(vllm, folder, runner_class):
         start(config_of(folder, vocabulary=6))
     replace(guard_of(0.0), first_tokens=2).save_pretrained(folder)
     with pytest.raises(EUAError, match="waits for the first 2 generated tokens.*calibrate one with first_tokens = 0"):
+        start(config_of(folder))
+    replace(guard_of(0.0), probe_window=2, probe_threshold=0.0).save_pretrained(folder)
+    with pytest.raises(EUAError, match="has a probe, and this processor decides .* calibrate one without a probe"):
         start(config_of(folder))
 
 

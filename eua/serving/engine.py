@@ -246,13 +246,13 @@ class Engine:
             )
 
     def _refuse(self, rows: Sequence[AnswerRow]) -> None:
-        """Tell the rows of the running call that the guard refuses. It has decided on all before they have a token."""
+        """Tell the rows of the running call that the guard refuses, or stops. It decides on all before they have a token."""
         if self._attached is None:
             return
-        guard, refused = self._attached.guard, self._attached.refused
-        if refused is None or len(refused) != len(rows):
+        guard, refused, stopped = self._attached.guard, self._attached.refused, self._attached.stopped
+        if refused is None or stopped is None or len(refused) != len(rows):
             raise EUAError("The guard has not decided on every row, so nothing may be answered: serve plain generation.")
-        for row, is_refused in zip(rows, refused.tolist(), strict=True):
+        for row, is_refused in zip(rows, (refused | stopped).tolist(), strict=True):
             if is_refused:
                 row.refuse(guard.refusal_text.strip(), len(guard.refusal_ids) - 1)  # nor is an answer's end counted
 
@@ -268,15 +268,12 @@ class Engine:
 
 
 class _Told(StoppingCriteria):
-    """Tells every row its new token, after ``begin`` at the first; a row that is done goes on as padding until all are."""
+    """Tells every row its new token, after ``decide``; a row that is done goes on as padding until all are."""
 
-    def __init__(self, rows: Sequence[AnswerRow], begin: Callable[[], None]) -> None:
-        self.rows, self.begin = rows, begin
-        self.has_begun = False
+    def __init__(self, rows: Sequence[AnswerRow], decide: Callable[[], None]) -> None:
+        self.rows, self.decide = rows, decide
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        if not self.has_begun:
-            self.has_begun = True
-            self.begin()
+        self.decide()
         done = [row.push(token) for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True)]
         return torch.tensor(done, device=input_ids.device)

@@ -40,9 +40,13 @@ class AnswerRow:
         return self._ended
 
     def refuse(self, text: str, tokens: int) -> None:
-        """Tell the refusal, which is shown whole, whatever the request's limits; its tokens need not be waited for."""
+        """Tell the refusal, which is shown whole, whatever the request's limits; its tokens need not be waited for.
+
+        Behind what has been said, if anything, it ends the answer.
+        """
         if not self.is_over:
-            self._finish(text, "content_filter", tokens)
+            said = self._transcript.piece(self._ids, final=True)
+            self._finish(f"{said} {text}" if self._ids else text, "content_filter", len(self._ids) + tokens)
 
     def end(self) -> None:
         """``generate`` has returned, perhaps for a limit of the model's own settings."""
