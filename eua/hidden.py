@@ -71,9 +71,14 @@ class Head:
 
     def energy_of_output(self, output: Tensor, temperature: float) -> Tensor:
         """What the head's module returned, ``h Wᵀ + b`` (..., V) → (...,) float32; for a few positions, as :meth:`logits`."""
-        z = self.logit_scale * output.float()
-        z = z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
-        return -temperature * torch.logsumexp(z / temperature, dim=-1)
+        z = output.float()
+        if self.logit_scale != 1.0:
+            z = self.logit_scale * z
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        if temperature != 1.0:
+            z = z / temperature
+        return -temperature * torch.logsumexp(z, dim=-1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) → (..., V), float32; for a few positions, since nothing bounds its size."""
