@@ -22,7 +22,7 @@ from report import Report
 from steps import make_model
 
 from eua import EnergyGuard
-from eua.attached import AttachedGuard, _RefusalProcessor
+from eua.attached import AttachedGuard, _GuardedCall
 from eua.recording import EnergyProbe, EnergyRecorder
 from eua.turns import Turns
 
@@ -90,7 +90,12 @@ def share_on_cpu(model: Any, ids: torch.Tensor, guard: EnergyGuard, monkeypatch:
     """Seconds in the guard's code for each second of the rest of a run."""
     inside, unguarded = Clock(), Clock()
     with monkeypatch.context() as patch:
-        for owner, name in ((_RefusalProcessor, "__call__"), (EnergyRecorder, "_capture"), (EnergyProbe, "_capture")):
+        for owner, name in (
+            (_GuardedCall, "__call__"),
+            (_GuardedCall, "force"),
+            (EnergyRecorder, "_capture"),
+            (EnergyProbe, "_capture"),
+        ):
             patch.setattr(owner, name, inside.watch(getattr(owner, name)))
         patch.setattr(AttachedGuard, "__init__", _watching_generate(AttachedGuard.__init__, unguarded))
         start = time.perf_counter()

@@ -10,16 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import BaseStreamer, GenerationMode
 
 from eua.errors import EUAError
+from eua.fingerprints import adapter_states
 from eua.guardable import check_guardable, given_ids
 from eua.hidden import output_module
 from eua.recording import EnergyProbe, EnergyRecorder, end_ids
 from eua.refusal import EnergyGuard
 
 GENERATE_PARAMETERS = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
+DEFAULT_NEW_TOKENS = GenerationConfig()._get_default_generation_params()["max_length"]
+TEXT_INPUTS = {"inputs", "input_ids", "attention_mask", "position_ids", "cache_position", "token_type_ids"}
 _NEVER = torch.iinfo(torch.long).max
 
 
@@ -30,17 +33,19 @@ class AttachedGuard:
     as it is decided, so while the call still runs, and None before; ``stopped`` tells which answers the probe has ended.
 
     A copy of the model (``copy.deepcopy``, pickle) is guarded by a copy of the guard; ``save_pretrained`` writes weights only.
-    Where weights have changed since the last call (moved, cast, trained), the guard checks whether they are still those that it
-    was calibrated for.
+    Where weights or active adapters have changed since the last call (moved, cast, trained), the guard checks whether they are
+    still those that it was calibrated for; only what is written through ``.data`` leaves no trace. Threads may share the model;
+    the handle then tells of the call that began last.
     """
 
     def __init__(self, guard: EnergyGuard, model: PreTrainedModel) -> None:
         output_module(model)  # a model without a plain head is refused here, not in the middle of a generation
         guard.check(model)
+        _check_pair(model, guard)
         self.guard = guard
         self.model = model
         self._checked = _weights_now(model)
-        self._call: _RefusalProcessor | None = None
+        self._call: _GuardedCall | None = None
         self._detached = False
         self._generate = model.generate
         self._own_attributes = {name: model.__dict__.get(name) for name in self._put_over_model}
@@ -96,21 +101,27 @@ class AttachedGuard:
         )
 
     def _guarded_generate(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs.update(zip(GENERATE_PARAMETERS, args, strict=False))
+        self._call = None
+        positional = dict(zip(GENERATE_PARAMETERS, args, strict=False))
+        if twice := positional.keys() & kwargs.keys():
+            raise TypeError(f"generate() got multiple values for {sorted(twice)}")
+        kwargs |= positional
         config = check_guardable(self.model, self.guard, kwargs)
         self._check_weights()
-        self._call = call = _RefusalProcessor(self.model, self.guard, config, kwargs)
-        kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), call])
+        self._call = call = _GuardedCall(self.model, self.guard, config, kwargs)
+        kwargs["logits_processor"] = LogitsProcessorList([call, *(kwargs.get("logits_processor") or []), _Forcing(call)])
         if self.guard.first_tokens and kwargs.get("streamer") is not None:
             kwargs["streamer"] = _HeldBack(kwargs["streamer"], call)
         with call.listening():
             output = self._generate(**kwargs)
         if not call.energies:  # nothing was generated
             return output
-        call.decide()
+        refused = call.decide()
         if isinstance(output, Tensor):
             return call.rewrite(output)
         output.sequences = call.rewrite(output.sequences)
+        if self.guard.first_tokens and refused.any() and "past_key_values" in output:
+            output.past_key_values = None  # it holds what was taken back
         return output
 
     def _check_weights(self) -> None:
@@ -121,12 +132,23 @@ class AttachedGuard:
 
 
 def _weights_now(model: PreTrainedModel) -> int:
-    """A number that changes when a weight is replaced, moved, cast or written to: looking costs nothing."""
-    return hash(tuple((p.data_ptr(), p.dtype, p.device, 0 if p.is_inference() else p._version) for p in model.parameters()))
+    """A number that changes when a weight is replaced, moved, cast or written to, or adapters are switched."""
+    weights = ((p.data_ptr(), p.dtype, p.device, 0 if p.is_inference() else p._version) for p in model.parameters())
+    return hash((tuple(weights), repr(adapter_states(model))))
 
 
-class _RefusalProcessor(EnergyRecorder):
-    """Scores each row of one ``generate`` call, and writes the refusal into the flagged ones.
+def _check_pair(model: PreTrainedModel, guard: EnergyGuard) -> None:
+    """Raise where another guard on the model and this one would meddle with each other's answers."""
+    earlier = getattr(model.__dict__.get("generate"), "__self__", None)
+    if isinstance(earlier, AttachedGuard) and any(g.first_tokens or g.probe_window for g in (guard, earlier.guard)):
+        raise EUAError(
+            "The model has a guard already, and one of the two reads generated tokens (first_tokens, a probe), which may be "
+            "the other's refusal: calibrate both to decide at the prompt, or detach the first."
+        )
+
+
+class _GuardedCall(EnergyRecorder):
+    """One ``generate`` call: scores each of its rows, and writes the refusal into the flagged ones.
 
     A score of the prompt alone is there before the first token, and the refusal is forced from there on. Where generated tokens
     count too, what was generated by then is taken back: flagged rows end at once, and :meth:`rewrite` puts the refusal there.
@@ -151,15 +173,21 @@ class _RefusalProcessor(EnergyRecorder):
         self.refused: Tensor | None = None  # (R,) bool
         self.lets_all_pass = False
         self.since = torch.empty(0, dtype=torch.long)  # (R,) the step at which a row's refusal begins
-        self._score_other_prompts(_prompt_ids(arguments, config))
+        beside = sorted(name for name, value in arguments.items() if isinstance(value, Tensor) and name not in TEXT_INPUTS)
+        self._score_other_prompts(_prompt_ids(arguments, config), beside)
 
-    def _score_other_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
+    def _score_other_prompts(self, prompts: Sequence[Sequence[int]], beside: Sequence[str]) -> None:
         """Score what decides on a prompt beside itself, or in its place, see :meth:`Turns.decisive`."""
         turns = self.guard.turns
         parts = [[list(ids)] if turns is None else turns.decisive(ids) for ids in prompts]
         self.own_counts = torch.tensor([ids in of_one for ids, of_one in zip(prompts, parts, strict=True)] or [True])
         self.others = torch.full(self.own_counts.shape, -torch.inf)
         rows = [i for i, of_one in enumerate(parts) if of_one != [prompts[i]]]
+        if rows and beside:
+            raise EUAError(
+                f"The prompts come with {', '.join(beside)}, and the user's last turn, which the guard scores by itself, "
+                "cannot be given its part of that: send that turn as a single one, or detach the guard."
+            )
         if rows:
             self.others[rows] = self.guard.score_ids(self.model, [prompts[i] for i in rows])
 
@@ -201,21 +229,27 @@ class _RefusalProcessor(EnergyRecorder):
         if self.lets_all_pass:
             return scores
         super().__call__(input_ids, scores)
-        step = input_ids.shape[1] - self.start
         if self.probe is not None:
             self.probe(input_ids, scores)
-        if not self.is_complete:
+        if self.is_complete:
+            self.decide()
+            if self.probe is not None:
+                step = input_ids.shape[1] - self.start
+                self.since = self.since.minimum(torch.where(self.probe.scores() > self.stop_above, step, _NEVER))
+        return scores
+
+    def force(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """``scores`` (R, V) that leave flagged rows no choice but the next token of their refusal."""
+        if self.refused is None or self.lets_all_pass:
             return scores
-        refused = self.decide()
-        if self.probe is not None:
-            self.since = self.since.minimum(torch.where(self.probe.scores() > self.stop_above, step, _NEVER))
         rows = (self.since < _NEVER).nonzero()[:, 0]
         if rows.numel() == 0:
             return scores
+        refused, step = self.refused[rows], input_ids.shape[1] - self.start
         place = (step - self.since[rows]).clamp(max=self.texts.shape[1] - 1)
         if self.first_tokens:
-            place[refused[rows]] = -1  # ended at once, and rewritten afterwards
-        rows, forced = rows.to(scores.device), self.texts[refused[rows].long(), place].to(scores.device)
+            place[refused] = -1  # ended at once, and rewritten afterwards
+        rows, forced = rows.to(scores.device), self.texts[refused.long(), place].to(scores.device)
         scores = scores.clone()
         scores[rows] = -torch.inf
         scores[rows, forced] = 0.0
@@ -233,14 +267,26 @@ class _RefusalProcessor(EnergyRecorder):
         sequences[flagged, self.start :] = pad
         sequences[flagged[:, None], self.start + torch.arange(len(ids))] = ids
         # The longest row may be one that was taken back. Where the padding is an end of sequence, one of it belongs to the row.
-        said = (sequences[:, self.start :] != pad).sum(dim=1).amax() + int(pad in self.eos.tolist())
+        places = torch.arange(1, sequences.shape[1] - self.start + 1, device=sequences.device)
+        said = (places * (sequences[:, self.start :] != pad)).amax() + int(pad in self.eos.tolist())
         return sequences[:, : self.start + max(int(said), len(ids))]
 
     @property
     def new_tokens(self) -> int:
-        """The most that the caller allowed."""
-        limit = self.config.max_new_tokens
-        return limit if limit is not None else max(0, self.config.max_length - self.start)
+        """The most that the caller allowed, or what ``generate`` does of itself."""
+        if self.config.max_new_tokens is not None:
+            return self.config.max_new_tokens
+        return DEFAULT_NEW_TOKENS if self.config.max_length is None else max(0, self.config.max_length - self.start)
+
+
+class _Forcing(LogitsProcessor):
+    """Has the last word on the logits of a call."""
+
+    def __init__(self, call: _GuardedCall) -> None:
+        self.call = call
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self.call.force(input_ids, scores)
 
 
 def _prompt_ids(arguments: Mapping[str, Any], config: GenerationConfig) -> list[list[int]]:
@@ -257,7 +303,7 @@ def _prompt_ids(arguments: Mapping[str, Any], config: GenerationConfig) -> list[
 class _HeldBack(BaseStreamer):
     """Holds tokens back from a streamer until it is decided whether they may be shown."""
 
-    def __init__(self, streamer: BaseStreamer, processor: _RefusalProcessor) -> None:
+    def __init__(self, streamer: BaseStreamer, processor: _GuardedCall) -> None:
         self.streamer, self.processor = streamer, processor
         self.held: list[Tensor] | None = []  # None: decided
         self.is_refused = False

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -16,22 +18,35 @@ _PROBE = "What did Ann say?  «Naïve 42!»"
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the weights: their names, shapes, dtypes and up to 4096 evenly spaced values of each.
+    """SHA-256 of the weights: their names, shapes, dtypes and up to 4096 evenly spaced values of each; and of active adapters.
 
     That tells any training step, another dtype or a quantization apart at no cost. Of quantized weights only names and dtypes
     are read, since layers repack their values as they run; PEFT's prefixes are left out, so that an adapter is the same
     however it was loaded. All processes call this.
     """
     digest = hashlib.sha256()
-    parameters = {name.removeprefix("base_model.model."): parameter for name, parameter in model.named_parameters()}
+    parameters = {
+        name.removeprefix("_orig_mod.").removeprefix("base_model.model."): parameter
+        for name, parameter in model.named_parameters()
+    }
     for name, parameter in sorted(parameters.items()):
         digest.update(f"{name} {parameter.dtype}".encode())
         if parameter.is_floating_point():
             flat = whole(parameter).detach().reshape(-1)
-            step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
+            step = max(1, math.ceil(flat.numel() / _SAMPLES_PER_TENSOR))
             digest.update(repr(tuple(shape_of(parameter))).encode())
             digest.update(flat[::step].to("cpu", torch.float32).numpy().tobytes())
+    digest.update(repr(adapter_states(model)).encode())
     return from_first(digest.hexdigest())  # other processes may be waiting for their weights
+
+
+def adapter_states(model: nn.Module) -> list[tuple[object, ...]]:
+    """Which of PEFT's adapters act in each layer that has some, and how strongly: weights do not tell."""
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    return [
+        (layer.disable_adapters, layer.active_adapters, layer.merged_adapters, sorted(getattr(layer, "scaling", {}).items()))
+        for layer in layers
+    ]
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -30,7 +30,8 @@ def check_guardable(model: PreTrainedModel, guard: EnergyGuard, kwargs: Mapping[
     Raises:
         EUAError: for calls in which the guard would not see, or not decide, what is generated.
     """
-    config = copy.deepcopy(kwargs.get("generation_config") or model.generation_config)
+    config = copy.deepcopy(kwargs.get("generation_config") or GenerationConfig())
+    config.update(**model.generation_config.to_dict(), defaults_only=True)  # what the caller leaves open, the model decides
     config.update(**{key: value for key, value in kwargs.items() if hasattr(config, key)})
     mode = config.get_generation_mode(kwargs.get("assistant_model"))
     if mode not in GUARDED_MODES or kwargs.get("custom_generate") is not None:
@@ -44,6 +45,8 @@ def check_guardable(model: PreTrainedModel, guard: EnergyGuard, kwargs: Mapping[
         raise EUAError("guidance_scale runs prompts the guard did not score: leave it out, or detach the guard.")
     if model.training:
         raise EUAError("The model is in training mode, where dropout changes energies: call model.eval() first.")
+    if kwargs.get("adapter_names") is not None:
+        raise EUAError("adapter_names chooses adapters row by row, and the guard is for one choice: use set_adapter.")
     if guard.turns is not None and kwargs.get("inputs_embeds") is not None:
         raise EUAError(
             "inputs_embeds hide from the guard where the user's last turn begins: pass input_ids, or detach the guard."

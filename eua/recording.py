@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -21,6 +22,8 @@ def end_ids(eos: int | list[int] | None) -> list[int]:
 class EnergyRecorder(LogitsProcessor):
     """Reads what the head reads at each step of one ``generate`` call, so before any penalty, temperature or other processor.
 
+    It comes before the caller's own processors, which may run the model themselves: what the head read last is the step's.
+
     Args:
         model: the model that generates.
         temperature: T of the energy.
@@ -37,6 +40,7 @@ class EnergyRecorder(LogitsProcessor):
         self.eos = torch.tensor(list(eos))
         self.energies: list[Tensor] = []  # (R,) on the CPU, of each step
         self.start = 0  # tokens of the prompt, padding included
+        self._thread = threading.get_ident()
         self._last_hidden: Tensor | None = None
 
     @property
@@ -50,10 +54,14 @@ class EnergyRecorder(LogitsProcessor):
             yield
         finally:
             hook.remove()
+            self._last_hidden = None
 
     def _capture(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        if not self.is_complete:
-            self._last_hidden = arguments[0][:, 0 if self.drafted else -1].detach()
+        if self.is_complete or threading.get_ident() != self._thread:  # other threads may use the model, too
+            return
+        if self._last_hidden is None or not self.drafted:
+            # Cloned, since a view would keep the hidden states of all positions.
+            self._last_hidden = arguments[0][:, 0 if self.drafted else -1].detach().clone()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         is_of_a_draft = self.drafted and self._last_hidden is None
@@ -97,6 +105,7 @@ class EnergyProbe(LogitsProcessor):
         self.eos = torch.tensor(list(eos))
         self._highest = torch.empty(0)  # (R,) on the CPU
         self._recent: list[Tensor] = []  # (R,) of each of the last steps
+        self._thread = threading.get_ident()
         self._last_logits: Tensor | None = None
 
     @contextmanager
@@ -106,9 +115,11 @@ class EnergyProbe(LogitsProcessor):
             yield
         finally:
             hook.remove()
+            self._last_logits = None
 
     def _capture(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        self._last_logits = output[:, -1].detach()
+        if threading.get_ident() == self._thread:
+            self._last_logits = output[:, -1].detach().clone()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._last_logits is None or self._last_logits.shape[0] != input_ids.shape[0]:

@@ -80,6 +80,19 @@ class EnergyGuard:
     model_fingerprint: str | None = None
     tokenizer_fingerprint: str | None = None
 
+    def __post_init__(self) -> None:
+        _check_settings(self.temperature, self.first_tokens, self.probe_window, self.probe_tokens)
+        if math.isnan(self.threshold) or (self.probe_threshold is not None and math.isnan(self.probe_threshold)):
+            raise EUAError("The threshold is not a number, above which nothing would be refused: calibrate the guard again.")
+        if (self.probe_threshold is None) != (self.probe_window == 0):
+            raise EUAError(
+                f"probe_window = {self.probe_window} and probe_threshold = {self.probe_threshold}, but a probe needs both: "
+                "calibrate the guard again."
+            )
+        for ids in (self.refusal_ids, self.stop_ids):
+            if not ids or not all(isinstance(token, int) and token >= 0 for token in ids):
+                raise EUAError(f"The refusal's token ids are {ids!r}, which say nothing: calibrate the guard again.")
+
     @classmethod
     def calibrate(
         cls,
@@ -127,8 +140,9 @@ class EnergyGuard:
             EUAError: too few prompts, prompts that were trained on, a model or tokenizer that cannot be guarded, or NaN in
                 hidden states.
         """
-        if probe_window < 0:
-            raise EUAError(f"probe_window = {probe_window} cannot be a number of tokens: give 4 or so, or 0 for no probe.")
+        _check_settings(temperature, first_tokens, probe_window, probe_tokens)
+        if not prompts:
+            raise EUAError("There are no calibration prompts: give held-out prompts that must be answered, 19 or more at 5 %.")
         check_head(model)
         refusal_ids, stop_ids = _refusal_ids(refusal_text, tokenizer)
         ids = encode_prompts(prompts, tokenizer, "calibration prompts")
@@ -236,7 +250,9 @@ class EnergyGuard:
             content.pop("promise", None)
             read = {name: tuple(content[name]) for name in ("refusal_ids", "stop_ids")}
             return cls(**content | read | {"turns": Turns.from_json(content.get("turns"))})
-        except (ValueError, KeyError, TypeError) as error:
+        except EUAError as error:
+            raise EUAError(f"{path}: {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise EUAError(f"{path} is not a guard ({error!r}): calibrate it again.") from error
 
     @property
@@ -271,6 +287,15 @@ def _check_unseen(prompts: Sequence[Sequence[int]], seen: Sequence[Sequence[int]
             f"{len(found)} of {len(prompts)} calibration prompts (the first is prompt {found[0]}) were trained on, and a "
             "threshold from them would refuse new prompts too often: calibrate on prompts that unlearning has not seen."
         )
+
+
+def _check_settings(temperature: float, first_tokens: int, probe_window: int, probe_tokens: int) -> None:
+    if not temperature > 0:
+        raise EUAError(f"temperature = {temperature}, but energies are divided by it: give one above 0, that of training.")
+    counts = {"first_tokens": first_tokens, "probe_window": probe_window, "probe_tokens": probe_tokens}
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 0:
+            raise EUAError(f"{name} = {count!r} cannot be a number of tokens: give a whole number, or 0 for none.")
 
 
 def _check_probe(threshold: float, window: int, tokens: int) -> None:

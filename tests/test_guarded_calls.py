@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Thread
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
 
 from eua import EnergyGuard, EUAError
 from eua.data import encode_prompts
@@ -260,6 +262,13 @@ def test_a_copy_of_a_guarded_model_has_a_guard_of_its_own(known, tokenizer, ques
     assert answer(other, tokenizer, questions) == plain
 
 
+def test_guards_that_read_answers_do_not_share_a_model(known, guard):
+    for watching in (replace(guard, first_tokens=2), replace(guard, probe_window=2, probe_threshold=0.0)):
+        for first, second in ((guard, watching), (watching, guard)):
+            with first.attach(known), pytest.raises(EUAError, match="has a guard already, .* reads generated tokens"):
+                second.attach(known)
+
+
 def test_saving_a_guarded_model_saves_weights_alone(known, tokenizer, questions, guard, tmp_path):
     plain = answer(known, tokenizer, questions)
     with guard.attach(known):
@@ -267,8 +276,7 @@ def test_saving_a_guarded_model_saves_weights_alone(known, tokenizer, questions,
     assert answer(LlamaForCausalLM.from_pretrained(tmp_path), tokenizer, questions) == plain
 
 
-@contextmanager
-def changed(model: LlamaForCausalLM, how: str) -> Iterator[None]:
+def change(model: LlamaForCausalLM, how: str) -> None:
     weight = model.model.layers[0].mlp.up_proj.weight
     if how == "cast":
         model.bfloat16()
@@ -277,12 +285,12 @@ def changed(model: LlamaForCausalLM, how: str) -> Iterator[None]:
             weight[0, 0] += 1.0
     else:
         weight.data = weight.data + 1.0
-    yield
 
 
 @pytest.mark.parametrize("how", ["cast", "trained", "replaced"])
 def test_a_guard_does_not_work_on_weights_that_changed(known, tokenizer, questions, guard, how):
-    with guard.attach(known), changed(known, how):
+    with guard.attach(known):
+        change(known, how)
         for _ in range(2):
             with pytest.raises(EUAError, match="calibrated for other weights than this model's"):
                 answer(known, tokenizer, questions)
@@ -294,3 +302,86 @@ def test_a_moved_model_stays_guarded(known, tokenizer, questions, guard):
         for parameter in known.parameters():
             parameter.data = parameter.data.clone()  # as .to(device) does
         assert answer(known, tokenizer, questions) == guarded
+
+
+def test_a_guard_is_for_the_adapters_that_act(known, tokenizer, questions):
+    """Without its adapter the model is the one before unlearning."""
+    adapted = get_peft_model(known, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    guard = EnergyGuard.calibrate(adapted, tokenizer, questions * 4)
+    with guard.attach(adapted):
+        answer(adapted, tokenizer, questions)
+        with adapted.disable_adapter(), pytest.raises(EUAError, match="calibrated for other weights"):
+            answer(adapted, tokenizer, questions)
+        for layer in adapted.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.scaling["default"] *= 8
+        with pytest.raises(EUAError, match="calibrated for other weights"):
+            answer(adapted, tokenizer, questions)
+        with pytest.raises(EUAError, match="adapter_names chooses adapters row by row"):
+            adapted.generate(**batch_of(tokenizer, questions), adapter_names=["__base__"] * len(questions))
+
+
+# ---- who else uses it at the same time --------------------------------------------------------------------------------------
+
+
+def test_threads_share_a_guarded_model(known, tokenizer, questions, guard):
+    expected = {}
+    with guard.attach(known):
+        for question in questions:
+            expected[question] = answer(known, tokenizer, [question], 12)
+        asked = questions * 12
+        before, _ = sys.getswitchinterval(), sys.setswitchinterval(1e-5)
+        try:
+            with ThreadPoolExecutor(6) as pool:
+                found = list(pool.map(lambda question: answer(known, tokenizer, [question], 12), asked))
+        finally:
+            sys.setswitchinterval(before)
+    assert found == [expected[question] for question in asked]
+
+
+def test_processors_that_run_the_model_do_not_mislead_the_guard(known, tokenizer, questions, guard, split):
+    harmless = batch_of(tokenizer, split[False][:1])
+
+    def nosy(input_ids, scores):
+        known(**{name: tensor.expand(len(input_ids), -1) for name, tensor in harmless.items()})
+        return scores
+
+    batch = batch_of(tokenizer, questions)
+    for each in (guard, replace(guard, probe_window=1, probe_threshold=1e9)):
+        with each.attach(known) as handle:
+            plain = known.generate(**batch, max_new_tokens=8)
+            refused = handle.refused
+            assert torch.equal(known.generate(**batch, max_new_tokens=8, logits_processor=[nosy]), plain)
+            assert torch.equal(handle.refused, refused)
+
+
+def test_the_models_own_settings_count_where_the_caller_leaves_them_open(known, tokenizer, questions, guard):
+    batch = batch_of(tokenizer, questions)
+    known.generation_config.num_beams = 3
+    with guard.attach(known) as handle:
+        known.generate(**batch, generation_config=GenerationConfig(max_new_tokens=4))
+        assert len(handle.refused) == len(questions)
+    watching = replace(guard, first_tokens=2)
+    with watching.attach(known), pytest.raises(EUAError, match="which beams exchange"):
+        known.generate(**batch, generation_config=GenerationConfig(max_new_tokens=4))
+    known.generation_config.num_beams = None
+    known.generation_config.update(output_scores=True, return_dict_in_generate=True)
+    with watching.attach(known), pytest.raises(EUAError, match="output_scores would tell"):
+        known.generate(**batch, generation_config=GenerationConfig(max_new_tokens=4))
+
+
+def test_a_call_that_is_refused_leaves_nothing_to_tell(known, tokenizer, questions, guard):
+    with guard.attach(known) as handle:
+        answer(known, tokenizer, questions)
+        with pytest.raises(EUAError, match="does not cover"):
+            known.generate(**batch_of(tokenizer, questions), dola_layers="high")
+        assert handle.refused is handle.scores is None
+        with pytest.raises(TypeError, match=r"multiple values for \['inputs'\]"):
+            known.generate(torch.tensor([[5]]), inputs=torch.tensor([[6]]))
+
+
+def test_inputs_that_belong_to_a_prompt_are_not_dropped_silently(known, chatty, chat_guard, split):
+    chat = messages("Hello!", "Hello.", split[True][0])
+    ids = chatty.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    with chat_guard.attach(known), pytest.raises(EUAError, match="The prompts come with pixel_values"):
+        known.generate(ids, pixel_values=torch.zeros(1, 3, 4, 4))

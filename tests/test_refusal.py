@@ -130,9 +130,63 @@ def test_guard_survives_its_folder(guard, tmp_path, known, tokenizer):
         EnergyGuard.from_pretrained(tmp_path / "elsewhere")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        ("threshold", float("nan"), "threshold is not a number"),
+        ("threshold", None, "is not a guard"),
+        ("temperature", 0, "temperature = 0, but energies are divided by it"),
+        ("first_tokens", 1.5, "first_tokens = 1.5 cannot be a number of tokens"),
+        ("probe_window", 3, "but a probe needs both"),
+        ("refusal_ids", [], r"token ids are \(\), which say nothing"),
+        ("refusal_ids", "abc", "which say nothing"),
+        ("turns", "no", "is not a guard"),
+    ],
+)
+def test_a_guard_file_that_would_not_guard_is_refused(guard, tmp_path, field, value, text):
+    guard.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / GUARD_FILE).read_text())
+    (tmp_path / GUARD_FILE).write_text(json.dumps(content | {field: value}))
+    with pytest.raises(EUAError, match=text):
+        EnergyGuard.from_pretrained(tmp_path)
+
+
+def test_padding_within_an_answer_does_not_cut_it(known, tokenizer, questions, patient):
+    """A token that ends no row may serve as padding, and be said."""
+    batch = batch_of(tokenizer, questions)
+    width = batch["input_ids"].shape[1]
+    plain = known.generate(**batch, max_new_tokens=40, do_sample=False)
+    with patient.attach(known) as handle:
+        known.generate(**batch, max_new_tokens=40, do_sample=False)
+    kept = plain[(~handle.refused).nonzero()[0, 0], width:].tolist()
+    said = kept[: kept.index(tokenizer.eos_token_id)]
+    with patient.attach(known):
+        for pad in set(said[1:]):
+            guarded = known.generate(**batch, max_new_tokens=40, do_sample=False, pad_token_id=pad)
+            assert guarded[(~handle.refused).nonzero()[0, 0], width:][: len(said) + 1].tolist() == [
+                *said,
+                tokenizer.eos_token_id,
+            ]
+
+
+def test_without_a_limit_generate_takes_its_own(known, tokenizer, questions, patient):
+    with patient.attach(known) as handle:
+        output = known.generate(**batch_of(tokenizer, questions))
+    assert output.shape[1] <= batch_of(tokenizer, questions)["input_ids"].shape[1] + 20
+    assert handle.refused is not None
+
+
 def test_calibration_refuses_what_it_cannot_promise(known, tokenizer, questions):
     with pytest.raises(EUAError, match="6 calibration prompts are too few .* add 13 more"):
         EnergyGuard.calibrate(known, tokenizer, questions)
+    for options, text in {
+        ("first_tokens", -1): "first_tokens = -1 cannot be a number of tokens",
+        ("temperature", 0.0): "temperature = 0.0, but energies are divided by it",
+    }.items():
+        with pytest.raises(EUAError, match=text):
+            EnergyGuard.calibrate(known, tokenizer, questions * 4, **dict([options]))
+    with pytest.raises(EUAError, match="There are no calibration prompts"):
+        EnergyGuard.calibrate(known, tokenizer, [])
     with pytest.raises(EUAError, match="becomes no token"):
         EnergyGuard.calibrate(known, tokenizer, questions * 4, refusal_text=" ")
     with pytest.raises(EUAError, match="has no output head"):
@@ -332,6 +386,7 @@ def test_what_would_tell_of_what_is_taken_back_is_refused(known, tokenizer, ques
         with pytest.raises(EUAError, match="output_scores and output_logits would tell what a refused row began to say"):
             known.generate(**batch, max_new_tokens=4, return_dict_in_generate=True, output_scores=True, output_logits=True)
         told = known.generate(**batch, max_new_tokens=40, return_dict_in_generate=True, do_sample=False)
+        assert told.past_key_values is None  # it would hold the tokens that were taken back
         assert torch.equal(told.sequences, known.generate(**batch, max_new_tokens=40, do_sample=False))
 
 

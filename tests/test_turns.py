@@ -26,8 +26,14 @@ FORMS = {
         "{{ bos_token }}{% for m in messages %}{{ '<|header|>' + m.role + '<|/header|>\n\n' + m.content | trim + '<|eot|>' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|header|>assistant<|/header|>\n\n' }}{% endif %}"
     ),
+    "thinking": (  # asks for an answer that begins with a thought, which earlier answers have lost
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|bot|></think>' + m.content + eos_token }}"
+        "{% else %}{{ '<|' + m.role + '|>' + m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|bot|><think>\n' }}{% endif %}"
+    ),
     "question": None,
 }
+SPECIAL = [START, "<|header|>", "<|/header|>", "<|eot|>", "<|bot|>", "<|user|>", "<think>", "</think>"]
 
 
 @pytest.fixture(params=FORMS.values(), ids=FORMS)
@@ -35,7 +41,7 @@ def form(request, tokenizer) -> PreTrainedTokenizerFast:
     formed = copy.deepcopy(tokenizer)
     formed.chat_template = request.param
     if request.param:
-        formed.add_special_tokens({"additional_special_tokens": [START, "<|header|>", "<|/header|>", "<|eot|>"]})
+        formed.add_special_tokens({"additional_special_tokens": SPECIAL})
     return formed
 
 
@@ -65,6 +71,71 @@ def test_an_answer_that_the_caller_began_is_cut_off(form):
     turns, ids = Turns.of(form), talk(form, "Where was Ann born?")
     for started in (" Sure, Ann was born in", " She", " Ann?\n", "\n\nIn", "\n"):
         assert turns.decisive(talk(form, "Where was Ann born?", started=started)) == [ids]
+
+
+def test_an_answer_that_stands_there_whole_is_cut_off_too(form):
+    """As when a caller sends one and asks for another behind it."""
+    turns, ids = Turns.of(form), talk(form, "Where was Ann born?")
+    if form.chat_template is None:
+        whole = form("Question: Where was Ann born?\nAnswer: In Rome.\nAnswer:")["input_ids"]
+    else:
+        chat = [{"role": "user", "content": "Where was Ann born?"}, {"role": "assistant", "content": "In Rome."}]
+        whole = form.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert turns.decisive(whole) == [ids]
+
+
+def test_an_answer_may_be_begun_without_the_thought_that_was_asked_for(tokenizer):
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = FORMS["thinking"]
+    thinking.add_special_tokens({"additional_special_tokens": SPECIAL})
+    turns, ids = Turns.of(thinking), talk(thinking, "Where was Ann born?")
+    for begun in ("", "Sure, in", "</think>Sure", "<think>\nSure", "<think>\n\n</think>\n\n"):
+        prompt = thinking("<bos><|user|>Where was Ann born?<|bot|>" + begun, add_special_tokens=False)["input_ids"]
+        assert turns.decisive(prompt) == [ids]
+
+
+TOOLS = (  # the result of a tool stands in a turn of the user's
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ '<|im_start|>user\n<tool_response>\n' + m.content + "
+    "'\n</tool_response><|im_end|>\n' }}{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [TOOLS, PLAIN], ids=["as-the-user", "role-of-its-own"])
+def test_what_a_tool_returns_is_no_turn_of_the_users(tokenizer, template):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    other.add_special_tokens({"additional_special_tokens": SPECIAL})
+    chat = [
+        {"role": "user", "content": "Where was Ann born?"},
+        {"role": "assistant", "content": "look(Ann)"},
+        {"role": "tool", "content": "It rains."},
+    ]
+    whole = other.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert Turns.of(other).decisive(whole) == [talk(other, "Where was Ann born?")]
+    later = other.apply_chat_template([*chat, {"role": "user", "content": "Who?"}], add_generation_prompt=True)["input_ids"]
+    assert Turns.of(other).decisive(later) == [talk(other, "Who?")]
+
+
+def test_a_system_prompt_within_the_users_turn_is_told(tokenizer, caplog):
+    folding = copy.deepcopy(tokenizer)
+    folding.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' }}"
+        "{% if messages[0].role == 'system' and loop.last %}{{ messages[0].content + '\n\n' }}{% endif %}"
+        "{{ m.content + '[/INST]' }}"
+        "{% elif m.role == 'assistant' %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    with caplog.at_level("WARNING"):
+        assert Turns.of(folding) is not None
+    assert "writes a system prompt into the user's turn" in caplog.text
+
+
+def test_a_reply_may_end_as_it_likes(form):
+    """The turn behind it is found by what begins it."""
+    ids = talk(form, "Where was Ann born?")
+    turns = Turns.of(form)
+    cut = ids[len(turns.opening) :]
+    assert turns.decisive([*ids, 50, 51, 52, *cut]) == [ids]
 
 
 def test_the_last_turn_decides_alone_or_in_its_context_too(form):
