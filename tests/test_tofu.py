@@ -137,6 +137,7 @@ def test_killed_five_times_it_ends_with_the_same_weights(lora_rank, tofu, target
             "batch-size": BATCH,
             "retain-per-forget": 1,
             "learning-rate": 5e-3 if lora_rank else 2e-3,
+            "gamma": 0.05,  # these few steps should show
             "lora-rank": lora_rank,
             "save-steps": SAVE_STEPS,
         }

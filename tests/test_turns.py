@@ -130,12 +130,17 @@ def test_a_system_prompt_within_the_users_turn_is_told(tokenizer, caplog):
     assert "writes a system prompt into the user's turn" in caplog.text
 
 
-def test_a_reply_may_end_as_it_likes(form):
-    """The turn behind it is found by what begins it."""
-    ids = talk(form, "Where was Ann born?")
-    turns = Turns.of(form)
-    cut = ids[len(turns.opening) :]
-    assert turns.decisive([*ids, 50, 51, 52, *cut]) == [ids]
+@pytest.mark.parametrize(("name", "end"), [("chatml", "<|im_end|>"), ("system-prompt", "<|im_end|>"), ("llama", "<|eot|>")])
+def test_a_reply_may_end_as_it_likes(tokenizer, name, end):
+    """As one that was cut, or ended with a call of a tool: the turn behind it is found by what begins it."""
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = FORMS[name]
+    other.add_special_tokens({"additional_special_tokens": [*SPECIAL, "<|im_end|>"]})
+    chat = [{"role": role, "content": text} for role, text in (("user", "Hi!"), ("assistant", "Hello."), ("user", "Who?"))]
+    text = other.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert f"Hello.{end}" in text
+    cut = other(text.replace(f"Hello.{end}", "Hello."), add_special_tokens=False)["input_ids"]
+    assert Turns.of(other).decisive(cut) == [talk(other, "Who?")]
 
 
 def test_the_last_turn_decides_alone_or_in_its_context_too(form):
@@ -184,9 +189,11 @@ def test_texts_of_another_form_are_left_as_they_are(form):
     [
         "{{ messages[-1].content }}",
         "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
+        "{% for m in messages %}{{ m.role + loop.index | string + ': ' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant' + (messages | length + 1) | string + ':' }}{% endif %}",
         "{% if messages | length > 1 %}{{ raise_exception('one message only') }}{% endif %}[INST] {{ messages[0].content }}",
     ],
-    ids=["bare", "rewriting", "single"],
+    ids=["bare", "rewriting", "numbered", "single"],
 )
 def test_what_cannot_be_read_is_told(tokenizer, template, caplog):
     other = copy.deepcopy(tokenizer)
