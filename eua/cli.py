@@ -297,7 +297,9 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         print(f"Of {len(shares)} groups, with prompts above the threshold (their share): {', '.join(most) or 'none'}")
     if forget:
         refused = (guard.score(model, tokenizer, forget) > guard.threshold).float()
-        low, high = bootstrap_interval(refused)
+        # Forgotten rows come person by person, too, where they say so.
+        told = arguments.group_by is None or all(arguments.group_by in row for row in forget)
+        low, high = bootstrap_interval(refused, _groups(forget, arguments) if told else None)
         print(
             f"Refused of {len(forget)} forgotten prompts: {float(refused.mean()):.3f} (95 % interval {low:.3f} to {high:.3f})"
         )
@@ -310,9 +312,7 @@ def _groups(rows: Sequence[Any], arguments: argparse.Namespace) -> list[Any] | N
         return None
     for index, row in enumerate(rows):
         if arguments.group_by not in row:
-            raise EUAError(
-                f"Row {index} of the calibration prompts has no {arguments.group_by!r} to group by: it has {sorted(row)}."
-            )
+            raise EUAError(f"Row {index} of the {name} has no {arguments.group_by!r} to group by: it has {sorted(row)}.")
     return [row[arguments.group_by] for row in rows]
 
 

@@ -14,9 +14,9 @@ from eua.errors import EUAError
 from eua.hidden import check_finite, output_head, output_module
 
 
-def end_ids(eos: int | list[int] | None) -> list[int]:
+def end_ids(eos: int | list[int] | Tensor | None) -> list[int]:
     """What a config calls ``eos_token_id``, as the ids that end a row."""
-    return [] if eos is None else eos if isinstance(eos, list) else [eos]
+    return [] if eos is None else torch.as_tensor(eos).flatten().tolist()
 
 
 class EnergyRecorder(LogitsProcessor):

@@ -169,6 +169,19 @@ def test_padding_within_an_answer_does_not_cut_it(known, tokenizer, questions, p
             ]
 
 
+@pytest.mark.parametrize("as_given", [lambda ids: ids, tuple, torch.tensor], ids=["list", "tuple", "tensor"])
+def test_ends_of_sequence_may_be_several(known, tokenizer, questions, guard, as_given):
+    batch = batch_of(tokenizer, questions)
+    ends = as_given([tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(".")])
+    plain = known.generate(**batch, max_new_tokens=20, eos_token_id=ends, do_sample=False)
+    with guard.attach(known) as handle:
+        guarded = known.generate(**batch, max_new_tokens=20, eos_token_id=ends, do_sample=False)
+    assert handle.refused.sum() == 3
+    kept = ~handle.refused
+    shared = min(plain.shape[1], guarded.shape[1])
+    assert torch.equal(plain[kept, :shared], guarded[kept, :shared])
+
+
 def test_without_a_limit_generate_takes_its_own(known, tokenizer, questions, patient):
     with patient.attach(known) as handle:
         output = known.generate(**batch_of(tokenizer, questions))
