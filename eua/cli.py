@@ -312,7 +312,9 @@ def _groups(rows: Sequence[Any], arguments: argparse.Namespace) -> list[Any] | N
         return None
     for index, row in enumerate(rows):
         if arguments.group_by not in row:
-            raise EUAError(f"Row {index} of the {name} has no {arguments.group_by!r} to group by: it has {sorted(row)}.")
+            raise EUAError(
+                f"Row {index} of the calibration prompts has no {arguments.group_by!r} to group by: it has {sorted(row)}."
+            )
     return [row[arguments.group_by] for row in rows]
 
 
