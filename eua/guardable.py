@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
@@ -80,7 +81,8 @@ def _check_drafts(model: PreTrainedModel, guard: EnergyGuard, config: Generation
             "The guard reads the energies of generated tokens, and assisted decoding drafts tokens that it then drops: "
             "calibrate with first_tokens = 0 and without a probe, or generate without an assistant."
         )
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if "logits_to_keep" not in inspect.signature(base.forward).parameters:
         raise EUAError(
             f"{type(model).__name__} makes logits of whole prompts, in which the guard does not find the last token while an "
             "assistant drafts: generate without one."

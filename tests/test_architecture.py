@@ -56,7 +56,7 @@ ALLOWED = {
     "eua.fingerprints": {"torch", "peft", "transformers", "eua.data", "eua.distributed"},
     "eua.hidden": {"torch", "transformers", "peft", "fused_energy", "eua.distributed", "eua.errors"},
     "eua.turns": {"jinja2", "transformers", "eua.data"},
-    "eua.guardable": {"torch", "transformers", "eua.errors", "eua.recording", "eua.refusal"},
+    "eua.guardable": {"torch", "transformers", "peft", "eua.errors", "eua.recording", "eua.refusal"},
     "eua.recording": {"torch", "transformers", "eua.hidden", "eua.errors"},
     "eua.scoring": {
         "torch",

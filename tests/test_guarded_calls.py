@@ -84,6 +84,16 @@ def test_assisted_decoding_refuses_and_leaves_the_rest(known, tokenizer, questio
             assert torch.equal(guarded, plain)
 
 
+def test_assisted_decoding_of_an_adapted_model(known, tokenizer, questions):
+    adapted = get_peft_model(known, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    guard = EnergyGuard.calibrate(adapted, tokenizer, questions * 4)
+    scores = guard.score(adapted, tokenizer, questions)
+    with replace(guard, threshold=float(scores.median())).attach(adapted) as handle:
+        for i, question in enumerate(questions):
+            adapted.generate(**batch_of(tokenizer, [question]), max_new_tokens=8, prompt_lookup_num_tokens=3)
+            torch.testing.assert_close(handle.scores, scores[i : i + 1], rtol=1e-4, atol=1e-4)
+
+
 def test_drafts_that_the_guard_could_not_follow_raise(known, tokenizer, questions, guard):
     batch = batch_of(tokenizer, questions[:1])
     assistant = tiny_llama(len(tokenizer))
