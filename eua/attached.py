@@ -15,13 +15,13 @@ from transformers.generation import BaseStreamer, GenerationMode
 
 from eua.errors import EUAError
 from eua.fingerprints import adapter_states
-from eua.guardable import check_guardable, given_ids
+from eua.guardable import check_guardable, given_ids, prompt_mask
 from eua.hidden import output_module
 from eua.recording import EnergyProbe, EnergyRecorder, end_ids
 from eua.refusal import EnergyGuard
 
 GENERATE_PARAMETERS = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
-DEFAULT_NEW_TOKENS = GenerationConfig()._get_default_generation_params()["max_length"]
+DEFAULT_NEW_TOKENS = 20  # what transformers generates where no length is given
 TEXT_INPUTS = {"inputs", "input_ids", "attention_mask", "position_ids", "cache_position", "token_type_ids"}
 _NEVER = torch.iinfo(torch.long).max
 
@@ -59,17 +59,21 @@ class AttachedGuard:
     @property
     def scores(self) -> Tensor | None:
         """(R,), in nats."""
-        return None if self._call is None or not self._call.is_decided else self._call.per_sequence(self._call.scores())
+        return self._of_last_call(_GuardedCall.scores)
 
     @property
     def refused(self) -> Tensor | None:
         """(R,) bool."""
-        return None if self._call is None or not self._call.is_decided else self._call.per_sequence(self._call.decide())
+        return self._of_last_call(_GuardedCall.decide)
 
     @property
     def stopped(self) -> Tensor | None:
         """(R,) bool; those that were refused are not among them."""
-        return None if self._call is None or not self._call.is_decided else self._call.per_sequence(self._call.stopped)
+        return self._of_last_call(_GuardedCall.stopped)
+
+    def _of_last_call(self, values: Callable[[_GuardedCall], Tensor]) -> Tensor | None:
+        call = self._call
+        return None if call is None or call.refused is None else call.per_sequence(values(call))
 
     def detach(self) -> None:
         """Give ``model.generate`` back as it was. Detaching twice is harmless.
@@ -196,10 +200,6 @@ class _GuardedCall(EnergyRecorder):
         with super().listening(), nullcontext() if self.probe is None else self.probe.listening():
             yield
 
-    @property
-    def is_decided(self) -> bool:
-        return self.refused is not None
-
     def scores(self) -> Tensor:
         recorded = super().scores()
         copies = len(recorded) // len(self.others)  # beams, and several answers to one prompt
@@ -220,7 +220,6 @@ class _GuardedCall(EnergyRecorder):
             self.refused = refused
         return self.refused
 
-    @property
     def stopped(self) -> Tensor:
         """Which rows the probe has ended, (R,) bool."""
         return ~self.decide() & (self.since < _NEVER)
@@ -291,13 +290,10 @@ class _Forcing(LogitsProcessor):
 
 def _prompt_ids(arguments: Mapping[str, Any], config: GenerationConfig) -> list[list[int]]:
     """The prompts of a ``generate`` call without their padding; none when it starts from nothing."""
-    ids, mask, pad = given_ids(arguments), arguments.get("attention_mask"), config.pad_token_id
-    if ids is None:
+    ids, mask = given_ids(arguments), prompt_mask(arguments, config)
+    if ids is None or mask is None:
         return []
-    if mask is None or mask.ndim != 2:  # as generate takes it then
-        is_told = pad is not None and pad not in end_ids(config.eos_token_id)
-        mask = ids != pad if is_told else torch.ones_like(ids)
-    return [row[keep].tolist() for row, keep in zip(ids, mask[:, -ids.shape[1] :].bool(), strict=True)]
+    return [row[keep].tolist() for row, keep in zip(ids, mask[:, -ids.shape[1] :], strict=True)]
 
 
 class _HeldBack(BaseStreamer):

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
@@ -52,11 +53,8 @@ def check_guardable(model: PreTrainedModel, guard: EnergyGuard, kwargs: Mapping[
         raise EUAError(
             "inputs_embeds hide from the guard where the user's last turn begins: pass input_ids, or detach the guard."
         )
-    mask, ids, pad = kwargs.get("attention_mask"), given_ids(kwargs), config.pad_token_id
-    right = mask is not None and mask.ndim == 2 and not mask[:, -1].all()
-    if mask is None and isinstance(ids, Tensor) and pad is not None and pad not in end_ids(config.eos_token_id):
-        right = bool((ids[:, -1] == pad).any())
-    if right:
+    mask = prompt_mask(kwargs, config)
+    if mask is not None and not mask[:, -1].all():
         raise EUAError(
             "The prompts are padded on the right, so their last token is not where the answer starts: "
             'set tokenizer.padding_side = "left".'
@@ -108,3 +106,14 @@ def _check_watched(guard: EnergyGuard, config: GenerationConfig) -> None:
 def given_ids(arguments: Mapping[str, Any]) -> Tensor | None:
     """The token ids that a ``generate`` call starts from."""
     return arguments.get("inputs") if arguments.get("input_ids") is None else arguments.get("input_ids")
+
+
+def prompt_mask(arguments: Mapping[str, Any], config: GenerationConfig) -> Tensor | None:
+    """Which places of the prompts hold tokens, as ``generate`` takes it: (B, S) bool; None when it starts from nothing."""
+    mask, ids, pad = arguments.get("attention_mask"), given_ids(arguments), config.pad_token_id
+    if mask is not None and mask.ndim == 2:
+        return mask.bool()
+    if ids is None:
+        return None
+    is_told = pad is not None and pad not in end_ids(config.eos_token_id)
+    return ids != pad if is_told else torch.ones_like(ids, dtype=torch.bool)
