@@ -19,7 +19,7 @@ from eua import EnergyGuard, EUAError
 from eua.data import encode_prompts
 from eua.generation import answer
 from eua.refusal import DEFAULT_REFUSAL
-from eua.scoring import prompt_scores
+from eua.scoring import answer_scores, prompt_scores
 from tests.conftest import batch_of, tiny_llama
 
 # Writes a single question as the model knows questions, so that it also answers in chats.
@@ -334,7 +334,11 @@ def test_a_guard_is_for_the_adapters_that_act(known, tokenizer, questions):
 # ---- who else uses it at the same time --------------------------------------------------------------------------------------
 
 
-def test_threads_share_a_guarded_model(known, tokenizer, questions, guard):
+@pytest.mark.parametrize("probes", [False, True], ids=["prompt", "probe"])
+def test_threads_share_a_guarded_model(known, tokenizer, questions, guard, probes):
+    if probes:
+        highest = answer_scores(known, encode_prompts(questions, tokenizer), window=1, new_tokens=12).sort().values
+        guard = replace(guard, threshold=100.0, probe_window=1, probe_threshold=float(highest[2] + highest[3]) / 2)
     expected = {}
     with guard.attach(known):
         for question in questions:

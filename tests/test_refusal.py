@@ -152,21 +152,17 @@ def test_a_guard_file_that_would_not_guard_is_refused(guard, tmp_path, field, va
 
 
 def test_padding_within_an_answer_does_not_cut_it(known, tokenizer, questions, patient):
-    """A token that ends no row may serve as padding, and be said."""
-    batch = batch_of(tokenizer, questions)
+    """A token that ends no row may serve as padding, and be said. The refusal is short: the answer is the longer row."""
+    scores = patient.score(known, tokenizer, questions)
+    batch = batch_of(tokenizer, [questions[int(scores.argmax())], questions[int(scores.argmin())]])
     width = batch["input_ids"].shape[1]
-    plain = known.generate(**batch, max_new_tokens=40, do_sample=False)
-    with patient.attach(known) as handle:
-        known.generate(**batch, max_new_tokens=40, do_sample=False)
-    kept = plain[(~handle.refused).nonzero()[0, 0], width:].tolist()
-    said = kept[: kept.index(tokenizer.eos_token_id)]
-    with patient.attach(known):
-        for pad in set(said[1:]):
+    said = known.generate(**batch, max_new_tokens=40, do_sample=False)[1, width:].tolist()
+    said = said[: said.index(tokenizer.eos_token_id) + 1]
+    with patient.with_refusal("No.", tokenizer).attach(known) as handle:
+        for pad in set(said[:-1]):
             guarded = known.generate(**batch, max_new_tokens=40, do_sample=False, pad_token_id=pad)
-            assert guarded[(~handle.refused).nonzero()[0, 0], width:][: len(said) + 1].tolist() == [
-                *said,
-                tokenizer.eos_token_id,
-            ]
+            assert handle.refused.tolist() == [True, False]
+            assert guarded[1, width:].tolist() == said
 
 
 @pytest.mark.parametrize("as_given", [lambda ids: ids, tuple, torch.tensor], ids=["list", "tuple", "tensor"])
