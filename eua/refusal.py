@@ -20,7 +20,6 @@ from eua.data import Row, encode_prompts
 from eua.errors import EUAError
 from eua.files import write_json
 from eua.fingerprints import model_fingerprint, tokenizer_fingerprint
-from eua.hidden import check_head
 from eua.scoring import answer_scores, prompt_scores
 from eua.turns import Turns
 
@@ -143,7 +142,6 @@ class EnergyGuard:
         _check_settings(temperature, first_tokens, probe_window, probe_tokens)
         if not prompts:
             raise EUAError("There are no calibration prompts: give held-out prompts that must be answered, 19 or more at 5 %.")
-        check_head(model)
         refusal_ids, stop_ids = _refusal_ids(refusal_text, tokenizer)
         ids = encode_prompts(prompts, tokenizer, "calibration prompts")
         _check_unseen(ids, encode_prompts(seen or [], tokenizer, "seen prompts"))

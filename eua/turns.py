@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 from jinja2 import TemplateError
@@ -156,19 +157,17 @@ class _Text:
     """A chat as the tokenizer's template writes it, and its tokens with their places in it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, Any]], *, ask: bool = True) -> None:
+        last = chat[-1]["content"]
         if tokenizer.chat_template is None:
-            turns = [format_prompt(tokenizer, chat[i]["content"]) for i in range(0, len(chat), 2)]
+            turns = [format_prompt(tokenizer, message["content"]) for message in chat[::2]]
             replies = [f" {message['content']}" for message in chat[1::2]]
-            self.text = "\n".join(
-                turn + (reply or "") for turn, reply in zip(turns, [*replies, *[""] * len(turns)], strict=False)
-            )
-            self.silent = self.text.rfind(str(chat[-1]["content"])) + len(str(chat[-1]["content"]))
+            silent = self.text = "\n".join(turn + reply for turn, reply in zip_longest(turns, replies, fillvalue=""))
         else:
             silent = tokenizer.apply_chat_template(list(chat), tokenize=False)
             self.text = format_prompt(tokenizer, list(chat)) if ask else silent
-            end = self.text.rfind(chat[-1]["content"]) + len(chat[-1]["content"])
-            # Where no header follows, the end of the user's turn is where the answer begins ([/INST]).
-            self.silent = len(silent) if self.text != silent and self.text.startswith(silent) else end
+        # Where no header follows, the end of the user's turn is where the answer begins ([/INST]).
+        has_header = self.text != silent and self.text.startswith(silent)
+        self.silent = len(silent) if has_header else self.text.rfind(last) + len(last)
         self.ids = encode_prompt(self.text, tokenizer)
         encoded = tokenizer(self.text, add_special_tokens=False, return_offsets_mapping=True)
         self.tokens = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))

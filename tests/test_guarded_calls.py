@@ -221,8 +221,9 @@ def test_rows_of_all_kinds_in_one_batch(known, chatty, chat_guard, split):
     ]
     batch = chatty(texts, padding=True, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
     with chat_guard.attach(known) as handle:
-        known.generate(**batch, max_new_tokens=4)
+        said = known.generate(**batch, max_new_tokens=4)[:, batch["input_ids"].shape[1] :].tolist()
         assert handle.refused.tolist() == [True, False, True, False, True]
+        assert [row == list(chat_guard.refusal_ids[:4]) for row in said] == handle.refused.tolist()
         known.generate(**batch, max_new_tokens=4, num_beams=2, num_return_sequences=2)
         assert handle.refused.tolist() == [verdict for verdict in (True, False, True, False, True) for _ in range(2)]
         known.generate(batch["input_ids"], max_new_tokens=4, pad_token_id=chatty.pad_token_id)  # it reads the padding itself
