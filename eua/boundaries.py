@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from eua.data import EncodedRow, rows_digest
+from eua.data.rows import EncodedRow, rows_digest
 from eua.distributed import from_first, gather, rank, share, world_size
 from eua.errors import EUAError
 from eua.files import replacing

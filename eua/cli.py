@@ -262,7 +262,7 @@ def _unlearn(arguments: argparse.Namespace) -> None:
 
 def _calibrate(arguments: argparse.Namespace) -> None:
     from eua.calibration import bootstrap_interval, group_shares
-    from eua.data import read_rows
+    from eua.data.rows import read_rows
     from eua.loading import load_model
     from eua.refusal import DEFAULT_REFUSAL, EnergyGuard
 
@@ -350,7 +350,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 def _read_sets(arguments: argparse.Namespace) -> dict[str, list[Any]]:
     """Name → rows of what :func:`_add_sets` takes."""
-    from eua.data import read_rows
+    from eua.data.rows import read_rows
 
     paths = {"forget": arguments.forget, "retain": arguments.retain}
     for name, path in arguments.also + arguments.also_forget:

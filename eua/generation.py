@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eua.collator import pad_prompts
-from eua.data import Row, encode_prompts
+from eua.data.batches import pad_prompts
+from eua.data.rows import Row, encode_prompts
 from eua.scoring import check_token_ids
 
 

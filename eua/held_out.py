@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from eua.data import EncodedRow
+from eua.data.rows import EncodedRow
 from eua.hidden import check_finite, output_head
 from eua.losses import loss_means, loss_sums
 from eua.reference import Reference

@@ -170,7 +170,7 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """What the head reads at every position: ``input_ids`` (B, S) → (B, S, H).
 
     ``batch`` holds ``attention_mask`` (B, S) where rows are padded, or ``position_ids`` where they follow one another in one
-    row, see :mod:`eua.collator`; whatever else is in it is left aside.
+    row, see :mod:`eua.data.batches`; whatever else is in it is left aside.
 
     Raises:
         EUAError: when the head was not called with one hidden state per token.

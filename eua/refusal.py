@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eua.calibration import conformal_threshold
-from eua.data import Row, encode_prompts
+from eua.data.rows import Row, encode_prompts
 from eua.errors import EUAError
 from eua.files import write_json
 from eua.fingerprints import model_fingerprint, tokenizer_fingerprint
@@ -116,7 +116,7 @@ class EnergyGuard:
         Args:
             model: the model that will be deployed, after quantization. The guarantee holds for it alone.
             tokenizer: its tokenizer, with the chat template that will be used.
-            prompts: retained prompts that unlearning has not seen: questions, or rows of :mod:`eua.data`. At 5 % at
+            prompts: retained prompts that unlearning has not seen: questions, or rows of :mod:`eua.data.rows`. At 5 % at
                 least 19 are needed. With chats of several turns or system prompts among them, context counts from then on.
             groups: whom or what each prompt is about. Several prompts about one person resemble each other; with their groups
                 named, the promise holds for people, not just for prompts, that are new. At 5 % at least 19 are needed.

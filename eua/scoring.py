@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessorList
 
-from eua.collator import flatten_rows, pad_prompts, pad_rows
-from eua.data import EncodedRow
+from eua.data.batches import flatten_rows, pad_prompts, pad_rows
+from eua.data.rows import EncodedRow
 from eua.errors import EUAError
 from eua.hidden import check_finite, check_head, hidden_states, output_head, vocabulary_and_device
 from eua.recording import EnergyProbe, EnergyRecorder, end_ids
@@ -48,7 +48,7 @@ def prompt_scores(
 
     Args:
         model: a causal language model; left in the mode (train or eval) it was in.
-        prompts: token ids of formatted prompts, see :func:`eua.data.encode_prompt`.
+        prompts: token ids of formatted prompts, see :func:`eua.data.rows.encode_prompt`.
         temperature: T of the energy.
         first_tokens: how many generated tokens are taken in.
         turns: how prompts are put together. The score is then the highest of those that :meth:`eua.turns.Turns.decisive` names.

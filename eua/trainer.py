@@ -26,9 +26,10 @@ from eua.boundaries import RunBoundaries
 from eua.callbacks import StopWhenMet
 from eua.checkpoints import CheckpointingTrainer, last_checkpoint
 from eua.checks import check_arguments, check_model, check_trainable
-from eua.collator import ForgetRetainCollator, PairedSampler
 from eua.config import EUAConfig
-from eua.data import IGNORE_INDEX, ForgetRetainDataset, Row, encode_rows, read_rows
+from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset
+from eua.data.pairing import PairedSampler
+from eua.data.rows import IGNORE_INDEX, Row, encode_rows, read_rows
 from eua.distributed import check_setup, is_sharded
 from eua.errors import EUAError
 from eua.held_out import held_out_metrics
@@ -52,7 +53,7 @@ class EUATrainer(CheckpointingTrainer):
     Args:
         model: a causal language model, or the name or path of one.
         args: :class:`EUAConfig`.
-        forget_dataset, retain_dataset: a JSONL path, a ``datasets.Dataset`` or a list of rows, see :mod:`eua.data`.
+        forget_dataset, retain_dataset: a JSONL path, a ``datasets.Dataset`` or a list of rows, see :mod:`eua.data.rows`.
         eval_forget_dataset, eval_retain_dataset: rows held out from training, of the same formats, for :meth:`evaluate`, which
             ``eval_strategy="steps"`` or ``"epoch"`` calls during training.
         ref_model: the model before unlearning, or its name or path, kept beside the one in training: boundaries are then taken

@@ -15,7 +15,7 @@ from peft import LoraConfig
 
 from eua.checkpoints import last_checkpoint
 from eua.config import EUAConfig
-from eua.data import read_rows
+from eua.data.rows import read_rows
 from eua.errors import EUAError
 from eua.files import check_output_folder, write_json
 from eua.loading import load_model

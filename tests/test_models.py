@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from eua import EUAConfig, EUAError, EUATrainer
-from eua.collator import flatten_rows, pad_rows
-from eua.data import EncodedRow
+from eua.data.batches import flatten_rows, pad_rows
+from eua.data.rows import EncodedRow
 from eua.hidden import check_head, hidden_states, output_head, output_module
 from eua.scoring import check_padding_free, prompt_scores, token_energies
 from tests.conftest import tiny_llama

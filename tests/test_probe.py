@@ -13,7 +13,7 @@ from transformers.generation import BaseStreamer
 
 from eua import EnergyGuard, EUAError
 from eua.calibration import conformal_threshold
-from eua.data import encode_prompts
+from eua.data.rows import encode_prompts
 from eua.generation import answer
 from eua.hidden import output_head
 from eua.refusal import GUARD_FILE

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, pipeline
 from transformers.generation import BaseStreamer
 
 from eua import EnergyGuard, EUAError
-from eua.data import encode_prompts, format_prompt
+from eua.data.rows import encode_prompts, format_prompt
 from eua.fingerprints import model_fingerprint
 from eua.generation import answer
 from eua.refusal import DEFAULT_REFUSAL, GUARD_FILE

@@ -13,7 +13,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, prepare_model_
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from eua import EUATrainer
-from eua.collator import pad_rows
+from eua.data.batches import pad_rows
 from eua.scoring import token_energies
 from fused_energy import linear_energy
 from tests.conftest import tiny_llama

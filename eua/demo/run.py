@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from eua.config import EUAConfig
-from eua.data import Row
+from eua.data.rows import Row
 from eua.demo import target
 from eua.demo.world import Fact, World, make_world
 from eua.errors import EUAError

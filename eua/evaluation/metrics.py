@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eua.data import EncodedRow, Row, encode_rows
+from eua.data.rows import EncodedRow, Row, encode_rows
 from eua.errors import EUAError
 from eua.hidden import Head, check_finite, output_head
 from eua.scoring import answer_states, eval_hidden_states

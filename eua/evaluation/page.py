@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eua.data import EncodedRow, Row, encode_rows
+from eua.data.rows import EncodedRow, Row, encode_rows
 from eua.errors import EUAError
 from eua.evaluation.metrics import greedy_tokens, measure_answers
 from eua.evaluation.report import evaluate

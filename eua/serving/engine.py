@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from eua.collator import pad_prompts
-from eua.data import encode_prompts
+from eua.data.batches import pad_prompts
+from eua.data.rows import encode_prompts
 from eua.errors import EUAError
 from eua.recording import end_ids
 from eua.refusal import EnergyGuard

@@ -25,7 +25,7 @@ class Config(NamedTuple):
 
 
 class Configs(NamedTuple):
-    """``logits`` and ``logits_with_softcap`` must be multiples of the products' rows (in columns) and depth, see ``product.py``."""
+    """``logits`` and ``logits_with_softcap`` are multiples of the products' rows (in columns) and depth, see ``product.py``."""
 
     logits: Config  # kernels that make logits: output tokens × vocabulary
     logits_with_softcap: Config  # also with two temperatures: both need more registers
