@@ -28,7 +28,7 @@ from steps import PROMPT, ROWS, TOKENS, TRAINED, check_equal, make_batch, make_m
 
 from eua.boundaries import compute_boundaries
 from eua.data.rows import EncodedRow
-from eua.hidden import check_head
+from eua.model.forward import check_head
 
 VOCABULARIES = (32_768, 131_072, 262_144)
 HIDDEN_SIZE, LAYERS = 256, 4

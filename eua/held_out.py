@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from eua.data.rows import EncodedRow
-from eua.hidden import check_finite, output_head
 from eua.losses import loss_means, loss_sums
+from eua.model.forward import answer_states, check_finite, eval_hidden_states
+from eua.model.head import output_head
 from eua.reference import Reference
-from eua.scoring import answer_states, eval_hidden_states
 from eua.separation import auroc
 
 

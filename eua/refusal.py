@@ -19,7 +19,7 @@ from eua.calibration import conformal_threshold
 from eua.data.rows import Row, encode_prompts
 from eua.errors import EUAError
 from eua.files import write_json
-from eua.fingerprints import model_fingerprint, tokenizer_fingerprint
+from eua.model.fingerprints import model_fingerprint, tokenizer_fingerprint
 from eua.scoring import answer_scores, prompt_scores
 from eua.turns import Turns
 
@@ -59,7 +59,7 @@ class EnergyGuard:
         probe_tokens: up to which length of answers the probe was calibrated.
         probe_threshold: in nats.
         confidence: 1 − δ, with which the rate is at most ε for this calibration, or None where it is on average over all.
-        model_fingerprint, tokenizer_fingerprint: of what it was calibrated for, see :mod:`eua.fingerprints`.
+        model_fingerprint, tokenizer_fingerprint: of what it was calibrated for, see :mod:`eua.model.fingerprints`.
     """
 
     threshold: float
@@ -176,7 +176,7 @@ class EnergyGuard:
         )
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Raise :class:`EUAError` for a model or a tokenizer that the promise is not for, see :mod:`eua.fingerprints`."""
+        """Raise :class:`EUAError` for a model or a tokenizer that the promise is not for, see :mod:`eua.model.fingerprints`."""
         if self.model_fingerprint is not None and self.model_fingerprint != model_fingerprint(model):
             raise EUAError(
                 "The guard was calibrated for other weights than this model's (trained on, merged, quantized or in another "

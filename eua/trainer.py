@@ -25,19 +25,19 @@ from transformers.utils import logging
 from eua.boundaries import RunBoundaries
 from eua.callbacks import StopWhenMet
 from eua.checkpoints import CheckpointingTrainer, last_checkpoint
-from eua.checks import check_arguments, check_model, check_trainable
+from eua.checks import check_arguments, check_model, check_padding_free, check_setup, check_trainable
 from eua.config import EUAConfig
 from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset
 from eua.data.pairing import PairedSampler
 from eua.data.rows import IGNORE_INDEX, Row, encode_rows, read_rows
-from eua.distributed import check_setup, is_sharded
+from eua.distributed import is_sharded
 from eua.errors import EUAError
 from eua.held_out import held_out_metrics
-from eua.hidden import check_head, hidden_states, output_head
 from eua.losses import d2_loss, loss_means, loss_sums, scheduled_gamma
+from eua.model.forward import check_head, check_token_ids, hidden_states, token_energies
+from eua.model.head import output_head
 from eua.model_card import model_card
 from eua.reference import Reference
-from eua.scoring import check_padding_free, check_token_ids, token_energies
 
 logger = logging.get_logger(__name__)
 

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizer
 
 from eua import EnergyGuard, EUAError
 from eua.data.rows import encode_prompts
-from eua.generation import answer
+from eua.model.asking import answer
 from eua.refusal import DEFAULT_REFUSAL
 from eua.scoring import answer_scores, prompt_scores
 from tests.conftest import batch_of, tiny_llama

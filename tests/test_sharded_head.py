@@ -17,8 +17,9 @@ from eua.boundaries import compute_boundaries, fingerprint
 from eua.data.batches import pad_rows
 from eua.data.rows import EncodedRow
 from eua.distributed import any_process, from_first, gather, share
-from eua.hidden import check_head, output_head
-from eua.scoring import prompt_scores, token_energies
+from eua.model.forward import check_head, token_energies
+from eua.model.head import output_head
+from eua.scoring import prompt_scores
 from tests.conftest import tiny_llama
 from tests.processes import Ranks
 

@@ -19,7 +19,8 @@ from eua.boundaries import compute_boundaries
 from eua.checkpoints import last_checkpoint
 from eua.data.batches import ForgetRetainDataset, pad_rows
 from eua.data.rows import encode_rows
-from eua.hidden import check_head, hidden_states, output_head
+from eua.model.forward import check_head, hidden_states
+from eua.model.head import output_head
 from tests.conftest import tiny_llama
 from tests.test_losses import transcription
 

@@ -22,7 +22,7 @@ from eua.evaluation.page import page_data, write_page
 from eua.evaluation.pictures import energy_histograms
 from eua.evaluation.report import evaluate, render_tables
 from eua.files import fill_folder, write_json, write_jsonl
-from eua.generation import answer
+from eua.model.asking import answer
 from eua.refusal import EnergyGuard
 from eua.trainer import EUATrainer
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eua.data.batches import pad_prompts
 from eua.data.rows import Row, encode_prompts
-from eua.scoring import check_token_ids
+from eua.model.forward import check_token_ids
 
 
 @torch.no_grad()
