@@ -2,7 +2,7 @@
 
 from eua.config import EUAConfig
 from eua.errors import EUAError
-from eua.losses import d2_loss
+from eua.methods.d2 import d2_loss
 from eua.refusal import EnergyGuard
 from eua.trainer import EUATrainer
 

@@ -16,7 +16,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
 from eua.distributed import any_process
-from eua.losses import loss_means
+from eua.methods.d2 import loss_means
 
 logger = logging.get_logger(__name__)
 

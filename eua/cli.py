@@ -261,10 +261,10 @@ def _unlearn(arguments: argparse.Namespace) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    from eua.calibration import bootstrap_interval, group_shares
     from eua.data.rows import read_rows
     from eua.model.loading import load_model
     from eua.refusal import DEFAULT_REFUSAL, EnergyGuard
+    from eua.statistics import bootstrap_interval, group_shares
 
     if arguments.output is None and not Path(arguments.model).is_dir():
         raise EUAError(f"{arguments.model} is no folder on this machine, so the guard cannot be saved in it: pass --output.")

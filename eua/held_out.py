@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from eua.data.rows import EncodedRow
-from eua.losses import loss_means, loss_sums
+from eua.methods.d2 import loss_means, loss_sums
 from eua.model.forward import answer_states, check_finite, eval_hidden_states
 from eua.model.head import output_head
 from eua.reference import Reference
-from eua.separation import auroc
+from eua.statistics import auroc
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def held_out_metrics(
         kl_reference: given, KL to it takes the place of the retained tokens' NLL in the loss.
 
     Returns:
-        ``loss``, the names of :func:`eua.losses.loss_means`, and ``auroc``: of the prompts' scores, forget against retain.
+        ``loss``, the names of :func:`eua.methods.d2.loss_means`, and ``auroc``: of the prompts' scores, forget against retain.
     """
     head = output_head(model)
     totals: list[Tensor] = []

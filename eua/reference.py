@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from eua.boundaries import SIDES
 from eua.data.rows import IGNORE_INDEX
 from eua.errors import EUAError
-from eua.losses import reference_kl
+from eua.methods.d2 import reference_kl
 from eua.model.forward import check_head, hidden_states
 from eua.model.head import Fill, Head, output_head
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eua.calibration import conformal_threshold
 from eua.data.rows import Row, encode_prompts
 from eua.errors import EUAError
 from eua.files import write_json
 from eua.model.fingerprints import model_fingerprint, tokenizer_fingerprint
 from eua.scoring import answer_scores, prompt_scores
+from eua.statistics import conformal_threshold
 from eua.turns import Turns
 
 if TYPE_CHECKING:

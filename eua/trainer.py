@@ -33,7 +33,7 @@ from eua.data.rows import IGNORE_INDEX, Row, encode_rows, read_rows
 from eua.distributed import is_sharded
 from eua.errors import EUAError
 from eua.held_out import held_out_metrics
-from eua.losses import d2_loss, loss_means, loss_sums, scheduled_gamma
+from eua.methods.d2 import d2_loss, loss_means, loss_sums, scheduled_gamma
 from eua.model.forward import check_head, check_token_ids, hidden_states, token_energies
 from eua.model.head import output_head
 from eua.model_card import model_card

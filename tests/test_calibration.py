@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from eua import EUAError
-from eua.calibration import bootstrap_interval, conformal_threshold, group_shares
-from eua.separation import auroc, false_positive_rate
+from eua.statistics import auroc, bootstrap_interval, conformal_threshold, false_positive_rate, group_shares
 
 
 @pytest.mark.parametrize(("n", "tolerance"), [(19, 0.05), (20, 0.05), (99, 0.1), (7, 0.3), (1, 0.5)])

@@ -14,7 +14,7 @@ from eua.boundaries import compute_boundaries, fingerprint
 from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset
 from eua.data.rows import EncodedRow, encode_prompts, encode_rows
 from eua.scoring import prompt_scores
-from eua.separation import auroc
+from eua.statistics import auroc
 from tests.conftest import tiny_llama
 from tests.test_losses import transcription
 

@@ -12,12 +12,12 @@ from transformers import LlamaForCausalLM
 from transformers.generation import BaseStreamer
 
 from eua import EnergyGuard, EUAError
-from eua.calibration import conformal_threshold
 from eua.data.rows import encode_prompts
 from eua.model.asking import answer
 from eua.model.head import output_head
 from eua.refusal import GUARD_FILE
 from eua.scoring import answer_scores
+from eua.statistics import conformal_threshold
 from tests.conftest import batch_of
 from tests.test_guarded_calls import CHAT
 

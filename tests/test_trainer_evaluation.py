@@ -19,7 +19,7 @@ from eua.boundaries import compute_boundaries
 from eua.checkpoints import last_checkpoint
 from eua.config import EVAL_METRICS
 from eua.scoring import prompt_scores
-from eua.separation import auroc
+from eua.statistics import auroc
 from tests.conftest import tiny_llama
 from tests.test_losses import transcription
 from tests.test_trainer import LORA, add_dropout, config, make, weights

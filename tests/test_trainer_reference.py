@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eua import EUAError
-from eua.losses import reference_kl
+from eua.methods.d2 import reference_kl
 from tests.conftest import tiny_llama
 from tests.test_trainer import LORA, add_dropout, make, weights
 

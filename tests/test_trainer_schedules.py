@@ -10,7 +10,7 @@ import torch
 
 from eua import EUATrainer
 from eua.checkpoints import last_checkpoint
-from eua.losses import scheduled_gamma
+from eua.methods.d2 import scheduled_gamma
 from tests.conftest import tiny_llama
 from tests.test_trainer import add_dropout, make, weights
 from tests.test_trainer_evaluation import evaluated

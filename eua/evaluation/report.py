@@ -12,7 +12,7 @@ from eua.data.rows import Row, encode_prompts, encode_rows
 from eua.evaluation.metrics import measure_answers, truth_ratios
 from eua.refusal import EnergyGuard
 from eua.scoring import prompt_scores
-from eua.separation import auroc, false_positive_rate
+from eua.statistics import auroc, false_positive_rate
 from eua.turns import Turns
 
 # Report key → (heading, format). Measures are taken with the guard off; "refused" says what the guard adds.

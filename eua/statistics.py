@@ -1,4 +1,4 @@
-"""From scores of held-out prompts to a threshold (method.md §5)."""
+"""Statistics of scores: conformal thresholds (method.md §5), bootstrap intervals, and how well two groups separate."""
 
 from __future__ import annotations
 
@@ -109,6 +109,21 @@ def bootstrap_interval(
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = means.quantile(tails).tolist()
     return low, high
+
+
+def auroc(positive: Tensor, negative: Tensor) -> float:
+    """Probability that a positive score exceeds a negative one, ties counted half (Mann–Whitney)."""
+    order = negative.sort().values
+    below = torch.searchsorted(order, positive, right=False)
+    up_to = torch.searchsorted(order, positive, right=True)
+    return float((below + up_to).double().mean() / (2 * len(negative)))
+
+
+def false_positive_rate(positive: Tensor, negative: Tensor, true_positive_rate: float = 0.95) -> float:
+    """Share of negative scores at or above the threshold that keeps ``true_positive_rate`` of the positive ones."""
+    rank = math.ceil(round(len(positive) * true_positive_rate, 9))
+    threshold = positive.sort(descending=True).values[rank - 1]
+    return float((negative >= threshold).double().mean())
 
 
 def _exact_p_value(above: float, count: int, tolerance: float) -> float:
