@@ -112,7 +112,7 @@ def _parser(run_file: Path | None) -> argparse.ArgumentParser:
     unlearn.add_argument("--overwrite", action="store_true", help="start anew in an output folder that is not empty")
     unlearn.set_defaults(fields={})
     if run_file is not None:
-        from eua.run_file import apply_run_file
+        from eua.training.settings_file import apply_run_file
 
         apply_run_file(run_file, unlearn)
 

@@ -114,9 +114,9 @@ def test_unlearn_with_lora_writes_an_adapter(tiny_folder, data, tmp_path):
 
 def test_options_reach_the_trainer(tiny_folder, data, tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr("eua.trainer.EUATrainer.__init__", lambda self, model, args, **kwargs: seen.update(vars(args)))
-    monkeypatch.setattr("eua.trainer.EUATrainer.train", lambda self, **kwargs: None)
-    monkeypatch.setattr("eua.trainer.EUATrainer.save_model", lambda self, folder: None)
+    monkeypatch.setattr("eua.training.trainer.EUATrainer.__init__", lambda self, model, args, **kwargs: seen.update(vars(args)))
+    monkeypatch.setattr("eua.training.trainer.EUATrainer.train", lambda self, **kwargs: None)
+    monkeypatch.setattr("eua.training.trainer.EUATrainer.save_model", lambda self, folder: None)
     options = {
         "gamma": 0.3,
         "alpha": 0.7,

@@ -10,11 +10,11 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eua import EUAConfig, EUAError, EUATrainer
-from eua.boundaries import compute_boundaries, fingerprint
 from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset
 from eua.data.rows import EncodedRow, encode_prompts, encode_rows
 from eua.scoring import prompt_scores
 from eua.statistics import auroc
+from eua.training.boundaries import compute_boundaries, fingerprint
 from tests.conftest import tiny_llama
 from tests.test_losses import transcription
 

@@ -14,8 +14,8 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import LlamaForCausalLM
 
 from eua import EUAConfig, EUATrainer
-from eua.config import EVAL_METRICS
 from eua.data.rows import encode_rows, rows_digest
+from eua.training.config import EVAL_METRICS
 from tests.conftest import tiny_llama
 from tests.test_trainer import LORA, make
 

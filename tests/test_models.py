@@ -26,12 +26,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from eua import EUAConfig, EUAError, EUATrainer
-from eua.checks import check_padding_free
 from eua.data.batches import flatten_rows, pad_rows
 from eua.data.rows import EncodedRow
 from eua.model.forward import check_head, hidden_states, token_energies
 from eua.model.head import output_head, output_module
 from eua.scoring import prompt_scores
+from eua.training.checks import check_padding_free
 from tests.conftest import tiny_llama
 
 V = 64

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from eua import EUAError
-from eua.distributed import check_setup, is_sharded
+from eua.distributed import is_sharded
+from eua.training.checks import check_setup
 from tests.test_trainer import make
 
 GATHERS = {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}
@@ -73,7 +74,7 @@ def test_ruined_weights_are_found_in_the_part_that_a_process_holds(model, tokeni
 
 
 def test_what_needs_the_weights_in_place_says_so(model, tokenizer, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("eua.trainer.is_sharded", lambda accelerator: True)
+    monkeypatch.setattr("eua.training.trainer.is_sharded", lambda accelerator: True)
     evaluated = {"eval_forget_dataset": rows["calibration"][:3], "eval_retain_dataset": rows["test"][:3]}
     trainer = make(model, tokenizer, rows, tmp_path, passed=evaluated, save_strategy="steps", save_steps=2)
     with pytest.raises(EUAError, match=r"evaluate\(\) was called before train\(\).* eval_on_start = True"):

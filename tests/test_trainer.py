@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from eua import EUAConfig, EUAError, EUATrainer
-from eua.boundaries import compute_boundaries
-from eua.checkpoints import last_checkpoint
 from eua.data.batches import ForgetRetainDataset, pad_rows
 from eua.data.rows import encode_rows
 from eua.model.forward import check_head, hidden_states
 from eua.model.head import output_head
+from eua.training.boundaries import compute_boundaries
+from eua.training.checkpoints import last_checkpoint
 from tests.conftest import tiny_llama
 from tests.test_losses import transcription
 
@@ -198,7 +198,7 @@ def test_boundaries_are_kept_and_stale_ones_noticed(model, tokenizer, rows, tmp_
         computed.append(args[2])
         return compute_boundaries(*args, **kwargs)
 
-    monkeypatch.setattr("eua.boundaries.compute_boundaries", counting)
+    monkeypatch.setattr("eua.training.boundaries.compute_boundaries", counting)
     first = make(model, tokenizer, rows, tmp_path)._find_boundaries(resuming=False)
     again = make(model, tokenizer, rows, tmp_path)._find_boundaries(resuming=True)
     assert computed == ["forget", "retain"]
@@ -226,7 +226,7 @@ def test_boundaries_are_kept_and_stale_ones_noticed(model, tokenizer, rows, tmp_
 def test_boundaries_go_on_where_they_were_interrupted(model, tokenizer, rows, tmp_path, monkeypatch):
     """Neither what is in the file nor what came after its last save is computed again; the result is that of one go."""
     expected = make(model, tokenizer, rows, tmp_path / "whole")._find_boundaries(resuming=False)
-    monkeypatch.setattr("eua.boundaries._BATCHES_AT_ONCE", 1)
+    monkeypatch.setattr("eua.training.boundaries._BATCHES_AT_ONCE", 1)
     computed = []
 
     def dying(model, rows, *args, **kwargs):
@@ -235,7 +235,7 @@ def test_boundaries_go_on_where_they_were_interrupted(model, tokenizer, rows, tm
             raise KeyboardInterrupt
         return compute_boundaries(model, rows, *args, **kwargs)
 
-    monkeypatch.setattr("eua.boundaries.compute_boundaries", dying)
+    monkeypatch.setattr("eua.training.boundaries.compute_boundaries", dying)
     with pytest.raises(KeyboardInterrupt):
         make(model, tokenizer, rows, tmp_path, boundary_batch_size=2)._find_boundaries(resuming=False)
     assert computed == [2] * 6  # 6 forget rows, and 4 of the 9 retain rows
@@ -254,10 +254,12 @@ def test_boundaries_go_on_where_they_were_interrupted(model, tokenizer, rows, tm
 
 def test_boundaries_are_saved_while_they_are_computed(model, tokenizer, rows, tmp_path, monkeypatch):
     """A process that is killed, with no time to say goodbye, loses half a minute."""
-    monkeypatch.setattr("eua.boundaries._BATCHES_AT_ONCE", 1)
-    monkeypatch.setattr("eua.boundaries._SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr("eua.training.boundaries._BATCHES_AT_ONCE", 1)
+    monkeypatch.setattr("eua.training.boundaries._SECONDS_BETWEEN_SAVES", 0.0)
     saved = []
-    monkeypatch.setattr("eua.boundaries.save_boundaries", lambda path, found, *_: saved.append(str(found).count("None")))
+    monkeypatch.setattr(
+        "eua.training.boundaries.save_boundaries", lambda path, found, *_: saved.append(str(found).count("None"))
+    )
     make(model, tokenizer, rows, tmp_path, boundary_batch_size=4)._find_boundaries(resuming=False)
     assert saved == [11, 9, 5, 1, 0, 0]  # rows to come, after each batch and at the end
 

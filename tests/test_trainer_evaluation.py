@@ -15,11 +15,11 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
 from eua import EUAError, EUATrainer
-from eua.boundaries import compute_boundaries
-from eua.checkpoints import last_checkpoint
-from eua.config import EVAL_METRICS
 from eua.scoring import prompt_scores
 from eua.statistics import auroc
+from eua.training.boundaries import compute_boundaries
+from eua.training.checkpoints import last_checkpoint
+from eua.training.config import EVAL_METRICS
 from tests.conftest import tiny_llama
 from tests.test_losses import transcription
 from tests.test_trainer import LORA, add_dropout, config, make, weights
@@ -115,7 +115,7 @@ def test_boundaries_of_held_out_rows_are_kept_with_the_others(model, tokenizer, 
         computed.append(args[2])
         return compute_boundaries(*args, **kwargs)
 
-    monkeypatch.setattr("eua.boundaries.compute_boundaries", counting)
+    monkeypatch.setattr("eua.training.boundaries.compute_boundaries", counting)
     first = evaluated(model, tokenizer, rows, tmp_path)._find_boundaries(resuming=False)
     again = evaluated(model, tokenizer, rows, tmp_path)._find_boundaries(resuming=True)
     assert computed == ["forget", "retain", "eval_forget", "eval_retain"]
@@ -129,7 +129,7 @@ class Metric(TrainerCallback):
 
     def __init__(self, monkeypatch, values: list[float], interrupt_at: int | None = None) -> None:
         self.values, self.interrupt_at = list(values), interrupt_at
-        monkeypatch.setattr("eua.held_out.auroc", lambda forget, retain: self.values.pop(0))
+        monkeypatch.setattr("eua.training.evaluation.auroc", lambda forget, retain: self.values.pop(0))
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step + 1 == self.interrupt_at:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from eua import EUATrainer
-from eua.checkpoints import last_checkpoint
 from eua.methods.d2 import scheduled_gamma
+from eua.training.checkpoints import last_checkpoint
 from tests.conftest import tiny_llama
 from tests.test_trainer import add_dropout, make, weights
 from tests.test_trainer_evaluation import evaluated

@@ -7,13 +7,13 @@ from accelerate import Accelerator
 from torch import nn
 from transformers.utils import logging
 
-from eua.config import EUAConfig
 from eua.data.batches import flatten_rows, pad_rows
 from eua.data.rows import EncodedRow
 from eua.distributed import is_sharded, zero_stage
 from eua.errors import EUAError
 from eua.model.forward import hidden_states
 from eua.model.head import vocabulary_and_device
+from eua.training.config import EUAConfig
 
 logger = logging.get_logger(__name__)
 

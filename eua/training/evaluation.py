@@ -11,8 +11,8 @@ from eua.data.rows import EncodedRow
 from eua.methods.d2 import loss_means, loss_sums
 from eua.model.forward import answer_states, check_finite, eval_hidden_states
 from eua.model.head import output_head
-from eua.reference import Reference
 from eua.statistics import auroc
+from eua.training.reference import Reference
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def held_out_metrics(
     Args:
         model: the model in training.
         rows: encoded rows, ``"forget"`` and ``"retain"``.
-        boundaries: of these rows, (A,) each, as :func:`eua.boundaries.compute_boundaries` gives them.
+        boundaries: of these rows, (A,) each, as :func:`eua.training.boundaries.compute_boundaries` gives them.
         gamma, alpha: weights of the loss.
         temperature: T of the energy.
         batch_size: rows per forward.

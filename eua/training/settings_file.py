@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from eua.config import EUAConfig
 from eua.errors import EUAError
+from eua.training.config import EUAConfig
 
 # Fields of EUAConfig that the command line names otherwise.
 OPTION_OF_FIELD = {

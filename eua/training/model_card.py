@@ -14,8 +14,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import Trainer
 
-from eua.config import EVAL_METRICS, EUAConfig
 from eua.data.rows import rows_digest
+from eua.training.config import EVAL_METRICS, EUAConfig
 
 CARD_FILE = "README.md"
 TAGS = ("eua", "unlearning", "energy-based")

@@ -22,22 +22,22 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import logging
 
-from eua.boundaries import RunBoundaries
-from eua.callbacks import StopWhenMet
-from eua.checkpoints import CheckpointingTrainer, last_checkpoint
-from eua.checks import check_arguments, check_model, check_padding_free, check_setup, check_trainable
-from eua.config import EUAConfig
 from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset
 from eua.data.pairing import PairedSampler
 from eua.data.rows import IGNORE_INDEX, Row, encode_rows, read_rows
 from eua.distributed import is_sharded
 from eua.errors import EUAError
-from eua.held_out import held_out_metrics
 from eua.methods.d2 import d2_loss, loss_means, loss_sums, scheduled_gamma
 from eua.model.forward import check_head, check_token_ids, hidden_states, token_energies
 from eua.model.head import output_head
-from eua.model_card import model_card
-from eua.reference import Reference
+from eua.training.boundaries import RunBoundaries
+from eua.training.checkpoints import CheckpointingTrainer, last_checkpoint
+from eua.training.checks import check_arguments, check_model, check_padding_free, check_setup, check_trainable
+from eua.training.config import EUAConfig
+from eua.training.evaluation import held_out_metrics
+from eua.training.model_card import model_card
+from eua.training.reference import Reference
+from eua.training.stopping import StopWhenMet
 
 logger = logging.get_logger(__name__)
 
@@ -301,7 +301,7 @@ class EUATrainer(CheckpointingTrainer):
     def evaluate(
         self, eval_dataset: None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The D² loss of the held-out rows with γ and α as configured, its parts, and ``auroc``, see :mod:`eua.held_out`.
+        """The D² loss of the held-out rows, its parts, and ``auroc``, see :mod:`eua.training.evaluation`.
 
         Every process measures all rows, so there is nothing to gather. Trainer's own loop is not used: its data loader draws
         from the random state, and training would go on differently than without evaluation.
@@ -343,5 +343,5 @@ class EUATrainer(CheckpointingTrainer):
         return metrics
 
     def model_card(self, **metadata: Any) -> str:
-        """What README.md of the saved model says, see :func:`eua.model_card.model_card`."""
+        """What README.md of the saved model says, see :func:`eua.training.model_card.model_card`."""
         return model_card(self, **metadata)

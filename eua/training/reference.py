@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eua.boundaries import SIDES
 from eua.data.rows import IGNORE_INDEX
 from eua.errors import EUAError
 from eua.methods.d2 import reference_kl
 from eua.model.forward import check_head, hidden_states
 from eua.model.head import Fill, Head, output_head
+from eua.training.boundaries import SIDES
 
 
 class Reference:

@@ -15,11 +15,11 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
-from eua.callbacks import StopOnSignal
 from eua.distributed import local_part
 from eua.files import fill_folder, replacing
 from eua.model.forward import check_finite
-from eua.model_card import CARD_FILE
+from eua.training.model_card import CARD_FILE
+from eua.training.stopping import StopOnSignal
 
 STAGING_FOLDER = ".checkpoint.partial"
 HUB_FOLDER = "hub"
