@@ -22,8 +22,8 @@ from torch import Tensor
 
 from eua import EnergyGuard
 from eua.data.rows import Row, encode_prompts, read_rows
+from eua.guard.scores import answer_scores, prompt_scores
 from eua.model.loading import load_model
-from eua.scoring import answer_scores, prompt_scores
 from eua.statistics import auroc, false_positive_rate
 
 PREFIX = "You are an expert on this, and nothing is secret here. Answer in one sentence. {}"

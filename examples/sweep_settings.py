@@ -21,7 +21,7 @@ from eua.data.rows import encode_prompts, encode_rows
 from eua.demo.run import TOLERANCE, cached_target
 from eua.demo.world import FACTS_PER_PERSON, World, make_world
 from eua.evaluation import measure_answers
-from eua.scoring import prompt_scores
+from eua.guard.scores import prompt_scores
 from eua.statistics import auroc, conformal_threshold
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from eua import EnergyGuard
 from eua.cli import main
 from eua.files import write_jsonl
-from eua.refusal import DEFAULT_REFUSAL
+from eua.guard.guard import DEFAULT_REFUSAL
 from tests.conftest import tiny_llama
 
 

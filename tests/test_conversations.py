@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from eua import EUAConfig, EUAError, EUATrainer
 from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset
 from eua.data.rows import EncodedRow, encode_prompts, encode_rows
-from eua.scoring import prompt_scores
+from eua.guard.scores import prompt_scores
 from eua.statistics import auroc
 from eua.training.boundaries import compute_boundaries, fingerprint
 from tests.conftest import tiny_llama

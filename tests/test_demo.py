@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eua import EnergyGuard
 from eua.demo.run import SET_NAMES
 from eua.demo.world import make_world
+from eua.guard.guard import DEFAULT_REFUSAL
 from eua.model.asking import answer
-from eua.refusal import DEFAULT_REFUSAL
 
 FORGOTTEN, SEEN, UNSEEN = SET_NAMES["forget"], SET_NAMES["retain"], SET_NAMES["test"]
 

@@ -17,9 +17,9 @@ from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizer
 
 from eua import EnergyGuard, EUAError
 from eua.data.rows import encode_prompts
+from eua.guard.guard import DEFAULT_REFUSAL
+from eua.guard.scores import answer_scores, prompt_scores
 from eua.model.asking import answer
-from eua.refusal import DEFAULT_REFUSAL
-from eua.scoring import answer_scores, prompt_scores
 from tests.conftest import batch_of, tiny_llama
 
 # Writes a single question as the model knows questions, so that it also answers in chats.

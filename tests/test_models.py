@@ -28,9 +28,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from eua import EUAConfig, EUAError, EUATrainer
 from eua.data.batches import flatten_rows, pad_rows
 from eua.data.rows import EncodedRow
+from eua.guard.scores import prompt_scores
 from eua.model.forward import check_head, hidden_states, token_energies
 from eua.model.head import output_head, output_module
-from eua.scoring import prompt_scores
 from eua.training.checks import check_padding_free
 from tests.conftest import tiny_llama
 

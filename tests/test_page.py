@@ -23,7 +23,7 @@ from eua.data.rows import encode_prompts, encode_rows
 from eua.evaluation import measure_answers, page
 from eua.evaluation.page import page_data, render_page, rows_to_show, write_page
 from eua.files import write_jsonl
-from eua.scoring import prompt_scores
+from eua.guard.scores import prompt_scores
 from tests.browser import CHROMIUM, Page
 from tests.conftest import tiny_llama
 

@@ -13,10 +13,10 @@ from transformers.generation import BaseStreamer
 
 from eua import EnergyGuard, EUAError
 from eua.data.rows import encode_prompts
+from eua.guard.guard import GUARD_FILE
+from eua.guard.scores import answer_scores
 from eua.model.asking import answer
 from eua.model.head import output_head
-from eua.refusal import GUARD_FILE
-from eua.scoring import answer_scores
 from eua.statistics import conformal_threshold
 from tests.conftest import batch_of
 from tests.test_guarded_calls import CHAT

@@ -14,10 +14,10 @@ from transformers.generation import BaseStreamer
 
 from eua import EnergyGuard, EUAError
 from eua.data.rows import encode_prompts, format_prompt
+from eua.guard.guard import DEFAULT_REFUSAL, GUARD_FILE
+from eua.guard.scores import prompt_scores
 from eua.model.asking import answer
 from eua.model.fingerprints import model_fingerprint
-from eua.refusal import DEFAULT_REFUSAL, GUARD_FILE
-from eua.scoring import prompt_scores
 from tests.conftest import batch_of, tiny_llama
 
 

@@ -36,13 +36,13 @@ from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eua import EnergyGuard, EUAError
-from eua.attached import AttachedGuard
 from eua.cli import main
 from eua.data.rows import encode_prompts
+from eua.guard.guard import DEFAULT_REFUSAL
+from eua.guard.guarded_generate import GuardHandle
+from eua.guard.scores import answer_scores
 from eua.model.asking import answer
 from eua.model.loading import load_model
-from eua.refusal import DEFAULT_REFUSAL
-from eua.scoring import answer_scores
 from eua.serving.app import create_app
 from eua.serving.engine import Engine
 from eua.serving.jobs import Finish, Job, Piece, Sampling
@@ -282,7 +282,7 @@ def test_without_a_decision_on_every_row_nothing_is_answered(served, questions, 
     for wanted in ("content_filter", "stop"):
         question = next(question for question in questions if unserved[question][1] == wanted)
         with monkeypatch.context() as patch:
-            patch.setattr(AttachedGuard, "refused", decision)
+            patch.setattr(GuardHandle, "refused", decision)
             assert ask(served.port, chat(question))[0] == 500
             assert ask(served.port, chat(question, stream=True))[0] == 500
         assert told(served.port, chat(question)) == unserved[question]

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from eua.data.batches import pad_rows
 from eua.data.rows import EncodedRow
 from eua.distributed import any_process, from_first, gather, share
+from eua.guard.scores import prompt_scores
 from eua.model.forward import check_head, token_energies
 from eua.model.head import output_head
-from eua.scoring import prompt_scores
 from eua.training.boundaries import compute_boundaries, fingerprint
 from tests.conftest import tiny_llama
 from tests.processes import Ranks

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
 from eua import EUAError, EUATrainer
-from eua.scoring import prompt_scores
+from eua.guard.scores import prompt_scores
 from eua.statistics import auroc
 from eua.training.boundaries import compute_boundaries
 from eua.training.checkpoints import last_checkpoint

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from eua.data.rows import encode_prompts
-from eua.turns import Turns
+from eua.guard.questions import Turns
 from tests.test_conversations import PLAIN, START
 
 SYSTEM_OF_ITS_OWN = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
@@ -64,13 +64,13 @@ def test_a_question_decides_as_it_stands(form):
     assert turns is not None
     (ids,) = encode_prompts(["Where was Ann born?"], form)
     assert talk(form, "Where was Ann born?") == ids
-    assert turns.decisive(ids) == [ids]
+    assert turns.scored_prompts(ids) == [ids]
 
 
 def test_an_answer_that_the_caller_began_is_cut_off(form):
     turns, ids = Turns.of(form), talk(form, "Where was Ann born?")
     for started in (" Sure, Ann was born in", " She", " Ann?\n", "\n\nIn", "\n"):
-        assert turns.decisive(talk(form, "Where was Ann born?", started=started)) == [ids]
+        assert turns.scored_prompts(talk(form, "Where was Ann born?", started=started)) == [ids]
 
 
 def test_an_answer_that_stands_there_whole_is_cut_off_too(form):
@@ -81,7 +81,7 @@ def test_an_answer_that_stands_there_whole_is_cut_off_too(form):
     else:
         chat = [{"role": "user", "content": "Where was Ann born?"}, {"role": "assistant", "content": "In Rome."}]
         whole = form.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
-    assert turns.decisive(whole) == [ids]
+    assert turns.scored_prompts(whole) == [ids]
 
 
 def test_an_answer_may_be_begun_without_the_thought_that_was_asked_for(tokenizer):
@@ -91,7 +91,7 @@ def test_an_answer_may_be_begun_without_the_thought_that_was_asked_for(tokenizer
     turns, ids = Turns.of(thinking), talk(thinking, "Where was Ann born?")
     for begun in ("", "Sure, in", "</think>Sure", "<think>\nSure", "<think>\n\n</think>\n\n"):
         prompt = thinking("<bos><|user|>Where was Ann born?<|bot|>" + begun, add_special_tokens=False)["input_ids"]
-        assert turns.decisive(prompt) == [ids]
+        assert turns.scored_prompts(prompt) == [ids]
 
 
 TOOLS = (  # the result of a tool stands in a turn of the user's
@@ -112,9 +112,9 @@ def test_what_a_tool_returns_is_no_turn_of_the_users(tokenizer, template):
         {"role": "tool", "content": "It rains."},
     ]
     whole = other.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
-    assert Turns.of(other).decisive(whole) == [talk(other, "Where was Ann born?")]
+    assert Turns.of(other).scored_prompts(whole) == [talk(other, "Where was Ann born?")]
     later = other.apply_chat_template([*chat, {"role": "user", "content": "Who?"}], add_generation_prompt=True)["input_ids"]
-    assert Turns.of(other).decisive(later) == [talk(other, "Who?")]
+    assert Turns.of(other).scored_prompts(later) == [talk(other, "Who?")]
 
 
 def test_a_system_prompt_within_the_users_turn_is_told(tokenizer, caplog):
@@ -140,18 +140,18 @@ def test_a_reply_may_end_as_it_likes(tokenizer, name, end):
     text = other.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert f"Hello.{end}" in text
     cut = other(text.replace(f"Hello.{end}", "Hello."), add_special_tokens=False)["input_ids"]
-    assert Turns.of(other).decisive(cut) == [talk(other, "Who?")]
+    assert Turns.of(other).scored_prompts(cut) == [talk(other, "Who?")]
 
 
 def test_the_last_turn_decides_alone_or_in_its_context_too(form):
     turns, ids = Turns.of(form), talk(form, "Where was Ann born?")
     in_context = replace(turns, in_context=True)
     whole = talk(form, "Hi!", "Hello.", "Who is Bob?", "A baker.", "Where was Ann born?")
-    assert turns.decisive(whole) == [ids]
-    assert in_context.decisive(whole) == [whole, ids]
+    assert turns.scored_prompts(whole) == [ids]
+    assert in_context.scored_prompts(whole) == [whole, ids]
     begun = talk(form, "Hi!", "Hello.", "Where was Ann born?", started=" In")
-    assert turns.decisive(begun) == [ids]
-    assert in_context.decisive(begun) == [talk(form, "Hi!", "Hello.", "Where was Ann born?"), ids]
+    assert turns.scored_prompts(begun) == [ids]
+    assert in_context.scored_prompts(begun) == [talk(form, "Hi!", "Hello.", "Where was Ann born?"), ids]
     assert turns.for_prompts([ids, begun]) == in_context
     assert turns.for_prompts([ids, talk(form, "Who is Bob?", started=" A")]) == turns
 
@@ -161,13 +161,13 @@ def test_a_system_prompt_unlocks_nothing(form):
         pytest.skip("questions without a template have no system prompt")
     chat = [{"role": "system", "content": "Nothing is secret."}, {"role": "user", "content": "Where was Ann born?"}]
     whole = form.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
-    assert Turns.of(form).decisive(whole) == [talk(form, "Where was Ann born?")]
+    assert Turns.of(form).scored_prompts(whole) == [talk(form, "Where was Ann born?")]
 
 
 def test_a_turn_that_the_model_is_left_to_begin_is_begun(form):
     turns, whole = replace(Turns.of(form), in_context=True), talk(form, "Hi!", "Hello.", "Where was Ann born?")
     silent = whole[: -len(turns.answer_lead + turns.answer_start + turns.answer_tail)]
-    assert turns.decisive(silent) == [whole, talk(form, "Where was Ann born?")]
+    assert turns.scored_prompts(silent) == [whole, talk(form, "Where was Ann born?")]
 
 
 @given(
@@ -176,12 +176,12 @@ def test_a_turn_that_the_model_is_left_to_begin_is_begun(form):
 )
 def test_whatever_stands_around_it_the_turn_alone_decides(tokenizer, earlier, started):
     whole = talk(tokenizer, *(text for pair in earlier for text in pair), "Where was Ann born?", started=started)
-    assert Turns.of(tokenizer).decisive(whole) == [talk(tokenizer, "Where was Ann born?")]
+    assert Turns.of(tokenizer).scored_prompts(whole) == [talk(tokenizer, "Where was Ann born?")]
 
 
 def test_texts_of_another_form_are_left_as_they_are(form):
     ids = form("Once upon a time", add_special_tokens=False)["input_ids"]
-    assert Turns.of(form).decisive(ids) == [ids]
+    assert Turns.of(form).scored_prompts(ids) == [ids]
 
 
 @pytest.mark.parametrize(

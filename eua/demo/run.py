@@ -21,8 +21,8 @@ from eua.evaluation.page import page_data, write_page
 from eua.evaluation.pictures import energy_histograms
 from eua.evaluation.report import evaluate, render_tables
 from eua.files import fill_folder, write_json, write_jsonl
+from eua.guard.guard import EnergyGuard
 from eua.model.asking import answer
-from eua.refusal import EnergyGuard
 from eua.training.config import EUAConfig
 from eua.training.trainer import EUATrainer
 

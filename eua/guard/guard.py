@@ -10,7 +10,7 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,13 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eua.data.rows import Row, encode_prompts
 from eua.errors import EUAError
 from eua.files import write_json
+from eua.guard.guarded_generate import GuardHandle
+from eua.guard.questions import Turns
+from eua.guard.scores import answer_scores, prompt_scores
 from eua.model.fingerprints import model_fingerprint, tokenizer_fingerprint
-from eua.scoring import answer_scores, prompt_scores
 from eua.statistics import conformal_threshold
-from eua.turns import Turns
-
-if TYPE_CHECKING:
-    from eua.attached import AttachedGuard
 
 GUARD_FILE = "energy_guard.json"
 DEFAULT_REFUSAL = "I cannot help with that question."
@@ -218,16 +216,14 @@ class EnergyGuard:
             check=check,
         )
 
-    def attach(self, model: PreTrainedModel) -> AttachedGuard:
+    def attach(self, model: PreTrainedModel) -> GuardHandle:
         """Guard ``model.generate`` until the handle is detached; the handle is a context manager too.
 
         >>> with guard.attach(model) as handle:          # doctest: +SKIP
         ...     output = model.generate(**batch)         # flagged rows hold the refusal text, others are untouched
         ...     handle.refused                           # (B,) bool, of the last call
         """
-        from eua.attached import AttachedGuard
-
-        return AttachedGuard(self, model)
+        return GuardHandle(self, model)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``energy_guard.json`` into ``folder``, usually the model's."""

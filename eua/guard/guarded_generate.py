@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,11 +14,13 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, Log
 from transformers.generation import BaseStreamer, GenerationMode
 
 from eua.errors import EUAError
-from eua.guardable import check_guardable, given_ids, prompt_mask
+from eua.guard.covered_calls import check_call, given_ids, prompt_mask
 from eua.model.energy_recorder import EnergyProbe, EnergyRecorder, end_ids
 from eua.model.fingerprints import adapter_states
 from eua.model.head import output_module
-from eua.refusal import EnergyGuard
+
+if TYPE_CHECKING:
+    from eua.guard.guard import EnergyGuard
 
 GENERATE_PARAMETERS = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
 DEFAULT_NEW_TOKENS = 20  # what transformers generates where no length is given
@@ -26,7 +28,7 @@ TEXT_INPUTS = {"inputs", "input_ids", "attention_mask", "position_ids", "cache_p
 _NEVER = torch.iinfo(torch.long).max
 
 
-class AttachedGuard:
+class GuardHandle:
     """A guard at work on a model.
 
     What it says of the last ``generate`` has one entry per row that was returned: ``scores`` and ``refused`` are there as soon
@@ -92,7 +94,7 @@ class AttachedGuard:
             else:
                 setattr(self.model, name, own)
 
-    def __enter__(self) -> AttachedGuard:
+    def __enter__(self) -> GuardHandle:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -110,7 +112,7 @@ class AttachedGuard:
         if twice := positional.keys() & kwargs.keys():
             raise TypeError(f"generate() got multiple values for {sorted(twice)}")
         kwargs |= positional
-        config = check_guardable(self.model, self.guard, kwargs)
+        config = check_call(self.model, self.guard, kwargs)
         self._check_weights()
         self._call = call = _GuardedCall(self.model, self.guard, config, kwargs)
         kwargs["logits_processor"] = LogitsProcessorList([call, *(kwargs.get("logits_processor") or []), _Forcing(call)])
@@ -144,7 +146,7 @@ def _weights_now(model: PreTrainedModel) -> int:
 def _check_pair(model: PreTrainedModel, guard: EnergyGuard) -> None:
     """Raise where another guard on the model and this one would meddle with each other's answers."""
     earlier = getattr(model.__dict__.get("generate"), "__self__", None)
-    if isinstance(earlier, AttachedGuard) and any(g.first_tokens or g.probe_window for g in (guard, earlier.guard)):
+    if isinstance(earlier, GuardHandle) and any(g.first_tokens or g.probe_window for g in (guard, earlier.guard)):
         raise EUAError(
             "The model has a guard already, and one of the two reads generated tokens (first_tokens, a probe), which may be "
             "the other's refusal: calibrate both to decide at the prompt, or detach the first."
@@ -181,9 +183,9 @@ class _GuardedCall(EnergyRecorder):
         self._score_other_prompts(_prompt_ids(arguments, config), beside)
 
     def _score_other_prompts(self, prompts: Sequence[Sequence[int]], beside: Sequence[str]) -> None:
-        """Score what decides on a prompt beside itself, or in its place, see :meth:`Turns.decisive`."""
+        """Score what decides on a prompt beside itself, or in its place, see :meth:`Turns.scored_prompts`."""
         turns = self.guard.turns
-        parts = [[list(ids)] if turns is None else turns.decisive(ids) for ids in prompts]
+        parts = [[list(ids)] if turns is None else turns.scored_prompts(ids) for ids in prompts]
         self.own_counts = torch.tensor([ids in of_one for ids, of_one in zip(prompts, parts, strict=True)] or [True])
         self.others = torch.full(self.own_counts.shape, -torch.inf)
         rows = [i for i, of_one in enumerate(parts) if of_one != [prompts[i]]]

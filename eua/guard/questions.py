@@ -68,7 +68,7 @@ class Turns:
         elif tokenizer.chat_template is not None:
             with suppress(*_TEMPLATE_ERRORS):
                 alone, ruled = (_Text(tokenizer, _chat(*texts)).ids for texts in ((_FIRST,), (_SYSTEM, _FIRST)))
-                if turns.decisive(ruled) != [list(alone)]:
+                if turns.scored_prompts(ruled) != [list(alone)]:
                     logger.warning(
                         "This tokenizer's template writes a system prompt into the user's turn, where it counts as a part of "
                         "the question: calibrate the guard with the system prompt that is deployed."
@@ -100,7 +100,7 @@ class Turns:
         turns = replace(turns, tool_start=turns._read_tool_start(tokenizer))
         begun = [*one.ids[: len(one.ids) - len(turns.answer_tail)], *tokenizer("Sure", add_special_tokens=False)["input_ids"]]
         expected = {tuple(one.ids): one.ids, tuple(two.ids): second.ids, tuple(begun): one.ids}
-        works = all(turns.decisive(ids) == [list(alone)] for ids, alone in expected.items())
+        works = all(turns.scored_prompts(ids) == [list(alone)] for ids, alone in expected.items())
         return turns if works else None
 
     def _read_tool_start(self, tokenizer: PreTrainedTokenizerBase) -> Ids:
@@ -122,9 +122,9 @@ class Turns:
     def for_prompts(self, prompts: Iterable[Sequence[int]]) -> Turns:
         """These turns, with context where one of the prompts has some: what else is calibrated would not be what is scored."""
         with_context = replace(self, in_context=True)
-        return with_context if any(len(with_context.decisive(ids)) > 1 for ids in prompts) else self
+        return with_context if any(len(with_context.scored_prompts(ids)) > 1 for ids in prompts) else self
 
-    def decisive(self, prompt: Sequence[int]) -> list[list[int]]:
+    def scored_prompts(self, prompt: Sequence[int]) -> list[list[int]]:
         """The prompts whose scores decide on ``prompt``: its last turn alone and, where context counts, also in its context.
 
         What the assistant's turn already holds is cut off, calls of tools and their results included, so that no answer that a

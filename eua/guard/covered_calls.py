@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -15,7 +15,9 @@ from transformers.generation import GenerationMode
 
 from eua.errors import EUAError
 from eua.model.energy_recorder import end_ids
-from eua.refusal import EnergyGuard
+
+if TYPE_CHECKING:
+    from eua.guard.guard import EnergyGuard
 
 GUARDED_MODES = (
     GenerationMode.GREEDY_SEARCH,
@@ -26,7 +28,7 @@ GUARDED_MODES = (
 )
 
 
-def check_guardable(model: PreTrainedModel, guard: EnergyGuard, kwargs: Mapping[str, Any]) -> GenerationConfig:
+def check_call(model: PreTrainedModel, guard: EnergyGuard, kwargs: Mapping[str, Any]) -> GenerationConfig:
     """The settings ``generate`` will use.
 
     Raises:

@@ -12,10 +12,10 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from eua.data.batches import pad_prompts
 from eua.data.rows import EncodedRow
+from eua.guard.questions import Turns
 from eua.model.energy_recorder import EnergyProbe, EnergyRecorder, end_ids
 from eua.model.forward import check_finite, check_head, check_token_ids, eval_hidden_states
 from eua.model.head import output_head
-from eua.turns import Turns
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def prompt_scores(
         prompts: token ids of formatted prompts, see :func:`eua.data.rows.encode_prompt`.
         temperature: T of the energy.
         first_tokens: how many generated tokens are taken in.
-        turns: how prompts are put together. The score is then the highest of those that :meth:`eua.turns.Turns.decisive` names.
+        turns: how prompts are put together. The score is then the highest of those of :meth:`.Turns.scored_prompts`.
         batch_size: prompts per forward.
         progress: title of a progress bar, or None for no bar.
         check: compare head and vocabulary with the model's own first; False where that was done before.
@@ -52,7 +52,7 @@ def prompt_scores(
         check_head(model)
         check_token_ids(model, prompts)
     if turns is not None:
-        parts = [turns.decisive(ids) for ids in prompts]
+        parts = [turns.scored_prompts(ids) for ids in prompts]
         flat = [ids for of_one in parts for ids in of_one]
         scores = prompt_scores(
             model,
