@@ -50,7 +50,7 @@ from eua.serving.server import DrainingServer
 from eua.serving.transcript import Transcript
 from tests.conftest import tiny_llama
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from eua.model.asking import answer
 from eua.model.head import output_head
 from eua.statistics import conformal_threshold
 from tests.conftest import batch_of
-from tests.test_guarded_calls import CHAT
+from tests.guard.test_guarded_generate import CHAT
 
 
 def window_means(model: LlamaForCausalLM, ids: list[int], window: int, new_tokens: int) -> list[float]:

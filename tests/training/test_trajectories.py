@@ -17,7 +17,7 @@ from eua.data.batches import pad_rows
 from eua.model.forward import token_energies
 from fused_energy import linear_energy
 from tests.conftest import tiny_llama
-from tests.test_trainer import make
+from tests.training.test_trainer import make
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from eua.files import write_jsonl
 from tests.conftest import tiny_llama
 
-ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "tests" / "distributed_run.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tests" / "training" / "distributed_run.py"
 COMMON = ["--num_processes", "2", "--num_machines", "1", "--dynamo_backend", "no", "--mixed_precision", "no"]
 SETUPS = {
     "ddp": ["--multi_gpu"],

@@ -17,7 +17,7 @@ from eua import EUAConfig, EUATrainer
 from eua.data.rows import encode_rows, rows_digest
 from eua.training.config import EVAL_METRICS
 from tests.conftest import tiny_llama
-from tests.test_trainer import LORA, make
+from tests.training.test_trainer import LORA, make
 
 BOTH = pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
 

@@ -20,10 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_energy import LinearEnergy, linear_energy
 from tests.conftest import tiny_llama
-from tests.numerics import IGNORED, normal, some_targets
+from tests.fused_energy.numerics import IGNORED, normal, some_targets
 from tests.processes import Ranks
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from replace_loss import loss_without_logits
 
 N, H, V = 12, 8, 50

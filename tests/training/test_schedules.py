@@ -12,8 +12,8 @@ from eua import EUATrainer
 from eua.methods.d2 import scheduled_gamma
 from eua.training.checkpoints import last_checkpoint
 from tests.conftest import tiny_llama
-from tests.test_trainer import add_dropout, make, weights
-from tests.test_trainer_evaluation import evaluated
+from tests.training.test_evaluation import evaluated
+from tests.training.test_trainer import add_dropout, make, weights
 
 
 def test_gamma_rises_then_stays_or_falls():

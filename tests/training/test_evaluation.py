@@ -21,8 +21,8 @@ from eua.training.boundaries import compute_boundaries
 from eua.training.checkpoints import last_checkpoint
 from eua.training.config import EVAL_METRICS
 from tests.conftest import tiny_llama
-from tests.test_losses import transcription
-from tests.test_trainer import LORA, add_dropout, config, make, weights
+from tests.methods.test_d2 import transcription
+from tests.training.test_trainer import LORA, add_dropout, config, make, weights
 
 
 def evaluated(model, tokenizer, rows, folder, peft_config=None, **options) -> EUATrainer:

@@ -1,6 +1,6 @@
 """The Triton kernels, run: on a GPU where there is one, else step by step in the interpreter, which needs its own process:
 
-TRITON_INTERPRET=1 pytest tests/test_triton.py
+TRITON_INTERPRET=1 pytest tests/fused_energy/test_triton.py
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from fused_energy import dispatch, linear_energy, tail_energy
-from tests import numerics
-from tests.numerics import IGNORED, Problem, assert_no_worse_than_plain, named_problems, normal
+from tests.fused_energy import numerics
+from tests.fused_energy.numerics import IGNORED, Problem, assert_no_worse_than_plain, named_problems, normal
 
 if not (dispatch.HAS_TRITON and (torch.cuda.is_available() or dispatch.TRITON_IS_INTERPRETED)):
     pytest.skip("needs triton and a GPU, or TRITON_INTERPRET=1 before Python starts", allow_module_level=True)
@@ -165,7 +165,7 @@ def test_a_named_implementation_never_falls_back():
 @pytest.mark.skipif(DEVICE != "cpu", reason="the script itself can be run here")
 def test_gpu_script_rehearses():
     """Device time is dear: the script that spends it is walked through, tiny and interpreted, from end to end."""
-    script = Path(__file__).parent.parent / "benches" / "gpu.py"
+    script = Path(__file__).parents[2] / "benches" / "gpu.py"
     done = subprocess.run([sys.executable, script, "--rehearse"], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "correctness: 0 failures" in done.stdout

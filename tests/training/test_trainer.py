@@ -22,7 +22,7 @@ from eua.model.head import output_head
 from eua.training.boundaries import compute_boundaries
 from eua.training.checkpoints import last_checkpoint
 from tests.conftest import tiny_llama
-from tests.test_losses import transcription
+from tests.methods.test_d2 import transcription
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=True)
 

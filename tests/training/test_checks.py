@@ -10,7 +10,7 @@ import torch
 from eua import EUAError
 from eua.distributed import is_sharded
 from eua.training.checks import check_setup
-from tests.test_trainer import make
+from tests.training.test_trainer import make
 
 GATHERS = {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}
 

@@ -24,10 +24,10 @@ from eua.evaluation import measure_answers, page
 from eua.evaluation.page import page_data, render_page, rows_to_show, write_page
 from eua.files import write_jsonl
 from eua.guard.scores import prompt_scores
-from tests.browser import CHROMIUM, Page
 from tests.conftest import tiny_llama
+from tests.evaluation.browser import CHROMIUM, Page
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium here: install one (apt-get install chromium), or name it in CHROMIUM"
 )

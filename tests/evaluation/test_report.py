@@ -13,9 +13,9 @@ from eua import EnergyGuard, EUAError
 from eua.data.rows import EncodedRow, encode_rows, read_rows
 from eua.evaluation import evaluate, measure_answers, render_tables, truth_ratios
 from eua.evaluation.pictures import energy_histograms
-from tests.test_guarded_calls import CHAT, messages
+from tests.guard.test_guarded_generate import CHAT, messages
 
-TOFU = Path(__file__).parent.parent.parent / "shared" / "tofu"
+TOFU = Path(__file__).parents[3] / "shared" / "tofu"
 
 
 def test_measures_are_their_definitions(model):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from eua import EUAError
 from eua.methods.d2 import reference_kl
 from tests.conftest import tiny_llama
-from tests.test_trainer import LORA, add_dropout, make, weights
+from tests.training.test_trainer import LORA, add_dropout, make, weights
 
 
 def sharp(tokenizer, seed: int = 0):

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eua.data.rows import encode_prompts
 from eua.guard.questions import Turns
-from tests.test_conversations import PLAIN, START
+from tests.data.test_answers_in_chats import PLAIN, START
 
 SYSTEM_OF_ITS_OWN = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
 FORMS = {

@@ -16,7 +16,7 @@ from eua.guard.scores import prompt_scores
 from eua.statistics import auroc
 from eua.training.boundaries import compute_boundaries, fingerprint
 from tests.conftest import tiny_llama
-from tests.test_losses import transcription
+from tests.methods.test_d2 import transcription
 
 START, END = "<|im_start|>", "<|im_end|>"
 WORDS = """

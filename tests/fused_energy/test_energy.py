@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fused_energy import EnergyNLL, linear_energy, streaming, tail_energy
 from fused_energy import common as shared
 from fused_energy.common import HeadOptions
-from tests import numerics
-from tests.numerics import Problem, assert_no_worse_than_plain, named_problems, normal
+from tests.fused_energy import numerics
+from tests.fused_energy.numerics import Problem, assert_no_worse_than_plain, named_problems, normal
 
 IMPLEMENTATIONS = ("reference", "streaming")
 

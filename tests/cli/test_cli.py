@@ -137,7 +137,7 @@ def test_options_reach_the_trainer(tiny_folder, data, tmp_path, monkeypatch):
 
 def run_process(arguments: list[str], stop_when: Path | None = None, how: int = signal.SIGINT) -> subprocess.CompletedProcess:
     """``eua`` in a process of its own; it gets the signal ``how`` once ``stop_when`` exists."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "eua", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
