@@ -11,12 +11,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from eua.data.rows import QUESTION_TEMPLATE
-from eua.distributed import from_first, shape_of, whole
+from eua.distributed import full_shape, full_tensor
 
 _SAMPLES_PER_TENSOR = 4096
 _PROBE = "What did Ann say?  «Naïve 42!»"
 
 
+@torch.no_grad()
 def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 of the weights: their names, shapes, dtypes and up to 4096 evenly spaced values of each; and of active adapters.
 
@@ -32,12 +33,12 @@ def model_fingerprint(model: nn.Module) -> str:
     for name, parameter in sorted(parameters.items()):
         digest.update(f"{name} {parameter.dtype}".encode())
         if parameter.is_floating_point():
-            flat = whole(parameter).detach().reshape(-1)
+            flat = full_tensor(parameter).reshape(-1)
             step = max(1, math.ceil(flat.numel() / _SAMPLES_PER_TENSOR))
-            digest.update(repr(tuple(shape_of(parameter))).encode())
+            digest.update(repr(tuple(full_shape(parameter))).encode())
             digest.update(flat[::step].to("cpu", torch.float32).numpy().tobytes())
     digest.update(repr(adapter_states(model)).encode())
-    return from_first(digest.hexdigest())  # other processes may be waiting for their weights
+    return digest.hexdigest()
 
 
 def adapter_states(model: nn.Module) -> list[tuple[object, ...]]:
