@@ -212,7 +212,7 @@ def logged(output: Path, key: str) -> list[dict[str, Any]]:
 
 
 def check_that_it_forgets(steps: list[dict[str, Any]], rise: float) -> None:
-    """Energies of forgotten answers have risen by ``rise`` nats over retained ones since the first step, the original target."""
+    """Energies of forgotten answers rose by ``rise`` nats over retained ones since the first step, the original target."""
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     first, last = steps[0], steps[-10:]
 
