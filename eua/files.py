@@ -67,7 +67,7 @@ def fill_folder(folder: Path, write: Callable[[Path], None]) -> None:
 def check_output_folder(folder: Path, *, allowed: bool, how: str) -> None:
     """Raise :class:`EUAError` if ``folder`` is a file, or holds files and is not ``allowed`` to; ``how`` names the option."""
     if folder.exists() and not folder.is_dir():
-        raise EUAError(f"The output {folder} is a file, but the output is a folder: name another path.")
+        raise EUAError(f"The output {folder} is a file, but the output must be a folder: name another path.")
     if not allowed and folder.is_dir() and any(folder.iterdir()):
         raise EUAError(f"The output folder {folder} is not empty, and its files could be lost: name another, or pass {how}.")
 
@@ -75,6 +75,6 @@ def check_output_folder(folder: Path, *, allowed: bool, how: str) -> None:
 def check_output_file(path: Path, *, allowed: bool, how: str) -> None:
     """Raise :class:`EUAError` if ``path`` is a folder, or exists and is not ``allowed`` to; ``how`` names the option."""
     if path.is_dir():
-        raise EUAError(f"The output {path} is a folder, but the output is a file: name a file in it.")
+        raise EUAError(f"The output {path} is a folder, but the output must be a file: name a file in it.")
     if path.exists() and not allowed:
         raise EUAError(f"The output {path} already exists and would be lost: name another, or pass {how}.")

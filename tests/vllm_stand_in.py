@@ -117,7 +117,7 @@ class FirstRunner:
         self.rows: list[Request] = []
 
     def step(self, scheduled: dict[Request, int]) -> None:
-        """Run the model on the next so many tokens of each."""
+        """Run the model on the given number of next tokens of each request."""
         self.processor.update_state(self._change_batch(scheduled))
         for request in self.rows:
             request.computed += scheduled[request]
@@ -182,7 +182,7 @@ class SecondRunner:
         self.slots: dict[Request, int] = {}
 
     def step(self, scheduled: dict[Request, int]) -> None:
-        """Run the model on the next so many tokens of each."""
+        """Run the model on the given number of next tokens of each request."""
         for request in [request for request in self.slots if request.finished or request.computed == 0]:
             self.free.append(self.slots.pop(request))
         for request in scheduled:

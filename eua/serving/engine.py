@@ -126,7 +126,7 @@ class Engine:
         if room < 1 or (self.max_prompt_tokens is not None and prompt > self.max_prompt_tokens):
             most = min(n for n in (self.max_prompt_tokens, self.positions and self.positions - 1) if n is not None)
             raise RequestError(
-                f"The prompt has {prompt} tokens, but this server's limit is {most}: shorten it.",
+                f"The prompt has {prompt} tokens, but at most {most} are accepted: shorten it.",
                 field="messages",
                 code="context_length_exceeded",
             )

@@ -127,7 +127,9 @@ def _messages(value: Any) -> list[dict[str, str]]:
         raise RequestError("'messages' must be a list of at least one message: add a user message.", field="messages")
     messages = [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
     if messages[-1]["role"] != "user":
-        raise RequestError("The last message is not the user's, so it needs no answer: end with the user's.", field="messages")
+        raise RequestError(
+            "The last message is not the user's, so there is nothing to answer: end with a user message.", field="messages"
+        )
     return messages
 
 

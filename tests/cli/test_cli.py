@@ -221,7 +221,7 @@ MISSING = ["--forget", "none.jsonl", "--retain", "none.jsonl"]
         (["demo", "--output", "{new}", "--people", "20"], "people = 20, but calibration needs at least 100"),
         (["demo", "--output", "{data}"], "is not empty"),
         (["evaluate", "--model", "{tiny}", *ROWS, "--output", "{data}"], "is not empty"),
-        (["report", "--model", "{tiny}", *ROWS, "--output", "{data}"], "is a folder, but the output is a file"),
+        (["report", "--model", "{tiny}", *ROWS, "--output", "{data}"], "is a folder, but the output must be a file"),
         (["report", "--model", "{tiny}", *ROWS, "--also-forget", "retain={data}/test.jsonl"], "gives a second set this name"),
     ],
 )

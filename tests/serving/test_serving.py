@@ -409,8 +409,8 @@ LONG = {"role": "user", "content": "ann " * 3000}
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "is one of system, developer, user, assistant"),
         ({"messages": [{"role": "user", "content": 3}]}, 400, 'messages[0] has a "content" that is not text'),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "this model only reads text"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "end with the user's"),
-        ({"messages": [LONG]}, 400, "this server's limit is 1023: shorten it"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "end with a user message"),
+        ({"messages": [LONG]}, 400, "at most 1023 are accepted: shorten it"),
         (chat("Who?\ud800"), 400, "valid Unicode"),
         (chat("Who?", max_tokens=0), 400, "'max_tokens' is below 1"),
         (chat("Who?", max_tokens=True), 400, "'max_tokens' is a bool, but must be a whole number"),
@@ -459,7 +459,7 @@ def test_limits_hold_for_prompts_and_positions(tokenizer):
         assert most == 128 - len(ids)
         with pytest.raises(EUAError, match=f"can have {most}: request fewer"):
             engine.encode(user, most + 1)
-        with pytest.raises(EUAError, match="this server's limit is 20"):
+        with pytest.raises(EUAError, match="at most 20 are accepted"):
             engine.encode([{"role": "user", "content": "Who is Ann? " * 4}], None)
     finally:
         engine.close()
