@@ -15,11 +15,11 @@ import measure
 import pytest
 import torch
 from conftest import DEVICE, filled
-from eua.data.pairing.PairedSampler import PairedSampler
 from report import Report
 from steps import make_model, our_step
 
 from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset
+from eua.data.pairing import PairedSampler
 from eua.data.rows import encode_rows, read_rows
 from eua.demo.target import train_tokenizer
 
