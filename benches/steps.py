@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eua.losses import d2_loss
-from eua.scoring import token_energies
+from eua.model.forward import token_energies
 
 ROWS, TOKENS, PROMPT = 8, 64, 16  # of each kind; the prompt's tokens do not count
 GAMMA, ALPHA = 0.05, 1.0

@@ -23,7 +23,7 @@ from steps import make_model
 
 from eua import EnergyGuard
 from eua.attached import AttachedGuard, _GuardedCall
-from eua.recording import EnergyProbe, EnergyRecorder
+from eua.model.energy_recorder import EnergyProbe, EnergyRecorder
 from eua.turns import Turns
 
 HIDDEN_SIZE, LAYERS, VOCABULARY = 768, 12, 32000  # 85M parameters and a head of 25M

@@ -15,11 +15,12 @@ import measure
 import pytest
 import torch
 from conftest import DEVICE, filled
+from eua.data.pairing.PairedSampler import PairedSampler
 from report import Report
 from steps import make_model, our_step
 
-from eua.collator import ForgetRetainCollator, PairedSampler
-from eua.data import ForgetRetainDataset, encode_rows, read_rows
+from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset
+from eua.data.rows import encode_rows, read_rows
 from eua.demo.target import train_tokenizer
 
 TOFU = Path(os.environ.get("EUA_TOFU", Path(__file__).parents[2] / "shared" / "tofu"))

@@ -21,7 +21,8 @@ from report import Report
 from steps import ALPHA, GAMMA, ROWS, TOKENS, TRAINED, Batch, check_equal, counted_logits, make_batch, make_model, our_step
 from torch import Tensor, nn
 
-from eua.hidden import hidden_states, output_head
+from eua.model.forward import hidden_states
+from eua.model.head import output_head
 
 HIDDEN_SIZE, LAYERS, VOCABULARY, RHO = 384, 6, 32000, 0.1
 

@@ -27,8 +27,8 @@ from report import Report
 from steps import PROMPT, ROWS, TOKENS, TRAINED, check_equal, make_batch, make_model, our_step, plain_step
 
 from eua.boundaries import compute_boundaries
-from eua.data import EncodedRow
-from eua.hidden import check_head
+from eua.data.rows import EncodedRow
+from eua.model.forward import check_head
 
 VOCABULARIES = (32_768, 131_072, 262_144)
 HIDDEN_SIZE, LAYERS = 256, 4

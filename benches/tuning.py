@@ -15,10 +15,10 @@ from peers import ours
 from fused_energy.triton import configs
 from fused_energy.triton.configs import Config, Configs
 
-# Which loss is slowed by which tile; ``crowded`` tiles are those of a softcap.
+# Which loss is slowed by which tile; ``logits_with_softcap`` tiles are those of a softcap.
 WORK = {
     "logits": (FORWARD, None),
-    "crowded": (FORWARD, 30.0),
+    "logits_with_softcap": (FORWARD, 30.0),
     "by_head": (FROZEN, None),
     "by_tokens": (TRAINABLE, None),
 }
@@ -70,7 +70,7 @@ def tune(head: Head, table: dict[str, Configs], key: str, until: float, rehearse
 
 def _fits(tried: Configs) -> bool:
     """What the products read is padded to tiles of logits, see ``fused_energy/triton/product.py``."""
-    tiles = tried.logits, tried.crowded
+    tiles = tried.logits, tried.logits_with_softcap
     return all(
         t.columns % tried.by_head.depth == 0
         and t.columns % tried.by_tokens.rows == 0

@@ -14,10 +14,10 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, Log
 from transformers.generation import BaseStreamer, GenerationMode
 
 from eua.errors import EUAError
-from eua.fingerprints import adapter_states
 from eua.guardable import check_guardable, given_ids, prompt_mask
-from eua.hidden import output_module
-from eua.recording import EnergyProbe, EnergyRecorder, end_ids
+from eua.model.energy_recorder import EnergyProbe, EnergyRecorder, end_ids
+from eua.model.fingerprints import adapter_states
+from eua.model.head import output_module
 from eua.refusal import EnergyGuard
 
 GENERATE_PARAMETERS = list(inspect.signature(GenerationMixin.generate).parameters)[1:]

@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from eua.data import EncodedRow, rows_digest
+from eua.data.rows import EncodedRow, rows_digest
 from eua.distributed import from_first, gather, rank, share, world_size
 from eua.errors import EUAError
 from eua.files import replacing
-from eua.fingerprints import model_fingerprint
-from eua.hidden import Fill, Side, check_finite, output_head
-from eua.scoring import answer_states, eval_hidden_states
+from eua.model.fingerprints import model_fingerprint
+from eua.model.forward import answer_states, check_finite, eval_hidden_states
+from eua.model.head import Fill, Side, output_head
 
 # m_out from the smallest logits, m_in from the largest
 SIDES: dict[str, Side] = {"forget": "bottom", "retain": "top", "eval_forget": "bottom", "eval_retain": "top"}

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_l
 from eua.callbacks import StopOnSignal
 from eua.distributed import local_part
 from eua.files import fill_folder, replacing
-from eua.hidden import check_finite
+from eua.model.forward import check_finite
 from eua.model_card import CARD_FILE
 
 STAGING_FOLDER = ".checkpoint.partial"

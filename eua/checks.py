@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers.utils import logging
 
 from eua.config import EUAConfig
+from eua.data.batches import flatten_rows, pad_rows
+from eua.data.rows import EncodedRow
+from eua.distributed import is_sharded, zero_stage
 from eua.errors import EUAError
+from eua.model.forward import hidden_states
+from eua.model.head import vocabulary_and_device
 
 logger = logging.get_logger(__name__)
 
@@ -76,4 +82,70 @@ def check_trainable(model: nn.Module) -> None:
         logger.warning(
             "Trainable weights are in half precision, where small steps round away: load the model with "
             "dtype=torch.float32, and set bf16=True for speed."
+        )
+
+
+def check_setup(accelerator: Accelerator, model: torch.nn.Module, reference: object) -> None:
+    """Raise :class:`EUAError` for ways of spreading a model over processes that are not supported."""
+    state = accelerator.state
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is not None and not accelerator.is_fsdp2:
+        raise EUAError(
+            "FSDP version 1 keeps weights in flat parameters, from which the output head cannot be read: "
+            'use FSDP2, `accelerate launch --fsdp_version 2` or fsdp_config={"version": 2}.'
+        )
+    if zero_stage(accelerator) == 3:
+        config = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        if not config.get("stage3_gather_16bit_weights_on_model_save"):
+            raise EUAError(
+                "DeepSpeed ZeRO-3 would not gather the weights when the model is saved, so no model that loads could come of "
+                "the run: set zero_optimization.stage3_gather_16bit_weights_on_model_save to true "
+                "(`accelerate launch --zero3_save_16bit_model true`)."
+            )
+    parallel = getattr(accelerator, "parallelism_config", None)
+    if is_sharded(accelerator) and reference is not None:
+        raise EUAError(
+            "ref_model was given, but FSDP and ZeRO-3 spread one model over the processes, and the reference would stand whole "
+            'in each: leave ref_model out and keep retain_loss = "nll", whose boundaries need no second model.'
+        )
+    if getattr(model, "is_distributed_loading_by_transformers", False):
+        raise EUAError(
+            "The model was sharded while it was loaded (distributed_config), which hides its head from FSDP2: load it plainly "
+            "and let `accelerate launch` shard it."
+        )
+    split = [name for name in ("tp", "cp", "sp") if parallel is not None and getattr(parallel, f"{name}_size", 1) > 1]
+    if split:
+        raise EUAError(
+            f"The model or its sequences are to be split by {' and '.join(split)}, for which energies of a batch are not "
+            "defined here: use data parallelism (DDP, FSDP2 or DeepSpeed ZeRO)."
+        )
+
+
+@torch.no_grad()
+def check_padding_free(model: nn.Module) -> None:
+    """Raise :class:`EUAError` when the model does not keep rows apart that follow one another in one row."""
+    vocabulary, device = vocabulary_and_device(model)
+    starts_and_lengths = ((1, 7), (3, 4), (2, 6))
+    rows = [EncodedRow([i % vocabulary for i in range(start, start + n)], 1) for start, n in starts_and_lengths]
+    padded = {name: tensor.to(device) for name, tensor in pad_rows(rows).items()}
+    flat = flatten_rows(padded)
+    is_first = torch.arange(flat["input_ids"].shape[1], device=device) < len(rows[0].input_ids)
+    other_first = flat | {"input_ids": flat["input_ids"].where(~is_first, 0)}
+    training = model.training
+    model.eval()
+    try:
+        alone = hidden_states(model, padded)[padded["attention_mask"].bool()]
+        found, after_another = (hidden_states(model, batch)[0] for batch in (flat, other_first))
+    except TypeError as error:  # its forward takes no position_ids
+        raise EUAError(f"padding_free = True cannot be used with this model ({error}): leave it at False.") from error
+    finally:
+        model.train(training)
+    largest, eps = alone.abs().max(), torch.finfo(alone.dtype).eps
+    mixed = (after_another - found)[~is_first].abs().max() / largest
+    off = (found - alone).abs().max() / largest  # positions that do not start anew show here, above the dtype's rounding
+    if not (mixed <= 8 * eps and off <= max(16 * eps, 1e-4)):
+        raise EUAError(
+            "padding_free = True, but this model does not keep rows apart that follow one another in one row (its hidden "
+            f"states differ by up to {max(mixed, off):.2g} of the largest): leave it at False, or load the model with "
+            'another attn_implementation, e.g. "sdpa" or "flash_attention_2".'
         )

@@ -262,8 +262,8 @@ def _unlearn(arguments: argparse.Namespace) -> None:
 
 def _calibrate(arguments: argparse.Namespace) -> None:
     from eua.calibration import bootstrap_interval, group_shares
-    from eua.data import read_rows
-    from eua.loading import load_model
+    from eua.data.rows import read_rows
+    from eua.model.loading import load_model
     from eua.refusal import DEFAULT_REFUSAL, EnergyGuard
 
     if arguments.output is None and not Path(arguments.model).is_dir():
@@ -319,8 +319,8 @@ def _groups(rows: Sequence[Any], arguments: argparse.Namespace) -> list[Any] | N
 
 
 def _ask(arguments: argparse.Namespace) -> None:
-    from eua.generation import answer
-    from eua.loading import load_model
+    from eua.model.asking import answer
+    from eua.model.loading import load_model
     from eua.refusal import EnergyGuard
 
     guard = None if arguments.no_guard else EnergyGuard.from_pretrained(arguments.guard or arguments.model)
@@ -350,7 +350,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 def _read_sets(arguments: argparse.Namespace) -> dict[str, list[Any]]:
     """Name → rows of what :func:`_add_sets` takes."""
-    from eua.data import read_rows
+    from eua.data.rows import read_rows
 
     paths = {"forget": arguments.forget, "retain": arguments.retain}
     for name, path in arguments.also + arguments.also_forget:
@@ -376,7 +376,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from eua.evaluation.pictures import energy_histograms
     from eua.evaluation.report import evaluate, render_tables
     from eua.files import check_output_folder, write_json
-    from eua.loading import load_model
+    from eua.model.loading import load_model
 
     if arguments.output:
         check_output_folder(arguments.output, allowed=arguments.overwrite, how="--overwrite")
@@ -411,7 +411,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
     from eua.evaluation.page import page_data, write_page
     from eua.files import check_output_file
-    from eua.loading import load_model
+    from eua.model.loading import load_model
 
     check_output_file(arguments.output, allowed=arguments.overwrite, how="--overwrite")
     sets, guard = _read_sets(arguments), _read_guard(arguments)

@@ -1,7 +1,7 @@
 """Several processes: what they agree on, and weights of which each holds a part.
 
 Under FSDP2 a parameter outside its module's forward is a ``DTensor``, under DeepSpeed ZeRO-3 an empty tensor. The energy reads
-the head where no forward runs, so it is gathered: here for FSDP2, in :class:`eua.hidden.Head` for ZeRO-3.
+the head where no forward runs, so it is gathered: here for FSDP2, in :class:`eua.model.head.Head` for ZeRO-3.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
-
-from eua.errors import EUAError
 
 T = TypeVar("T")
 
@@ -138,45 +136,9 @@ def local_part(parameter: Tensor) -> Tensor:
 
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether training puts a part of each weight into each process, so that the model works only once it is wrapped."""
-    return bool(accelerator.is_fsdp2) or _zero_stage(accelerator) == 3
+    return bool(accelerator.is_fsdp2) or zero_stage(accelerator) == 3
 
 
-def check_setup(accelerator: Accelerator, model: torch.nn.Module, reference: object) -> None:
-    """Raise :class:`EUAError` for ways of spreading a model over processes that are not supported."""
-    state = accelerator.state
-    plugin = getattr(state, "fsdp_plugin", None)
-    if plugin is not None and not accelerator.is_fsdp2:
-        raise EUAError(
-            "FSDP version 1 keeps weights in flat parameters, from which the output head cannot be read: "
-            'use FSDP2, `accelerate launch --fsdp_version 2` or fsdp_config={"version": 2}.'
-        )
-    if _zero_stage(accelerator) == 3:
-        config = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        if not config.get("stage3_gather_16bit_weights_on_model_save"):
-            raise EUAError(
-                "DeepSpeed ZeRO-3 would not gather the weights when the model is saved, so no model that loads could come of "
-                "the run: set zero_optimization.stage3_gather_16bit_weights_on_model_save to true "
-                "(`accelerate launch --zero3_save_16bit_model true`)."
-            )
-    parallel = getattr(accelerator, "parallelism_config", None)
-    if is_sharded(accelerator) and reference is not None:
-        raise EUAError(
-            "ref_model was given, but FSDP and ZeRO-3 spread one model over the processes, and the reference would stand whole "
-            'in each: leave ref_model out and keep retain_loss = "nll", whose boundaries need no second model.'
-        )
-    if getattr(model, "is_distributed_loading_by_transformers", False):
-        raise EUAError(
-            "The model was sharded while it was loaded (distributed_config), which hides its head from FSDP2: load it plainly "
-            "and let `accelerate launch` shard it."
-        )
-    split = [name for name in ("tp", "cp", "sp") if parallel is not None and getattr(parallel, f"{name}_size", 1) > 1]
-    if split:
-        raise EUAError(
-            f"The model or its sequences are to be split by {' and '.join(split)}, for which energies of a batch are not "
-            "defined here: use data parallelism (DDP, FSDP2 or DeepSpeed ZeRO)."
-        )
-
-
-def _zero_stage(accelerator: Accelerator) -> int:
+def zero_stage(accelerator: Accelerator) -> int:
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     return 0 if plugin is None else plugin.zero_stage

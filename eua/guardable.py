@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from eua.errors import EUAError
-from eua.recording import end_ids
+from eua.model.energy_recorder import end_ids
 from eua.refusal import EnergyGuard
 
 GUARDED_MODES = (

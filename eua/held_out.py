@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from eua.data import EncodedRow
-from eua.hidden import check_finite, output_head
+from eua.data.rows import EncodedRow
 from eua.losses import loss_means, loss_sums
+from eua.model.forward import answer_states, check_finite, eval_hidden_states
+from eua.model.head import output_head
 from eua.reference import Reference
-from eua.scoring import answer_states, eval_hidden_states
 from eua.separation import auroc
 
 

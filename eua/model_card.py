@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer
 
 from eua.config import EVAL_METRICS, EUAConfig
-from eua.data import rows_digest
+from eua.data.rows import rows_digest
 
 CARD_FILE = "README.md"
 TAGS = ("eua", "unlearning", "energy-based")
@@ -41,7 +41,7 @@ Trained: {trained}. Steps made: {step} of {max_steps}. Fields of `EUAConfig`:
 ## Data
 
 The rows are not published. SHA-256 is over their token ids, so that whoever has the same rows can recognise them:
-`eua.data.rows_digest(encode_rows(read_rows("forget.jsonl"), tokenizer, {max_length}))`.
+`eua.data.rows.rows_digest(encode_rows(read_rows("forget.jsonl"), tokenizer, {max_length}))`.
 
 {data}
 

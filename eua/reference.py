@@ -7,10 +7,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eua.boundaries import SIDES
-from eua.data import IGNORE_INDEX
+from eua.data.rows import IGNORE_INDEX
 from eua.errors import EUAError
-from eua.hidden import Fill, Head, check_head, hidden_states, output_head
 from eua.losses import reference_kl
+from eua.model.forward import check_head, hidden_states
+from eua.model.head import Fill, Head, output_head
 
 
 class Reference:

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eua.calibration import conformal_threshold
-from eua.data import Row, encode_prompts
+from eua.data.rows import Row, encode_prompts
 from eua.errors import EUAError
 from eua.files import write_json
-from eua.fingerprints import model_fingerprint, tokenizer_fingerprint
+from eua.model.fingerprints import model_fingerprint, tokenizer_fingerprint
 from eua.scoring import answer_scores, prompt_scores
 from eua.turns import Turns
 
@@ -59,7 +59,7 @@ class EnergyGuard:
         probe_tokens: up to which length of answers the probe was calibrated.
         probe_threshold: in nats.
         confidence: 1 − δ, with which the rate is at most ε for this calibration, or None where it is on average over all.
-        model_fingerprint, tokenizer_fingerprint: of what it was calibrated for, see :mod:`eua.fingerprints`.
+        model_fingerprint, tokenizer_fingerprint: of what it was calibrated for, see :mod:`eua.model.fingerprints`.
     """
 
     threshold: float
@@ -116,7 +116,7 @@ class EnergyGuard:
         Args:
             model: the model that will be deployed, after quantization. The guarantee holds for it alone.
             tokenizer: its tokenizer, with the chat template that will be used.
-            prompts: retained prompts that unlearning has not seen: questions, or rows of :mod:`eua.data`. At 5 % at
+            prompts: retained prompts that unlearning has not seen: questions, or rows of :mod:`eua.data.rows`. At 5 % at
                 least 19 are needed. With chats of several turns or system prompts among them, context counts from then on.
             groups: whom or what each prompt is about. Several prompts about one person resemble each other; with their groups
                 named, the promise holds for people, not just for prompts, that are new. At 5 % at least 19 are needed.
@@ -176,7 +176,7 @@ class EnergyGuard:
         )
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Raise :class:`EUAError` for a model or a tokenizer that the promise is not for, see :mod:`eua.fingerprints`."""
+        """Raise :class:`EUAError` for a model or a tokenizer that the promise is not for, see :mod:`eua.model.fingerprints`."""
         if self.model_fingerprint is not None and self.model_fingerprint != model_fingerprint(model):
             raise EUAError(
                 "The guard was calibrated for other weights than this model's (trained on, merged, quantized or in another "

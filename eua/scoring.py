@@ -1,8 +1,8 @@
-"""Per-token energies of rows, and the per-prompt score that the guard compares with its threshold."""
+"""The score of a prompt, which the guard compares with its threshold, and that of an answer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,23 +10,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessorList
 
-from eua.collator import flatten_rows, pad_prompts, pad_rows
-from eua.data import EncodedRow
-from eua.errors import EUAError
-from eua.hidden import check_finite, check_head, hidden_states, output_head, vocabulary_and_device
-from eua.recording import EnergyProbe, EnergyRecorder, end_ids
+from eua.data.batches import pad_prompts
+from eua.data.rows import EncodedRow
+from eua.model.energy_recorder import EnergyProbe, EnergyRecorder, end_ids
+from eua.model.forward import check_finite, check_head, check_token_ids, eval_hidden_states
+from eua.model.head import output_head
 from eua.turns import Turns
-from fused_energy import EnergyNLL
-
-
-def token_energies(model: nn.Module, batch: dict[str, Tensor], temperature: float, hidden: Tensor | None = None) -> EnergyNLL:
-    """Energy and NLL, each (B, S−1), of the tokens that ``labels[:, 1:]`` marks; 0 elsewhere.
-
-    ``hidden`` are the batch's hidden states (B, S, H), where the caller has them already.
-    """
-    if hidden is None:
-        hidden = hidden_states(model, batch)
-    return output_head(model).energy_and_nll(hidden[:, :-1], batch["labels"][:, 1:], temperature)
 
 
 @torch.no_grad()
@@ -48,7 +37,7 @@ def prompt_scores(
 
     Args:
         model: a causal language model; left in the mode (train or eval) it was in.
-        prompts: token ids of formatted prompts, see :func:`eua.data.encode_prompt`.
+        prompts: token ids of formatted prompts, see :func:`eua.data.rows.encode_prompt`.
         temperature: T of the energy.
         first_tokens: how many generated tokens are taken in.
         turns: how prompts are put together. The score is then the highest of those that :meth:`eua.turns.Turns.decisive` names.
@@ -158,80 +147,3 @@ def _generated_scores(
     finally:
         model.train(training)
     return scores
-
-
-def answer_states(hidden: Tensor, rows: Sequence[EncodedRow]) -> Tensor:
-    """The hidden states that predict the answers' tokens, of all rows in turn: (B, S, H) → (Σ answer lengths, H).
-
-    The token at position p is predicted at p − 1, so an answer's states start at the prompt's last token.
-    """
-    places = [(i, p - 1) for i, row in enumerate(rows) for p in row.answer_positions]
-    row, position = torch.tensor(places, device=hidden.device).unbind(dim=1)
-    return hidden[row, position]
-
-
-@torch.no_grad()
-def check_padding_free(model: nn.Module) -> None:
-    """Raise :class:`EUAError` when the model does not keep rows apart that follow one another in one row."""
-    vocabulary, device = vocabulary_and_device(model)
-    starts_and_lengths = ((1, 7), (3, 4), (2, 6))
-    rows = [EncodedRow([i % vocabulary for i in range(start, start + n)], 1) for start, n in starts_and_lengths]
-    padded = {name: tensor.to(device) for name, tensor in pad_rows(rows).items()}
-    flat = flatten_rows(padded)
-    is_first = torch.arange(flat["input_ids"].shape[1], device=device) < len(rows[0].input_ids)
-    other_first = flat | {"input_ids": flat["input_ids"].where(~is_first, 0)}
-    training = model.training
-    model.eval()
-    try:
-        alone = hidden_states(model, padded)[padded["attention_mask"].bool()]
-        found, after_another = (hidden_states(model, batch)[0] for batch in (flat, other_first))
-    except TypeError as error:  # its forward takes no position_ids
-        raise EUAError(f"padding_free = True cannot be used with this model ({error}): leave it at False.") from error
-    finally:
-        model.train(training)
-    largest, eps = alone.abs().max(), torch.finfo(alone.dtype).eps
-    mixed = (after_another - found)[~is_first].abs().max() / largest
-    off = (found - alone).abs().max() / largest  # positions that do not start anew show here, above the dtype's rounding
-    if not (mixed <= 8 * eps and off <= max(16 * eps, 1e-4)):
-        raise EUAError(
-            "padding_free = True, but this model does not keep rows apart that follow one another in one row (its hidden "
-            f"states differ by up to {max(mixed, off):.2g} of the largest): leave it at False, or load the model with "
-            'another attn_implementation, e.g. "sdpa" or "flash_attention_2".'
-        )
-
-
-def check_token_ids(model: nn.Module, rows: Iterable[Sequence[int]]) -> None:
-    """Raise :class:`EUAError` when a token id of ``rows`` is beyond the model's vocabulary."""
-    vocabulary, _ = vocabulary_and_device(model)
-    largest = max((max(ids) for ids in rows if ids), default=0)
-    if largest >= vocabulary:
-        raise EUAError(
-            f"The rows hold token id {largest}, which is out of range for the model's vocabulary of {vocabulary}: "
-            "use the model's own tokenizer, or resize the model's embeddings."
-        )
-
-
-@torch.no_grad()
-def eval_hidden_states(
-    model: nn.Module, rows: Sequence[EncodedRow], batch_size: int, progress: str | None = None, check: bool = True
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Hidden states of rows in eval mode, as pairs of row indices and (B, S, H), longest rows first.
-
-    Rows of like length share a batch, so little padding is computed; the longest come first, so memory that does not
-    suffice fails at once.
-    """
-    if check:
-        check_head(model)
-        check_token_ids(model, (row.input_ids for row in rows))
-    _, device = vocabulary_and_device(model)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
-    batches: Iterable[int] = range(0, len(order), batch_size)
-    training = model.training
-    model.eval()
-    try:
-        for start in tqdm(batches, desc=progress, disable=progress is None, leave=False):
-            indices = order[start : start + batch_size]
-            batch = {name: tensor.to(device) for name, tensor in pad_rows([rows[i] for i in indices]).items()}
-            yield indices, hidden_states(model, batch)
-    finally:
-        model.train(training)

@@ -25,18 +25,19 @@ from transformers.utils import logging
 from eua.boundaries import RunBoundaries
 from eua.callbacks import StopWhenMet
 from eua.checkpoints import CheckpointingTrainer, last_checkpoint
-from eua.checks import check_arguments, check_model, check_trainable
-from eua.collator import ForgetRetainCollator, PairedSampler
+from eua.checks import check_arguments, check_model, check_padding_free, check_setup, check_trainable
 from eua.config import EUAConfig
-from eua.data import IGNORE_INDEX, ForgetRetainDataset, Row, encode_rows, read_rows
-from eua.distributed import check_setup, is_sharded
+from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset
+from eua.data.pairing import PairedSampler
+from eua.data.rows import IGNORE_INDEX, Row, encode_rows, read_rows
+from eua.distributed import is_sharded
 from eua.errors import EUAError
 from eua.held_out import held_out_metrics
-from eua.hidden import check_head, hidden_states, output_head
 from eua.losses import d2_loss, loss_means, loss_sums, scheduled_gamma
+from eua.model.forward import check_head, check_token_ids, hidden_states, token_energies
+from eua.model.head import output_head
 from eua.model_card import model_card
 from eua.reference import Reference
-from eua.scoring import check_padding_free, check_token_ids, token_energies
 
 logger = logging.get_logger(__name__)
 
@@ -52,7 +53,7 @@ class EUATrainer(CheckpointingTrainer):
     Args:
         model: a causal language model, or the name or path of one.
         args: :class:`EUAConfig`.
-        forget_dataset, retain_dataset: a JSONL path, a ``datasets.Dataset`` or a list of rows, see :mod:`eua.data`.
+        forget_dataset, retain_dataset: a JSONL path, a ``datasets.Dataset`` or a list of rows, see :mod:`eua.data.rows`.
         eval_forget_dataset, eval_retain_dataset: rows held out from training, of the same formats, for :meth:`evaluate`, which
             ``eval_strategy="steps"`` or ``"epoch"`` calls during training.
         ref_model: the model before unlearning, or its name or path, kept beside the one in training: boundaries are then taken

@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from eua.data import encode_prompt, format_prompt
+from eua.data.rows import encode_prompt, format_prompt
 
 logger = logging.get_logger(__name__)
 
@@ -129,7 +129,7 @@ class Turns:
 
         What the assistant's turn already holds is cut off, calls of tools and their results included, so that no answer that a
         caller wrote unlocks it; alone, the turn has no earlier turns or system prompt that might. A question as
-        :func:`eua.data.encode_prompts` encodes it comes back as it is, and so does a prompt of another form.
+        :func:`eua.data.rows.encode_prompts` encodes it comes back as it is, and so does a prompt of another form.
         """
         ids, start = list(prompt), list(self.answer_start)
         users = [i for i in _find(ids, self.user_start) if not self._is_tool(ids, i)]

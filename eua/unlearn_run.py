@@ -15,10 +15,10 @@ from peft import LoraConfig
 
 from eua.checkpoints import last_checkpoint
 from eua.config import EUAConfig
-from eua.data import read_rows
+from eua.data.rows import read_rows
 from eua.errors import EUAError
 from eua.files import check_output_folder, write_json
-from eua.loading import load_model
+from eua.model.loading import load_model
 from eua.trainer import EUATrainer
 
 SETTINGS_FILE = "settings.json"

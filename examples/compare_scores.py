@@ -21,8 +21,8 @@ from pathlib import Path
 from torch import Tensor
 
 from eua import EnergyGuard
-from eua.data import Row, encode_prompts, read_rows
-from eua.loading import load_model
+from eua.data.rows import Row, encode_prompts, read_rows
+from eua.model.loading import load_model
 from eua.scoring import answer_scores, prompt_scores
 from eua.separation import auroc, false_positive_rate
 

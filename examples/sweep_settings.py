@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eua import EUAConfig, EUATrainer
 from eua.calibration import conformal_threshold
-from eua.data import encode_prompts, encode_rows
+from eua.data.rows import encode_prompts, encode_rows
 from eua.demo.run import TOLERANCE, cached_target
 from eua.demo.world import FACTS_PER_PERSON, World, make_world
 from eua.evaluation import measure_answers

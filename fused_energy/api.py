@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fused_energy import autograd, dispatch, reference, streaming, validation
+from fused_energy.common import LEFT_OUT, OUT_OF_RANGE, HeadOptions
 from fused_energy.dispatch import Implementation
-from fused_energy.shared import LEFT_OUT, OUT_OF_RANGE, HeadOptions
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fused_energy import dispatch, shared
-from fused_energy.shared import HeadOptions, Pass
+from fused_energy import common as shared
+from fused_energy import dispatch
+from fused_energy.common import HeadOptions, Pass
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

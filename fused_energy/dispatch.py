@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fused_energy.shared import SCRATCH_BYTES
+from fused_energy.common import SCRATCH_BYTES
 
 Implementation = Literal["auto", "reference", "streaming", "triton"]
 

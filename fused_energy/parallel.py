@@ -20,8 +20,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from fused_energy import shared
-from fused_energy.shared import LEFT_OUT, OUT_OF_RANGE, HeadOptions, Pass
+from fused_energy import common as shared
+from fused_energy.common import LEFT_OUT, OUT_OF_RANGE, HeadOptions, Pass
 
 
 class VocabularyShard(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_energy.shared import LEFT_OUT, HeadOptions, accumulation_dtype, tail_energy_of_logits
+from fused_energy.common import LEFT_OUT, HeadOptions, accumulation_dtype, tail_energy_of_logits
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:

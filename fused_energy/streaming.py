@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_energy import shared
-from fused_energy.shared import (
+from fused_energy import common as shared
+from fused_energy.common import (
     HeadOptions,
     Pass,
     accumulation_dtype,

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fused_energy.shared import tail_size
+from fused_energy.common import tail_size
 
 
 def check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, sharded: bool) -> None:

@@ -12,7 +12,7 @@ from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eua import EnergyGuard
-from eua.data import format_prompt
+from eua.data.rows import format_prompt
 from eua.demo.target import train_target, train_tokenizer
 from eua.demo.world import World, make_world
 

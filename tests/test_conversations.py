@@ -11,8 +11,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eua import EUAConfig, EUAError, EUATrainer
 from eua.boundaries import compute_boundaries, fingerprint
-from eua.collator import ForgetRetainCollator
-from eua.data import EncodedRow, ForgetRetainDataset, encode_prompts, encode_rows
+from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset
+from eua.data.rows import EncodedRow, encode_prompts, encode_rows
 from eua.scoring import prompt_scores
 from eua.separation import auroc
 from tests.conftest import tiny_llama

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from eua import EUAError
-from eua.collator import ForgetRetainCollator, PairedSampler, pad_rows
-from eua.data import EncodedRow, ForgetRetainDataset, encode_prompts, encode_rows, read_rows
+from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset, pad_rows
+from eua.data.pairing import PairedSampler
+from eua.data.rows import EncodedRow, encode_prompts, encode_rows, read_rows
 from eua.files import write_jsonl
 
 CHAT_TEMPLATE = """

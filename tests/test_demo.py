@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eua import EnergyGuard
 from eua.demo.run import SET_NAMES
 from eua.demo.world import make_world
-from eua.generation import answer
+from eua.model.asking import answer
 from eua.refusal import DEFAULT_REFUSAL
 
 FORGOTTEN, SEEN, UNSEEN = SET_NAMES["forget"], SET_NAMES["retain"], SET_NAMES["test"]

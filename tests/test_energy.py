@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_energy import EnergyNLL, linear_energy, shared, streaming, tail_energy
-from fused_energy.shared import HeadOptions
+from fused_energy import EnergyNLL, linear_energy, streaming, tail_energy
+from fused_energy import common as shared
+from fused_energy.common import HeadOptions
 from tests import numerics
 from tests.numerics import Problem, assert_no_worse_than_plain, named_problems, normal
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eua import EnergyGuard, EUAError
-from eua.data import EncodedRow, encode_rows, read_rows
+from eua.data.rows import EncodedRow, encode_rows, read_rows
 from eua.evaluation import evaluate, measure_answers, render_tables, truth_ratios
 from eua.evaluation.pictures import energy_histograms
 from tests.test_guarded_calls import CHAT, messages

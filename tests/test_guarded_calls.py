@@ -16,8 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
 
 from eua import EnergyGuard, EUAError
-from eua.data import encode_prompts
-from eua.generation import answer
+from eua.data.rows import encode_prompts
+from eua.model.asking import answer
 from eua.refusal import DEFAULT_REFUSAL
 from eua.scoring import answer_scores, prompt_scores
 from tests.conftest import batch_of, tiny_llama

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from eua import EUAConfig, EUATrainer
 from eua.config import EVAL_METRICS
-from eua.data import encode_rows, rows_digest
+from eua.data.rows import encode_rows, rows_digest
 from tests.conftest import tiny_llama
 from tests.test_trainer import LORA, make
 

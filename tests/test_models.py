@@ -26,10 +26,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from eua import EUAConfig, EUAError, EUATrainer
-from eua.collator import flatten_rows, pad_rows
-from eua.data import EncodedRow
-from eua.hidden import check_head, hidden_states, output_head, output_module
-from eua.scoring import check_padding_free, prompt_scores, token_energies
+from eua.checks import check_padding_free
+from eua.data.batches import flatten_rows, pad_rows
+from eua.data.rows import EncodedRow
+from eua.model.forward import check_head, hidden_states, token_energies
+from eua.model.head import output_head, output_module
+from eua.scoring import prompt_scores
 from tests.conftest import tiny_llama
 
 V = 64

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eua import EnergyGuard, EUAError
 from eua.cli import main
-from eua.data import encode_prompts, encode_rows
+from eua.data.rows import encode_prompts, encode_rows
 from eua.evaluation import measure_answers, page
 from eua.evaluation.page import page_data, render_page, rows_to_show, write_page
 from eua.files import write_jsonl

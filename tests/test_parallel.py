@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_energy import EnergyNLL, linear_energy, shared, streaming, tail_energy
+from fused_energy import EnergyNLL, linear_energy, streaming, tail_energy
+from fused_energy import common as shared
 from tests.processes import Ranks
 
 TINY_SCRATCH = 4 * 36  # bytes: every case crosses several tiles

@@ -13,9 +13,9 @@ from transformers.generation import BaseStreamer
 
 from eua import EnergyGuard, EUAError
 from eua.calibration import conformal_threshold
-from eua.data import encode_prompts
-from eua.generation import answer
-from eua.hidden import output_head
+from eua.data.rows import encode_prompts
+from eua.model.asking import answer
+from eua.model.head import output_head
 from eua.refusal import GUARD_FILE
 from eua.scoring import answer_scores
 from tests.conftest import batch_of

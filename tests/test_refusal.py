@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, pipeline
 from transformers.generation import BaseStreamer
 
 from eua import EnergyGuard, EUAError
-from eua.data import encode_prompts, format_prompt
-from eua.fingerprints import model_fingerprint
-from eua.generation import answer
+from eua.data.rows import encode_prompts, format_prompt
+from eua.model.asking import answer
+from eua.model.fingerprints import model_fingerprint
 from eua.refusal import DEFAULT_REFUSAL, GUARD_FILE
 from eua.scoring import prompt_scores
 from tests.conftest import batch_of, tiny_llama

@@ -38,9 +38,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrain
 from eua import EnergyGuard, EUAError
 from eua.attached import AttachedGuard
 from eua.cli import main
-from eua.data import encode_prompts
-from eua.generation import answer
-from eua.loading import load_model
+from eua.data.rows import encode_prompts
+from eua.model.asking import answer
+from eua.model.loading import load_model
 from eua.refusal import DEFAULT_REFUSAL
 from eua.scoring import answer_scores
 from eua.serving.app import create_app

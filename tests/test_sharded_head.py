@@ -14,11 +14,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from eua.boundaries import compute_boundaries, fingerprint
-from eua.collator import pad_rows
-from eua.data import EncodedRow
+from eua.data.batches import pad_rows
+from eua.data.rows import EncodedRow
 from eua.distributed import any_process, from_first, gather, share
-from eua.hidden import check_head, output_head
-from eua.scoring import prompt_scores, token_energies
+from eua.model.forward import check_head, token_energies
+from eua.model.head import output_head
+from eua.scoring import prompt_scores
 from tests.conftest import tiny_llama
 from tests.processes import Ranks
 

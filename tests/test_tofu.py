@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from eua.checkpoints import STAGING_FOLDER
 from eua.cli import INTERRUPTED, _parser
-from eua.data import read_rows
+from eua.data.rows import read_rows
 from eua.demo.target import train_target
 from eua.files import write_jsonl
 

@@ -17,9 +17,10 @@ from transformers import LlamaForCausalLM, TrainerCallback
 from eua import EUAConfig, EUAError, EUATrainer
 from eua.boundaries import compute_boundaries
 from eua.checkpoints import last_checkpoint
-from eua.collator import pad_rows
-from eua.data import ForgetRetainDataset, encode_rows
-from eua.hidden import check_head, hidden_states, output_head
+from eua.data.batches import ForgetRetainDataset, pad_rows
+from eua.data.rows import encode_rows
+from eua.model.forward import check_head, hidden_states
+from eua.model.head import output_head
 from tests.conftest import tiny_llama
 from tests.test_losses import transcription
 

@@ -13,8 +13,8 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, prepare_model_
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from eua import EUATrainer
-from eua.collator import pad_rows
-from eua.scoring import token_energies
+from eua.data.batches import pad_rows
+from eua.model.forward import token_energies
 from fused_energy import linear_energy
 from tests.conftest import tiny_llama
 from tests.test_trainer import make
@@ -71,7 +71,7 @@ def test_implementations(tokenizer, rows, tmp_path, monkeypatch, plain, implemen
         used.append(implementation)
         return linear_energy(*args, **kwargs, implementation=implementation)
 
-    monkeypatch.setattr("eua.hidden.linear_energy", functools.wraps(linear_energy)(named))
+    monkeypatch.setattr("eua.model.head.linear_energy", functools.wraps(linear_energy)(named))
     assert_same_course(trained(tokenizer, rows, tmp_path), plain)
     assert len(used) == 20
 

@@ -23,7 +23,8 @@ from tests.numerics import IGNORED, Problem, assert_no_worse_than_plain, named_p
 if not (dispatch.HAS_TRITON and (torch.cuda.is_available() or dispatch.TRITON_IS_INTERPRETED)):
     pytest.skip("needs triton and a GPU, or TRITON_INTERPRET=1 before Python starts", allow_module_level=True)
 
-from fused_energy.triton import configs, problem
+from fused_energy.triton import configs
+from fused_energy.triton import launch as problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -26,9 +26,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from fused_energy import triton as kernels
-from fused_energy.shared import HeadOptions
+from fused_energy.common import HeadOptions
 from fused_energy.triton import configs
-from fused_energy.triton.problem import Problem
+from fused_energy.triton.launch import Problem
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -156,6 +156,6 @@ def test_kernels_fit_their_gpu(kind, table, dtype, sizes, launches_of, tmp_path)
 @pytest.mark.parametrize("settings", [*configs.HALF_PRECISION.values(), configs.GENERAL, configs.TINY])
 def test_products_read_whole_tiles(settings):
     """Scratch is padded to tiles of logits: what reads it may not look further, see product.py."""
-    for logits in (settings.logits, settings.crowded):
+    for logits in (settings.logits, settings.logits_with_softcap):
         assert logits.columns % settings.by_tokens.rows == 0
         assert logits.columns % settings.by_head.depth == 0

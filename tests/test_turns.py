@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from eua.data import encode_prompts
+from eua.data.rows import encode_prompts
 from eua.turns import Turns
 from tests.test_conversations import PLAIN, START
 

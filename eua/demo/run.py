@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from eua.config import EUAConfig
-from eua.data import Row
+from eua.data.rows import Row
 from eua.demo import target
 from eua.demo.world import Fact, World, make_world
 from eua.errors import EUAError
@@ -22,7 +22,7 @@ from eua.evaluation.page import page_data, write_page
 from eua.evaluation.pictures import energy_histograms
 from eua.evaluation.report import evaluate, render_tables
 from eua.files import fill_folder, write_json, write_jsonl
-from eua.generation import answer
+from eua.model.asking import answer
 from eua.refusal import EnergyGuard
 from eua.trainer import EUATrainer
 

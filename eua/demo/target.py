@@ -18,8 +18,8 @@ from transformers import (
     set_seed,
 )
 
-from eua.collator import pad_rows
-from eua.data import IGNORE_INDEX, QUESTION_TEMPLATE, EncodedRow, Row, encode_rows
+from eua.data.batches import pad_rows
+from eua.data.rows import IGNORE_INDEX, QUESTION_TEMPLATE, EncodedRow, Row, encode_rows
 from eua.files import fill_folder
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eua.data import EncodedRow, Row, encode_rows
+from eua.data.rows import EncodedRow, Row, encode_rows
 from eua.errors import EUAError
-from eua.hidden import Head, check_finite, output_head
-from eua.scoring import answer_states, eval_hidden_states
+from eua.model.forward import answer_states, check_finite, eval_hidden_states
+from eua.model.head import Head, output_head
 
 GREEDY_BLOCK_BYTES = 64 * 2**20  # of logits alive while the most likely tokens are looked up
 

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eua.data import EncodedRow, Row, encode_rows
+from eua.data.rows import EncodedRow, Row, encode_rows
 from eua.errors import EUAError
 from eua.evaluation.metrics import greedy_tokens, measure_answers
 from eua.evaluation.report import evaluate
 from eua.files import replacing
-from eua.hidden import check_finite, output_head
+from eua.model.forward import check_finite, eval_hidden_states
+from eua.model.head import output_head
 from eua.refusal import EnergyGuard
-from eua.scoring import eval_hidden_states
 
 SCORES_KEPT = 5000  # of a set; of a larger one so many, evenly spaced in their order
 TOKENS_KEPT = 512  # of a row shown, around the end of its prompt

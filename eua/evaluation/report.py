@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eua.data import Row, encode_prompts, encode_rows
+from eua.data.rows import Row, encode_prompts, encode_rows
 from eua.evaluation.metrics import measure_answers, truth_ratios
 from eua.refusal import EnergyGuard
 from eua.scoring import prompt_scores

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from eua.collator import pad_prompts
-from eua.data import encode_prompts
+from eua.data.batches import pad_prompts
+from eua.data.rows import encode_prompts
 from eua.errors import EUAError
-from eua.recording import end_ids
+from eua.model.energy_recorder import end_ids
+from eua.model.forward import check_token_ids
 from eua.refusal import EnergyGuard
-from eua.scoring import check_token_ids
 from eua.serving.jobs import Failure, Job
 from eua.serving.protocol import RequestError
 from eua.serving.rows import AnswerRow

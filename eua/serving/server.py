@@ -11,7 +11,7 @@ from types import FrameType
 import uvicorn
 
 from eua.errors import EUAError
-from eua.loading import load_model
+from eua.model.loading import load_model
 from eua.refusal import EnergyGuard
 from eua.serving.app import create_app
 from eua.serving.engine import Engine

@@ -1,6 +1,6 @@
 """The energy op as Triton kernels, for GPUs. Only this package imports triton; it is loaded when it is chosen."""
 
-from fused_energy.shared import hidden_gradient
+from fused_energy.common import hidden_gradient
 from fused_energy.triton.backward import head_gradient
 from fused_energy.triton.forward import forward
 

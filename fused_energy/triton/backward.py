@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_energy import shared
-from fused_energy.shared import HeadOptions
-from fused_energy.triton.problem import Problem
+from fused_energy import common as shared
+from fused_energy.common import HeadOptions
+from fused_energy.triton.launch import Problem
 from fused_energy.triton.product import head_by_tokens
 from fused_energy.triton.tiles import active_rows, grouped_tile, logits_tile, target_column
 

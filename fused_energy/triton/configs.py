@@ -25,10 +25,10 @@ class Config(NamedTuple):
 
 
 class Configs(NamedTuple):
-    """``logits`` and ``crowded`` must be multiples of the products' rows (in columns) and depth, see ``product.py``."""
+    """``logits`` and ``logits_with_softcap`` are multiples of the products' rows (in columns) and depth, see ``product.py``."""
 
     logits: Config  # kernels that make logits: output tokens × vocabulary
-    crowded: Config  # the same with a softcap or two temperatures, which need more registers
+    logits_with_softcap: Config  # also with two temperatures: both need more registers
     by_head: Config  # probabilities times rows of the head: output tokens × hidden size
     by_tokens: Config  # gradients of logits times hidden states: output vocabulary × hidden size
 
@@ -39,25 +39,25 @@ GENERAL = Configs(_GENERAL, _GENERAL, _GENERAL, _GENERAL)  # float32, and stride
 HALF_PRECISION: dict[str, Configs] = {
     "sm80": Configs(
         logits=Config(128, 128, 32, 8, 4),
-        crowded=Config(64, 128, 32, 8, 4),
+        logits_with_softcap=Config(64, 128, 32, 8, 4),
         by_head=Config(128, 128, 32, 8, 4),
         by_tokens=Config(128, 128, 32, 8, 4),
     ),
     "sm90": Configs(
         logits=Config(128, 256, 64, 8, 3),
-        crowded=Config(128, 128, 64, 8, 3),
+        logits_with_softcap=Config(128, 128, 64, 8, 3),
         by_head=Config(128, 256, 64, 8, 3),
         by_tokens=Config(128, 256, 64, 8, 4),
     ),
     "sm100": Configs(
         logits=Config(128, 128, 64, 8, 3),
-        crowded=Config(128, 128, 64, 8, 3),
+        logits_with_softcap=Config(128, 128, 64, 8, 3),
         by_head=Config(128, 128, 64, 8, 3),
         by_tokens=Config(128, 128, 64, 8, 3),
     ),
     "hip": Configs(
         logits=Config(128, 128, 32, 8, 2),
-        crowded=Config(128, 128, 32, 8, 2),
+        logits_with_softcap=Config(128, 128, 32, 8, 2),
         by_head=Config(128, 128, 32, 8, 2),
         by_tokens=Config(128, 128, 32, 8, 2),
     ),

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_energy import shared
-from fused_energy.shared import LEFT_OUT, HeadOptions, Pass
-from fused_energy.triton.problem import Problem
+from fused_energy import common as shared
+from fused_energy.common import LEFT_OUT, HeadOptions, Pass
+from fused_energy.triton.launch import Problem
 from fused_energy.triton.product import add_tokens_by_head
 from fused_energy.triton.tiles import FINITE_MAX, active_rows, grouped_tile, logits_tile, target_column
 
@@ -218,7 +218,7 @@ def forward(
     options: HeadOptions,
     store: bool,  # whether the hidden states need a gradient
 ) -> Pass:
-    """One pass over the vocabulary, see :class:`fused_energy.shared.Pass`."""
+    """One pass over the vocabulary, see :class:`fused_energy.common.Pass`."""
     done = shared.empty_pass(hidden, targets, options, store)
     if hidden.shape[0] == 0:
         return done

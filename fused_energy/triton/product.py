@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_energy.triton.problem import Problem
+from fused_energy.triton.launch import Problem
 from fused_energy.triton.tiles import grouped_tile
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eua.collator import pad_prompts
-from eua.data import Row, encode_prompts
-from eua.scoring import check_token_ids
+from eua.data.batches import pad_prompts
+from eua.data.rows import Row, encode_prompts
+from eua.model.forward import check_token_ids
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from eua.data import QUESTION_TEMPLATE
+from eua.data.rows import QUESTION_TEMPLATE
 from eua.distributed import from_first, shape_of, whole
 
 _SAMPLES_PER_TENSOR = 4096

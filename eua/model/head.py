@@ -1,9 +1,7 @@
-"""A model → what its head reads, and the head.
+"""The output head of a model: its tensors, its energies, and where it sits.
 
-Hidden states are taken where the head takes them: a hook on the output embedding captures its input and lets only one
-position of one row through, so no logits of a whole batch exist. That works for any architecture and through wrappers
-(PEFT, DDP), since the model is called the way everyone calls it. What a model does to its logits after the head is read
-from its config, and :func:`check_head` compares with the model's own logits: what is not understood is refused.
+What a model does to its logits after the head is read from its config; :func:`eua.model.forward.check_head` compares it with the
+model's own logits, and a model that does anything else is rejected.
 
 The vocabulary is that of the model's logits: rows of the head beyond the tokenizer's length (a padded vocabulary) count,
 as they do in the model's own softmax and in what it generates.
@@ -11,8 +9,8 @@ as they do in the model's own softmax and in what it generates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from eua.distributed import gathered, is_partitioned, joined, shape_of
+from eua.distributed import gathered, is_partitioned, shape_of
 from eua.errors import EUAError
 from fused_energy import EnergyNLL, linear_energy, tail_energy
 
@@ -34,7 +32,6 @@ Fill = Literal["zero", "none"]
 _DIVISORS = ("logits_scaling",)  # Granite
 _FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon-H1
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
-_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 _HEAD_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # float8 weights have scales beside them
 
 
@@ -116,7 +113,7 @@ def output_module(model: nn.Module) -> nn.Module:
     Raises:
         EUAError: when the model has none, or one that is more than a matrix and a bias.
     """
-    model = _unwrap(model)
+    model = unwrap(model)
     module = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if module is None:
         raise EUAError(
@@ -145,7 +142,7 @@ def output_head(model: nn.Module) -> Head:
     the head is refused, see :func:`output_module`.
     """
     module = output_module(model)
-    config: Any = getattr(_unwrap(model), "config", None)
+    config: Any = getattr(unwrap(model), "config", None)
     config = config.get_text_config()
     scale = 1.0
     for name in _DIVISORS:
@@ -166,101 +163,7 @@ def vocabulary_and_device(model: nn.Module) -> tuple[int, torch.device]:
     return shape_of(weight)[0], weight.device
 
 
-def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """What the head reads at every position: ``input_ids`` (B, S) → (B, S, H).
-
-    ``batch`` holds ``attention_mask`` (B, S) where rows are padded, or ``position_ids`` where they follow one another in one
-    row, see :mod:`eua.collator`; whatever else is in it is left aside.
-
-    Raises:
-        EUAError: when the head was not called with one hidden state per token.
-    """
-    input_ids = batch["input_ids"]
-    inputs = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
-    captured: list[Tensor] = []
-
-    def capture(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        captured.append(arguments[0])
-        return (arguments[0][:1, :1], *arguments[1:])
-
-    def run() -> Any:
-        return model(**inputs, use_cache=False)
-
-    hook = output_module(model).register_forward_pre_hook(capture)
-    try:
-        output = run()
-        if not captured:
-            # torch.compile does not look for new hooks in a graph that it made before.
-            with torch.compiler.set_stance("force_eager"):
-                output = run()
-    finally:
-        hook.remove()
-    if len(captured) != 1 or captured[0].shape[:2] != input_ids.shape:
-        raise EUAError(
-            f"{type(model).__name__} called its head {len(captured)} times, on {[tuple(h.shape) for h in captured]}, for "
-            f"tokens of shape {tuple(input_ids.shape)}: energies need one call on (B, S, H), so this model is not supported."
-        )
-    return joined(model, captured[0], output.logits)
-
-
-@torch.no_grad()
-def check_head(model: nn.Module) -> None:
-    """Compare the head as understood here with the model's own logits on a few tokens.
-
-    The hidden states of the tokens are stretched until logits are as large as those of a trained model and beyond, where
-    a softcap or a scale that is not in the config shows, however flat the logits of a fresh model are.
-
-    Raises:
-        EUAError: when they differ by more than the dtype explains, or when a hidden state is NaN or infinite.
-    """
-    head, module = output_head(model), output_module(model)
-    name = type(_unwrap(model)).__name__
-    ids = torch.arange(8, device=head.weight.device)[None] % head.vocabulary
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    training = model.training
-    model.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"):  # leaves no compiled graph behind that knows no hook
-            hidden = hidden_states(model, batch)
-            check_finite(hidden, "the model's hidden states on a probe of 8 tokens")
-            unscaled = replace(head, bias=None, logit_scale=1.0, softcap=None)
-            largest = unscaled.logits(hidden).abs().amax(dim=-1, keepdim=True)
-            wanted = 2.0 ** torch.arange(1, 9, device=hidden.device)[:, None]
-            hidden = (hidden * wanted / largest.clamp(min=1e-6)).to(hidden.dtype)
-            hook = module.register_forward_pre_hook(lambda module, arguments: (hidden, *arguments[1:]))
-            try:
-                theirs = model(**batch, use_cache=False).logits.float()
-            finally:
-                hook.remove()
-    finally:
-        model.train(training)
-    ours = head.logits(hidden)
-    if ours.shape != theirs.shape:
-        raise EUAError(
-            f"{name} has a head of {head.vocabulary} rows and gives logits of shape {tuple(theirs.shape)} for a row of "
-            f"{ids.shape[1]} tokens, so its energies would be over another vocabulary: this architecture is not supported."
-        )
-    tolerance = max(2 * torch.finfo(hidden.dtype).eps, 1e-4)
-    off = ((ours - theirs).abs().amax(dim=-1) / ours.abs().amax(dim=-1).clamp(min=1e-6)).amax().item()
-    if not off <= tolerance:
-        raise EUAError(
-            f"{name} does more between hidden states and logits than a matrix, a bias, and the scale ({head.logit_scale:g}) "
-            f"and softcap ({head.softcap}) that its config states (logits differ by up to {off:.2g} of the largest), so its "
-            "energies would be wrong: this architecture is not supported."
-        )
-
-
-def check_finite(values: Tensor, what: str) -> None:
-    """Raise :class:`EUAError` when ``values`` hold a NaN or an infinity."""
-    bad = int((~torch.isfinite(values)).sum())
-    if bad:
-        raise EUAError(
-            f"NaN or infinity in {what} ({bad} of {values.numel()} values), so no energy can be trusted: "
-            "check the weights, or use bfloat16 or float32 where float16 overflows."
-        )
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DDP, torch.compile or PEFT."""
     while True:
         if isinstance(model, PeftModel):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, PreTrainedModel
 
 from eua.errors import EUAError
-from eua.hidden import check_finite, output_head, output_module
+from eua.model.forward import check_finite
+from eua.model.head import output_head, output_module
 
 
 def end_ids(eos: int | list[int] | Tensor | None) -> list[int]:

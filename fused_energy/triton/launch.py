@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_energy.shared import HeadOptions
+from fused_energy.common import HeadOptions
 from fused_energy.triton import configs
 from fused_energy.triton.configs import Config
 
@@ -45,8 +45,8 @@ class Problem:
             self.order = torch.argsort(~chosen, stable=True)
             self.count = chosen.sum().view(1)
         self.configs = configs.choose(hidden, weight)
-        crowded = self.and_at_one or options.softcap is not None
-        self.logits_config = self.configs.crowded if crowded else self.configs.logits
+        more_registers = self.and_at_one or options.softcap is not None
+        self.logits_config = self.configs.logits_with_softcap if more_registers else self.configs.logits
 
     def head_arguments(self) -> tuple[Any, ...]:
         """From ``hidden_size`` to ``inverse_temperature``, as all kernels that make logits take them."""

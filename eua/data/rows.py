@@ -6,7 +6,7 @@ A row is a mapping with
 - ``prompt`` and ``completion``: two strings, taken literally, or two lists of chat messages;
 - ``messages``: a chat whose last message is the assistant's; it is the answer, all before it is the prompt.
 
-With ``assistant_turns="all"`` every message of the assistant in a chat is an answer, see :mod:`eua.chats`.
+With ``assistant_turns="all"`` every message of the assistant in a chat is an answer, see :mod:`eua.data.answers_in_chats`.
 
 Prompts and answers are tokenized apart and joined, so the (first) prompt's ids are the ones ``generate`` will be given later.
 """
@@ -20,12 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from eua.chats import cut_text, turn_texts
+from eua.data.answers_in_chats import cut_text, turn_texts
 from eua.errors import EUAError
 
 logger = logging.get_logger(__name__)
@@ -196,7 +194,7 @@ def encode_rows(
     """Tokenize rows; what runs past ``max_length`` is cut, and the number of rows cut is logged.
 
     Args:
-        rows: of any format, see :mod:`eua.data`.
+        rows: of any format, see :mod:`eua.data.rows`.
         tokenizer: the model's.
         max_length: of a row, in tokens. None: no limit.
         name: what error messages call the rows.
@@ -251,25 +249,3 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, *, literal: boo
     if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
         ids = ids[:-1]  # some tokenizers close every text; the answer is still to come
     return ids
-
-
-class ForgetRetainDataset(Dataset):
-    """Encoded forget and retain rows with their boundaries; an index names one forget row and its retain rows.
-
-    Args:
-        rows: ``"forget"`` and ``"retain"`` rows.
-        boundaries: of these, one float per answer token; they may come later than the dataset, before its first item.
-    """
-
-    def __init__(self, rows: Mapping[str, Sequence[EncodedRow]], boundaries: Mapping[str, Sequence[torch.Tensor]]) -> None:
-        self.rows, self.boundaries = rows, boundaries
-
-    def __len__(self) -> int:
-        return len(self.rows["forget"])
-
-    def __getitem__(self, index: tuple[int, tuple[int, ...]]) -> list[dict[str, Any]]:
-        forget, retain = index
-        return [self._item("forget", forget), *(self._item("retain", i) for i in retain)]
-
-    def _item(self, kind: str, index: int) -> dict[str, Any]:
-        return {"row": self.rows[kind][index], "boundary": self.boundaries[kind][index], "forget": kind == "forget"}

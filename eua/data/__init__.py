@@ -1,0 +1,1 @@
+"""Rows → token ids → batches that hold forget and retain rows."""

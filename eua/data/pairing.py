@@ -1,0 +1,72 @@
+"""The order in which forget and retain rows meet in training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+_GROUPS_SORTED = 50  # as transformers' LengthGroupedSampler has it
+
+
+class PairedSampler(Sampler[tuple[int, tuple[int, ...]]]):
+    """Every forget row once an epoch, in a seeded order, each with ``ratio`` retain rows.
+
+    Retain rows come from an endless run of seeded permutations that epochs walk on through, so all are visited equally
+    often however few forget rows there are. What an epoch yields depends on the seed and the epoch alone: a resumed run
+    meets the pairs that an uninterrupted one would.
+
+    Args:
+        forget_lengths, retain_lengths: tokens of each row.
+        ratio: retain rows beside each forget row.
+        seed: of all orders.
+        group: rows of like length stand together, so many forget rows at a time; 0: they do not. An epoch holds the same rows.
+    """
+
+    def __init__(
+        self, forget_lengths: Sequence[int], retain_lengths: Sequence[int], ratio: int, seed: int, group: int = 0
+    ) -> None:
+        self.lengths = {"forget": forget_lengths, "retain": retain_lengths}
+        self.forget_rows, self.retain_rows = len(forget_lengths), len(retain_lengths)
+        self.ratio, self.seed, self.group = ratio, seed, group
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.forget_rows
+
+    def __iter__(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+        forget = self._permutation("forget", self.epoch, self.forget_rows)
+        retain = self._retain_rows(self.epoch * self.forget_rows * self.ratio, self.forget_rows * self.ratio)
+        if self.group:
+            forget, retain = self._by_length("forget", forget, 1), self._by_length("retain", retain, self.ratio)
+        pairs = [(index, tuple(retain[i * self.ratio : (i + 1) * self.ratio])) for i, index in enumerate(forget)]
+        if not self.group:
+            yield from pairs
+            return
+        whole = len(pairs) // self.group  # groups; what is left over stays at the end
+        for number in [*self._permutation("group", self.epoch, whole), whole]:
+            yield from pairs[number * self.group : (number + 1) * self.group]
+
+    def _by_length(self, kind: str, rows: list[int], ratio: int) -> list[int]:
+        """Sorts rows by length within stretches, of which an epoch has at least four: so who meets whom stays random."""
+        groups = min(_GROUPS_SORTED, max(1, self.forget_rows // (4 * self.group)))
+        stretch = groups * self.group * ratio
+        starts = range(0, len(rows), stretch)
+        return [i for start in starts for i in sorted(rows[start : start + stretch], key=lambda i: -self.lengths[kind][i])]
+
+    def _retain_rows(self, start: int, count: int) -> list[int]:
+        """``count`` entries, from ``start`` on, of the endless run of permutations."""
+        first, offset = divmod(start, self.retain_rows)
+        rows: list[int] = []
+        while len(rows) < offset + count:
+            rows += self._permutation("retain", first + len(rows) // self.retain_rows, self.retain_rows)
+        return rows[offset : offset + count]
+
+    def _permutation(self, kind: str, index: int, size: int) -> list[int]:
+        salt = {"forget": 0, "retain": 1, "group": 1 << 40}[kind]
+        generator = torch.Generator().manual_seed(2 * (self.seed * 1_000_003 + index) + salt)
+        return torch.randperm(size, generator=generator).tolist()

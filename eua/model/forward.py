@@ -1,0 +1,177 @@
+"""A model → what its head reads, and per-token energies of rows.
+
+Hidden states are taken where the head takes them: a hook on the output embedding captures its input and lets only one
+position of one row through, so no logits of a whole batch exist. That works for any architecture and through wrappers
+(PEFT, DDP), since the model is called the way everyone calls it. :func:`check_head` compares the head as it is understood here
+with the model's own logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from eua.data.batches import pad_rows
+from eua.data.rows import EncodedRow
+from eua.distributed import joined
+from eua.errors import EUAError
+from eua.model.head import output_head, output_module, unwrap, vocabulary_and_device
+from fused_energy import EnergyNLL
+
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """What the head reads at every position: ``input_ids`` (B, S) → (B, S, H).
+
+    ``batch`` holds ``attention_mask`` (B, S) where rows are padded, or ``position_ids`` where they follow one another in one
+    row, see :mod:`eua.data.batches`; whatever else is in it is left aside.
+
+    Raises:
+        EUAError: when the head was not called with one hidden state per token.
+    """
+    input_ids = batch["input_ids"]
+    inputs = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
+    captured: list[Tensor] = []
+
+    def capture(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        captured.append(arguments[0])
+        return (arguments[0][:1, :1], *arguments[1:])
+
+    def run() -> Any:
+        return model(**inputs, use_cache=False)
+
+    hook = output_module(model).register_forward_pre_hook(capture)
+    try:
+        output = run()
+        if not captured:
+            # torch.compile does not look for new hooks in a graph that it made before.
+            with torch.compiler.set_stance("force_eager"):
+                output = run()
+    finally:
+        hook.remove()
+    if len(captured) != 1 or captured[0].shape[:2] != input_ids.shape:
+        raise EUAError(
+            f"{type(model).__name__} called its head {len(captured)} times, on {[tuple(h.shape) for h in captured]}, for "
+            f"tokens of shape {tuple(input_ids.shape)}: energies need one call on (B, S, H), so this model is not supported."
+        )
+    return joined(model, captured[0], output.logits)
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Compare the head as understood here with the model's own logits on a few tokens.
+
+    The hidden states of the tokens are stretched until logits are as large as those of a trained model and beyond, where
+    a softcap or a scale that is not in the config shows, however flat the logits of a fresh model are.
+
+    Raises:
+        EUAError: when they differ by more than the dtype explains, or when a hidden state is NaN or infinite.
+    """
+    head, module = output_head(model), output_module(model)
+    name = type(unwrap(model)).__name__
+    ids = torch.arange(8, device=head.weight.device)[None] % head.vocabulary
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    training = model.training
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):  # leaves no compiled graph behind that knows no hook
+            hidden = hidden_states(model, batch)
+            check_finite(hidden, "the model's hidden states on a probe of 8 tokens")
+            unscaled = replace(head, bias=None, logit_scale=1.0, softcap=None)
+            largest = unscaled.logits(hidden).abs().amax(dim=-1, keepdim=True)
+            wanted = 2.0 ** torch.arange(1, 9, device=hidden.device)[:, None]
+            hidden = (hidden * wanted / largest.clamp(min=1e-6)).to(hidden.dtype)
+            hook = module.register_forward_pre_hook(lambda module, arguments: (hidden, *arguments[1:]))
+            try:
+                theirs = model(**batch, use_cache=False).logits.float()
+            finally:
+                hook.remove()
+    finally:
+        model.train(training)
+    ours = head.logits(hidden)
+    if ours.shape != theirs.shape:
+        raise EUAError(
+            f"{name} has a head of {head.vocabulary} rows and gives logits of shape {tuple(theirs.shape)} for a row of "
+            f"{ids.shape[1]} tokens, so its energies would be over another vocabulary: this architecture is not supported."
+        )
+    tolerance = max(2 * torch.finfo(hidden.dtype).eps, 1e-4)
+    off = ((ours - theirs).abs().amax(dim=-1) / ours.abs().amax(dim=-1).clamp(min=1e-6)).amax().item()
+    if not off <= tolerance:
+        raise EUAError(
+            f"{name} does more between hidden states and logits than a matrix, a bias, and the scale ({head.logit_scale:g}) "
+            f"and softcap ({head.softcap}) that its config states (logits differ by up to {off:.2g} of the largest), so its "
+            "energies would be wrong: this architecture is not supported."
+        )
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Raise :class:`EUAError` when ``values`` hold a NaN or an infinity."""
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise EUAError(
+            f"NaN or infinity in {what} ({bad} of {values.numel()} values), so no energy can be trusted: "
+            "check the weights, or use bfloat16 or float32 where float16 overflows."
+        )
+
+
+def token_energies(model: nn.Module, batch: dict[str, Tensor], temperature: float, hidden: Tensor | None = None) -> EnergyNLL:
+    """Energy and NLL, each (B, S−1), of the tokens that ``labels[:, 1:]`` marks; 0 elsewhere.
+
+    ``hidden`` are the batch's hidden states (B, S, H), where the caller has them already.
+    """
+    if hidden is None:
+        hidden = hidden_states(model, batch)
+    return output_head(model).energy_and_nll(hidden[:, :-1], batch["labels"][:, 1:], temperature)
+
+
+def answer_states(hidden: Tensor, rows: Sequence[EncodedRow]) -> Tensor:
+    """The hidden states that predict the answers' tokens, of all rows in turn: (B, S, H) → (Σ answer lengths, H).
+
+    The token at position p is predicted at p − 1, so an answer's states start at the prompt's last token.
+    """
+    places = [(i, p - 1) for i, row in enumerate(rows) for p in row.answer_positions]
+    row, position = torch.tensor(places, device=hidden.device).unbind(dim=1)
+    return hidden[row, position]
+
+
+@torch.no_grad()
+def eval_hidden_states(
+    model: nn.Module, rows: Sequence[EncodedRow], batch_size: int, progress: str | None = None, check: bool = True
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Hidden states of rows in eval mode, as pairs of row indices and (B, S, H), longest rows first.
+
+    Rows of like length share a batch, so little padding is computed; the longest come first, so memory that does not
+    suffice fails at once.
+    """
+    if check:
+        check_head(model)
+        check_token_ids(model, (row.input_ids for row in rows))
+    _, device = vocabulary_and_device(model)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
+    batches: Iterable[int] = range(0, len(order), batch_size)
+    training = model.training
+    model.eval()
+    try:
+        for start in tqdm(batches, desc=progress, disable=progress is None, leave=False):
+            indices = order[start : start + batch_size]
+            batch = {name: tensor.to(device) for name, tensor in pad_rows([rows[i] for i in indices]).items()}
+            yield indices, hidden_states(model, batch)
+    finally:
+        model.train(training)
+
+
+def check_token_ids(model: nn.Module, rows: Iterable[Sequence[int]]) -> None:
+    """Raise :class:`EUAError` when a token id of ``rows`` is beyond the model's vocabulary."""
+    vocabulary, _ = vocabulary_and_device(model)
+    largest = max((max(ids) for ids in rows if ids), default=0)
+    if largest >= vocabulary:
+        raise EUAError(
+            f"The rows hold token id {largest}, which is out of range for the model's vocabulary of {vocabulary}: "
+            "use the model's own tokenizer, or resize the model's embeddings."
+        )
