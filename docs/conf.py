@@ -33,6 +33,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
+napoleon_custom_sections = ["Returns"]  # prose, in which a colon does not end a type
 napoleon_use_ivar = True  # attributes in a docstring must not collide with fields of the same name
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
