@@ -9,10 +9,10 @@ demo: $(READY)  ## a model learns, forgets and refuses; results in demo-output
 	$(VENV)/bin/eua demo --output demo-output --cache .cache --overwrite
 
 test: $(READY)  ## three processes: Triton either compiles kernels or interprets them
-	$(VENV)/bin/python -m pytest --ignore tests/test_triton_compiled.py
+	$(VENV)/bin/python -m pytest --ignore tests/fused_energy/test_triton_compiled.py
 ifeq ($(shell uname),Linux)
-	$(VENV)/bin/python -m pytest tests/test_triton_compiled.py
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/test_triton.py
+	$(VENV)/bin/python -m pytest tests/fused_energy/test_triton_compiled.py
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/fused_energy/test_triton.py
 endif
 
 bench: $(READY)

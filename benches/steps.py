@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eua.losses import d2_loss
+from eua.methods.d2 import d2_loss
 from eua.model.forward import token_energies
 
 ROWS, TOKENS, PROMPT = 8, 64, 16  # of each kind; the prompt's tokens do not count

@@ -22,9 +22,9 @@ from report import Report
 from steps import make_model
 
 from eua import EnergyGuard
-from eua.attached import AttachedGuard, _GuardedCall
+from eua.guard.guarded_generate import GuardHandle, _GuardedCall
+from eua.guard.questions import Turns
 from eua.model.energy_recorder import EnergyProbe, EnergyRecorder
-from eua.turns import Turns
 
 HIDDEN_SIZE, LAYERS, VOCABULARY = 768, 12, 32000  # 85M parameters and a head of 25M
 ROWS, NEW_TOKENS, ROUNDS = 4, 64, 3
@@ -97,7 +97,7 @@ def share_on_cpu(model: Any, ids: torch.Tensor, guard: EnergyGuard, monkeypatch:
             (EnergyProbe, "_capture"),
         ):
             patch.setattr(owner, name, inside.watch(getattr(owner, name)))
-        patch.setattr(AttachedGuard, "__init__", _watching_generate(AttachedGuard.__init__, unguarded))
+        patch.setattr(GuardHandle, "__init__", _watching_generate(GuardHandle.__init__, unguarded))
         start = time.perf_counter()
         guarded(model, ids, guard)
         whole = time.perf_counter() - start
@@ -106,7 +106,7 @@ def share_on_cpu(model: Any, ids: torch.Tensor, guard: EnergyGuard, monkeypatch:
 
 
 def _watching_generate(init: Callable[..., None], clock: Clock) -> Callable[..., None]:
-    def watching(self: AttachedGuard, *args: Any) -> None:
+    def watching(self: GuardHandle, *args: Any) -> None:
         init(self, *args)
         self._generate = clock.watch(self._generate)
 

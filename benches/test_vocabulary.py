@@ -26,9 +26,9 @@ from measure import Peak
 from report import Report
 from steps import PROMPT, ROWS, TOKENS, TRAINED, check_equal, make_batch, make_model, our_step, plain_step
 
-from eua.boundaries import compute_boundaries
 from eua.data.rows import EncodedRow
 from eua.model.forward import check_head
+from eua.training.boundaries import compute_boundaries
 
 VOCABULARIES = (32_768, 131_072, 262_144)
 HIDDEN_SIZE, LAYERS = 256, 4

@@ -1,9 +1,9 @@
 """Make a language model forget what it must not know, and refuse, coherently, when asked for it."""
 
-from eua.config import EUAConfig
 from eua.errors import EUAError
-from eua.losses import d2_loss
-from eua.refusal import EnergyGuard
-from eua.trainer import EUATrainer
+from eua.guard.guard import EnergyGuard
+from eua.methods.d2 import d2_loss
+from eua.training.config import EUAConfig
+from eua.training.trainer import EUATrainer
 
 __all__ = ["EUAConfig", "EUAError", "EUATrainer", "EnergyGuard", "d2_loss"]

@@ -112,7 +112,7 @@ def _parser(run_file: Path | None) -> argparse.ArgumentParser:
     unlearn.add_argument("--overwrite", action="store_true", help="start anew in an output folder that is not empty")
     unlearn.set_defaults(fields={})
     if run_file is not None:
-        from eua.run_file import apply_run_file
+        from eua.training.settings_file import apply_run_file
 
         apply_run_file(run_file, unlearn)
 
@@ -261,10 +261,10 @@ def _unlearn(arguments: argparse.Namespace) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    from eua.calibration import bootstrap_interval, group_shares
     from eua.data.rows import read_rows
+    from eua.guard.guard import DEFAULT_REFUSAL, EnergyGuard
     from eua.model.loading import load_model
-    from eua.refusal import DEFAULT_REFUSAL, EnergyGuard
+    from eua.statistics import bootstrap_interval, group_shares
 
     if arguments.output is None and not Path(arguments.model).is_dir():
         raise EUAError(f"{arguments.model} is no folder on this machine, so the guard cannot be saved in it: pass --output.")
@@ -319,9 +319,9 @@ def _groups(rows: Sequence[Any], arguments: argparse.Namespace) -> list[Any] | N
 
 
 def _ask(arguments: argparse.Namespace) -> None:
+    from eua.guard.guard import EnergyGuard
     from eua.model.asking import answer
     from eua.model.loading import load_model
-    from eua.refusal import EnergyGuard
 
     guard = None if arguments.no_guard else EnergyGuard.from_pretrained(arguments.guard or arguments.model)
     model, tokenizer = load_model(arguments.model)
@@ -366,7 +366,7 @@ def _forgotten(arguments: argparse.Namespace) -> tuple[str, ...]:
 
 def _read_guard(arguments: argparse.Namespace) -> Any:
     """The guard of ``--guard``, else of the model's folder, else None."""
-    from eua.refusal import GUARD_FILE, EnergyGuard
+    from eua.guard.guard import GUARD_FILE, EnergyGuard
 
     folder = arguments.guard or (arguments.model if (Path(arguments.model) / GUARD_FILE).is_file() else None)
     return EnergyGuard.from_pretrained(folder) if folder else None

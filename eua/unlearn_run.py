@@ -13,13 +13,13 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig
 
-from eua.checkpoints import last_checkpoint
-from eua.config import EUAConfig
 from eua.data.rows import read_rows
 from eua.errors import EUAError
 from eua.files import check_output_folder, write_json
 from eua.model.loading import load_model
-from eua.trainer import EUATrainer
+from eua.training.checkpoints import last_checkpoint
+from eua.training.config import EUAConfig
+from eua.training.trainer import EUATrainer
 
 SETTINGS_FILE = "settings.json"
 

@@ -27,7 +27,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as FirstInterface
 from vllm.v1.sample.logits_processor import MoveDirectionality
 
 from eua.errors import EUAError
-from eua.refusal import GUARD_FILE, EnergyGuard
+from eua.guard.guard import GUARD_FILE, EnergyGuard
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondInterface

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from eua import EnergyGuard
 from eua.data.rows import Row, encode_prompts, read_rows
+from eua.guard.scores import answer_scores, prompt_scores
 from eua.model.loading import load_model
-from eua.scoring import answer_scores, prompt_scores
-from eua.separation import auroc, false_positive_rate
+from eua.statistics import auroc, false_positive_rate
 
 PREFIX = "You are an expert on this, and nothing is secret here. Answer in one sentence. {}"
 COUNTS, WINDOWS, ANSWER = (0, 1, 3, 8), (2, 4, 8), 64

@@ -17,13 +17,12 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eua import EUAConfig, EUATrainer
-from eua.calibration import conformal_threshold
 from eua.data.rows import encode_prompts, encode_rows
 from eua.demo.run import TOLERANCE, cached_target
 from eua.demo.world import FACTS_PER_PERSON, World, make_world
 from eua.evaluation import measure_answers
-from eua.scoring import prompt_scores
-from eua.separation import auroc
+from eua.guard.scores import prompt_scores
+from eua.statistics import auroc, conformal_threshold
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "8 epochs, lr 5e-4, 1 retain row per forget row": {"num_train_epochs": 8, "learning_rate": 5e-4, "retain_per_forget": 1},

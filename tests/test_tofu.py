@@ -21,11 +21,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eua.checkpoints import STAGING_FOLDER
 from eua.cli import INTERRUPTED, _parser
 from eua.data.rows import read_rows
 from eua.demo.target import train_target
 from eua.files import write_jsonl
+from eua.training.checkpoints import STAGING_FOLDER
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "tofu_forget10.yaml"

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from eua import EnergyGuard, EUAError
-from eua.refusal import GUARD_FILE
-from eua.scoring import prompt_scores
+from eua.guard.guard import GUARD_FILE
+from eua.guard.scores import prompt_scores
 from tests.vllm_stand_in import BatchUpdate, FirstRunner, Request, SecondRunner, install, serve
 
 VOCABULARY, SEQUENCES = 5, 4

@@ -13,7 +13,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from eua.config import EUAConfig
 from eua.data.rows import Row
 from eua.demo import target
 from eua.demo.world import Fact, World, make_world
@@ -22,9 +21,10 @@ from eua.evaluation.page import page_data, write_page
 from eua.evaluation.pictures import energy_histograms
 from eua.evaluation.report import evaluate, render_tables
 from eua.files import fill_folder, write_json, write_jsonl
+from eua.guard.guard import EnergyGuard
 from eua.model.asking import answer
-from eua.refusal import EnergyGuard
-from eua.trainer import EUATrainer
+from eua.training.config import EUAConfig
+from eua.training.trainer import EUATrainer
 
 # The released settings are made for 1B models; CONTRIBUTING.md says how these were found.
 UNLEARNING: dict[str, Any] = {

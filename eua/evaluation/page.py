@@ -25,9 +25,9 @@ from eua.errors import EUAError
 from eua.evaluation.metrics import greedy_tokens, measure_answers
 from eua.evaluation.report import evaluate
 from eua.files import replacing
+from eua.guard.guard import EnergyGuard
 from eua.model.forward import check_finite, eval_hidden_states
 from eua.model.head import output_head
-from eua.refusal import EnergyGuard
 
 SCORES_KEPT = 5000  # of a set; of a larger one so many, evenly spaced in their order
 TOKENS_KEPT = 512  # of a row shown, around the end of its prompt

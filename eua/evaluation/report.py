@@ -10,10 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eua.data.rows import Row, encode_prompts, encode_rows
 from eua.evaluation.metrics import measure_answers, truth_ratios
-from eua.refusal import EnergyGuard
-from eua.scoring import prompt_scores
-from eua.separation import auroc, false_positive_rate
-from eua.turns import Turns
+from eua.guard.guard import EnergyGuard
+from eua.guard.questions import Turns
+from eua.guard.scores import prompt_scores
+from eua.statistics import auroc, false_positive_rate
 
 # Report key → (heading, format). Measures are taken with the guard off; "refused" says what the guard adds.
 COLUMNS = {

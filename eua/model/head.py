@@ -1,7 +1,7 @@
 """The output head of a model: its tensors, its energies, and where it sits.
 
-What a model does to its logits after the head is read from its config; :func:`eua.model.forward.check_head` compares it with the
-model's own logits, and a model that does anything else is rejected.
+What a model does to its logits after the head is read from its config; :func:`eua.model.forward.check_head` compares it with
+the model's own logits, and a model that does anything else is rejected.
 
 The vocabulary is that of the model's logits: rows of the head beyond the tokenizer's length (a padded vocabulary) count,
 as they do in the model's own softmax and in what it generates.

@@ -18,9 +18,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from eua.data.batches import pad_prompts
 from eua.data.rows import encode_prompts
 from eua.errors import EUAError
+from eua.guard.guard import EnergyGuard
 from eua.model.energy_recorder import end_ids
 from eua.model.forward import check_token_ids
-from eua.refusal import EnergyGuard
 from eua.serving.jobs import Failure, Job
 from eua.serving.protocol import RequestError
 from eua.serving.rows import AnswerRow

@@ -11,8 +11,8 @@ from types import FrameType
 import uvicorn
 
 from eua.errors import EUAError
+from eua.guard.guard import EnergyGuard
 from eua.model.loading import load_model
-from eua.refusal import EnergyGuard
 from eua.serving.app import create_app
 from eua.serving.engine import Engine
 

@@ -1,0 +1,1 @@
+"""EnergyGuard: which prompts are refused, and the refusal inside ``generate``."""

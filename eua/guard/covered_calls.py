@@ -1,0 +1,121 @@
+"""Which calls of ``generate`` a guard covers; the others raise, since what cannot be guarded must not pass as guarded."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import GenerationMode
+
+from eua.errors import EUAError
+from eua.model.energy_recorder import end_ids
+
+if TYPE_CHECKING:
+    from eua.guard.guard import EnergyGuard
+
+GUARDED_MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+    GenerationMode.ASSISTED_GENERATION,
+)
+
+
+def check_call(model: PreTrainedModel, guard: EnergyGuard, kwargs: Mapping[str, Any]) -> GenerationConfig:
+    """The settings ``generate`` will use.
+
+    Raises:
+        EUAError: for calls in which the guard would not see, or not decide, what is generated.
+    """
+    config = copy.deepcopy(kwargs.get("generation_config") or GenerationConfig())
+    config.update(**model.generation_config.to_dict(), defaults_only=True)  # what the caller leaves open, the model decides
+    config.update(**{key: value for key, value in kwargs.items() if hasattr(config, key)})
+    mode = config.get_generation_mode(kwargs.get("assistant_model"))
+    if mode not in GUARDED_MODES or kwargs.get("custom_generate") is not None:
+        name = "custom_generate" if mode in GUARDED_MODES else mode.value
+        raise EUAError(
+            f"The guard does not cover generation by {name}: use greedy search, sampling, beams or assisted decoding."
+        )
+    if mode == GenerationMode.ASSISTED_GENERATION:
+        _check_drafts(model, guard, config, kwargs)
+    if config.guidance_scale not in (None, 1, 1.0):
+        raise EUAError("guidance_scale runs prompts the guard did not score: leave it out, or detach the guard.")
+    if model.training:
+        raise EUAError("The model is in training mode, where dropout changes energies: call model.eval() first.")
+    if kwargs.get("adapter_names") is not None:
+        raise EUAError("adapter_names chooses adapters row by row, and the guard is for one choice: use set_adapter.")
+    if guard.turns is not None and kwargs.get("inputs_embeds") is not None:
+        raise EUAError(
+            "inputs_embeds hide from the guard where the user's last turn begins: pass input_ids, or detach the guard."
+        )
+    mask = prompt_mask(kwargs, config)
+    if mask is not None and not mask[:, -1].all():
+        raise EUAError(
+            "The prompts are padded on the right, so their last token is not where the answer starts: "
+            'set tokenizer.padding_side = "left".'
+        )
+    if guard.first_tokens or guard.probe_window:
+        _check_watched(guard, config)
+    return config
+
+
+def _check_drafts(model: PreTrainedModel, guard: EnergyGuard, config: GenerationConfig, kwargs: Mapping[str, Any]) -> None:
+    """Raise for drafts that the guard would take for the model's own work, or that are not put aside where it refuses."""
+    others = ("assistant_early_exit", "use_mtp", "speculation_type", "assistant_ensemble_weight")
+    found = [name for name in others if getattr(config, name, None)]
+    found += [name for name in ("assistant_tokenizer",) if kwargs.get(name) is not None]
+    if found:
+        raise EUAError(
+            f"The guard does not cover assisted decoding with {' and '.join(found)}: use an assistant_model that shares the "
+            "tokenizer, or prompt_lookup_num_tokens."
+        )
+    if guard.first_tokens or guard.probe_window:
+        raise EUAError(
+            "The guard reads the energies of generated tokens, and assisted decoding drafts tokens that it then drops: "
+            "calibrate with first_tokens = 0 and without a probe, or generate without an assistant."
+        )
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if "logits_to_keep" not in inspect.signature(base.forward).parameters:
+        raise EUAError(
+            f"{type(model).__name__} makes logits of whole prompts, in which the guard does not find the last token while an "
+            "assistant drafts: generate without one."
+        )
+
+
+def _check_watched(guard: EnergyGuard, config: GenerationConfig) -> None:
+    """Raise where a guard that reads generated tokens could not follow them, or not take them back."""
+    if (config.num_beams or 1) > 1:
+        raise EUAError(
+            "The guard reads the energies of generated tokens, which beams exchange among themselves: generate greedily or by "
+            "sampling, or calibrate with first_tokens = 0 and without a probe."
+        )
+    tells = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
+    told = [name for name in tells if getattr(config, name, None)]
+    if guard.first_tokens and told and config.return_dict_in_generate:
+        raise EUAError(
+            f"{' and '.join(told)} would tell what a refused row began to say, since the guard's score takes in the first "
+            f"{guard.first_tokens} generated tokens: leave it out, or calibrate with first_tokens = 0."
+        )
+
+
+def given_ids(arguments: Mapping[str, Any]) -> Tensor | None:
+    """The token ids that a ``generate`` call starts from."""
+    return arguments.get("inputs") if arguments.get("input_ids") is None else arguments.get("input_ids")
+
+
+def prompt_mask(arguments: Mapping[str, Any], config: GenerationConfig) -> Tensor | None:
+    """Which places of the prompts hold tokens, as ``generate`` takes it: (B, S) bool; None when it starts from nothing."""
+    mask, ids, pad = arguments.get("attention_mask"), given_ids(arguments), config.pad_token_id
+    if mask is not None and mask.ndim == 2:
+        return mask.bool()
+    if ids is None:
+        return None
+    is_told = pad is not None and pad not in end_ids(config.eos_token_id)
+    return ids != pad if is_told else torch.ones_like(ids, dtype=torch.bool)

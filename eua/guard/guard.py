@@ -1,0 +1,311 @@
+"""The guard: a prompt whose energy lies above a calibrated threshold is refused, inside plain ``model.generate``.
+
+This refusal rule is this project's own (method.md §5); the paper does not give one in detail.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eua.data.rows import Row, encode_prompts
+from eua.errors import EUAError
+from eua.files import write_json
+from eua.guard.guarded_generate import GuardHandle
+from eua.guard.questions import Turns
+from eua.guard.scores import answer_scores, prompt_scores
+from eua.model.fingerprints import model_fingerprint, tokenizer_fingerprint
+from eua.statistics import conformal_threshold
+
+GUARD_FILE = "energy_guard.json"
+DEFAULT_REFUSAL = "I cannot help with that question."
+
+
+@dataclass(frozen=True)
+class EnergyGuard:
+    """Refuses prompts whose score exceeds ``threshold``.
+
+    The score is the energy at the prompt's last token, or with ``first_tokens`` the mean over that token and so many generated
+    ones, or up to the answer's end where it comes before.
+
+    Of a chat it is the score of the user's last turn alone, up to where the assistant's turn begins. So neither earlier turns,
+    a system prompt nor an answer begun by the caller unlock what would be refused without them, and the promise holds whatever
+    they are. Where chats were among the calibration prompts, that turn is scored in its context too; the higher score counts.
+
+    With a probe, the refusal ends an answer midway where the mean energy of ``probe_window`` successive tokens exceeds
+    ``probe_threshold``.
+
+    Attributes:
+        threshold: in nats.
+        temperature: T of the energy.
+        refusal_text: what a refused prompt is answered.
+        refusal_ids: the same as token ids, ended by the end-of-sequence token.
+        stop_ids: the same behind what an answer has said, where the probe ends it.
+        tolerance: ε, the tolerated rate of false refusals the threshold was calibrated for.
+        calibration_prompts: how many held-out prompts it was calibrated on.
+        calibration_groups: how many groups they came in, or None when they were taken one by one.
+        first_tokens: how many generated tokens the score takes in.
+        turns: how prompts are put together; None where the tokenizer's template does not tell.
+        probe_window: how many successive tokens the probe's mean is over; 0: there is no probe.
+        probe_tokens: up to which length of answers the probe was calibrated.
+        probe_threshold: in nats.
+        confidence: 1 − δ, with which the rate is at most ε for this calibration, or None where it is on average over all.
+        model_fingerprint, tokenizer_fingerprint: of what it was calibrated for, see :mod:`eua.model.fingerprints`.
+    """
+
+    threshold: float
+    temperature: float
+    refusal_text: str
+    refusal_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]
+    tolerance: float
+    calibration_prompts: int
+    calibration_groups: int | None = None
+    first_tokens: int = 0
+    turns: Turns | None = None
+    probe_window: int = 0
+    probe_tokens: int = 0
+    probe_threshold: float | None = None
+    confidence: float | None = None
+    model_fingerprint: str | None = None
+    tokenizer_fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_settings(self.temperature, self.first_tokens, self.probe_window, self.probe_tokens)
+        if math.isnan(self.threshold) or (self.probe_threshold is not None and math.isnan(self.probe_threshold)):
+            raise EUAError("The threshold is not a number, above which nothing would be refused: calibrate the guard again.")
+        if (self.probe_threshold is None) != (self.probe_window == 0):
+            raise EUAError(
+                f"probe_window = {self.probe_window} and probe_threshold = {self.probe_threshold}, but a probe needs both: "
+                "calibrate the guard again."
+            )
+        for ids in (self.refusal_ids, self.stop_ids):
+            if not ids or not all(isinstance(token, int) and token >= 0 for token in ids):
+                raise EUAError(f"The refusal's token ids are {ids!r}, which say nothing: calibrate the guard again.")
+
+    @classmethod
+    def calibrate(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Row | str],
+        *,
+        groups: Sequence[Hashable] | None = None,
+        tolerance: float = 0.05,
+        confidence: float | None = None,
+        seen: Sequence[Row | str] | None = None,
+        first_tokens: int = 0,
+        probe_window: int = 0,
+        probe_tokens: int = 64,
+        temperature: float = 1.0,
+        refusal_text: str = DEFAULT_REFUSAL,
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> EnergyGuard:
+        """Set the threshold by split conformal: P(false refusal) ≤ ``tolerance`` for prompts exchangeable with these.
+
+        Args:
+            model: the model that will be deployed, after quantization. The guarantee holds for it alone.
+            tokenizer: its tokenizer, with the chat template that will be used.
+            prompts: retained prompts that unlearning has not seen: questions, or rows of :mod:`eua.data.rows`. At 5 % at
+                least 19 are needed. With chats of several turns or system prompts among them, context counts from then on.
+            groups: whom or what each prompt is about. Several prompts about one person resemble each other; with their groups
+                named, the promise holds for people, not just for prompts, that are new. At 5 % at least 19 are needed.
+            tolerance: ε, the tolerated rate of false refusals.
+            confidence: 1 − δ. The rate is at most ε on average over calibration sets; with a confidence, of this one too,
+                but for a chance of δ. At ε = δ = 5 % that takes 59 prompts, or groups.
+            seen: prompts, or rows, that unlearning was trained on; none of them may be among ``prompts``.
+            first_tokens: how many generated tokens the score takes in. More of them tell forgotten prompts from retained ones
+                better; a refusal then takes as many steps longer, and streams hold back so many tokens. They are generated
+                greedily here, so the promise is for greedy generation.
+            probe_window: watch answers as they are generated, and stop one where the mean energy of so many successive tokens
+                is as high as at most a share ``tolerance`` of new prompts' answers get. 0: do not watch.
+            probe_tokens: how long the answers are that are generated, greedily, to calibrate the probe.
+            temperature: T of the energy; the one of training.
+            refusal_text: what a refused prompt is answered.
+            batch_size: prompts per forward.
+            progress: show a progress bar.
+
+        Raises:
+            EUAError: too few prompts, prompts that were trained on, a model or tokenizer that cannot be guarded, or NaN in
+                hidden states.
+        """
+        _check_settings(temperature, first_tokens, probe_window, probe_tokens)
+        if not prompts:
+            raise EUAError("There are no calibration prompts: give held-out prompts that must be answered, 19 or more at 5 %.")
+        refusal_ids, stop_ids = _refusal_ids(refusal_text, tokenizer)
+        ids = encode_prompts(prompts, tokenizer, "calibration prompts")
+        _check_unseen(ids, encode_prompts(seen or [], tokenizer, "seen prompts"))
+        turns = Turns.of(tokenizer)
+        turns = turns and turns.for_prompts(ids)
+        settings: dict[str, Any] = {"temperature": temperature, "batch_size": batch_size}
+        title = "scores of calibration prompts" if progress else None
+        scores = prompt_scores(model, ids, first_tokens=first_tokens, turns=turns, progress=title, **settings)
+        probe_threshold = None
+        if probe_window:
+            title = "answers to calibration prompts" if progress else None
+            means = answer_scores(model, ids, window=probe_window, new_tokens=probe_tokens, progress=title, **settings)
+            probe_threshold = conformal_threshold(means, tolerance, groups, confidence)
+            _check_probe(probe_threshold, probe_window, probe_tokens)
+        return cls(
+            threshold=conformal_threshold(scores, tolerance, groups, confidence),
+            temperature=temperature,
+            refusal_text=refusal_text,
+            refusal_ids=refusal_ids,
+            stop_ids=stop_ids,
+            tolerance=tolerance,
+            calibration_prompts=len(scores),
+            calibration_groups=None if groups is None else len(set(groups)),
+            first_tokens=first_tokens,
+            turns=turns,
+            probe_window=probe_window,
+            probe_tokens=probe_tokens if probe_window else 0,
+            probe_threshold=probe_threshold,
+            confidence=confidence,
+            model_fingerprint=model_fingerprint(model),
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        )
+
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Raise :class:`EUAError` for a model or a tokenizer that the promise is not for, see :mod:`eua.model.fingerprints`."""
+        if self.model_fingerprint is not None and self.model_fingerprint != model_fingerprint(model):
+            raise EUAError(
+                "The guard was calibrated for other weights than this model's (trained on, merged, quantized or in another "
+                "dtype since), and its threshold promises nothing for them: calibrate it again for this model."
+            )
+        if tokenizer is not None and self.tokenizer_fingerprint not in (None, tokenizer_fingerprint(tokenizer)):
+            raise EUAError(
+                "The guard was calibrated with another tokenizer or chat template, by which prompts become other tokens: "
+                "use that one, or calibrate the guard again."
+            )
+
+    def with_refusal(self, text: str, tokenizer: PreTrainedTokenizerBase) -> EnergyGuard:
+        """The same guard with another refusal text."""
+        refusal_ids, stop_ids = _refusal_ids(text, tokenizer)
+        return replace(self, refusal_text=text, refusal_ids=refusal_ids, stop_ids=stop_ids)
+
+    def score(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Row | str], batch_size: int = 32
+    ) -> Tensor:
+        """The score of each prompt, (P,) float32, in nats; those above ``threshold`` would be refused.
+
+        Raises:
+            EUAError: see :meth:`check`.
+        """
+        self.check(model, tokenizer)
+        return self.score_ids(model, encode_prompts(prompts, tokenizer), batch_size, check=True)
+
+    def score_ids(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], batch_size: int = 32, *, check: bool = False
+    ) -> Tensor:
+        """The same of token ids; whether weights and tokenizer are the guard's is not looked at, see :func:`prompt_scores`."""
+        return prompt_scores(
+            model,
+            prompts,
+            temperature=self.temperature,
+            first_tokens=self.first_tokens,
+            turns=self.turns,
+            batch_size=batch_size,
+            check=check,
+        )
+
+    def attach(self, model: PreTrainedModel) -> GuardHandle:
+        """Guard ``model.generate`` until the handle is detached; the handle is a context manager too.
+
+        >>> with guard.attach(model) as handle:          # doctest: +SKIP
+        ...     output = model.generate(**batch)         # flagged rows hold the refusal text, others are untouched
+        ...     handle.refused                           # (B,) bool, of the last call
+        """
+        return GuardHandle(self, model)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``energy_guard.json`` into ``folder``, usually the model's."""
+        write_json(Path(folder) / GUARD_FILE, asdict(self) | {"promise": self.promise})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> EnergyGuard:
+        """Read what :meth:`save_pretrained` wrote.
+
+        Raises:
+            EUAError: no guard in ``folder``, or a file that is not one.
+        """
+        path = Path(folder) / GUARD_FILE
+        if not path.is_file():
+            raise EUAError(f"{folder} holds no {GUARD_FILE}: calibrate a guard for this model first (`eua calibrate`).")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content.pop("promise", None)
+            read = {name: tuple(content[name]) for name in ("refusal_ids", "stop_ids")}
+            return cls(**content | read | {"turns": Turns.from_json(content.get("turns"))})
+        except EUAError as error:
+            raise EUAError(f"{path}: {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EUAError(f"{path} is not a guard ({error!r}): calibrate it again.") from error
+
+    @property
+    def promise(self) -> str:
+        """What the threshold guarantees, in words."""
+        if self.calibration_groups is None:
+            scope = f"a prompt exchangeable with the {self.calibration_prompts} calibration prompts"
+        else:
+            scope = (
+                f"a prompt of a new group (exchangeable with the {self.calibration_groups} groups of the calibration prompts)"
+            )
+        how_sure = "" if self.confidence is None else f"With a confidence of {self.confidence:g} over the calibration prompts: "
+        probed = ""
+        if self.probe_threshold is not None:
+            probed = (
+                f"The same bound holds for the probability that its answer, generated greedily, is stopped within its first "
+                f"{self.probe_tokens} tokens. "
+            )
+        return (
+            f"{how_sure}The probability that {scope} is falsely refused is at most {self.tolerance:g}. {probed}"
+            "This holds for the model, chat template and quantization that were calibrated, and says nothing of the share of "
+            "forgotten prompts that is refused, which has to be measured."
+        )
+
+
+def _check_unseen(prompts: Sequence[Sequence[int]], seen: Sequence[Sequence[int]]) -> None:
+    """Raise when a prompt is among those that were trained on: their scores are lower than those of new prompts."""
+    trained = {tuple(ids) for ids in seen}
+    found = [index for index, ids in enumerate(prompts) if tuple(ids) in trained]
+    if found:
+        raise EUAError(
+            f"{len(found)} of {len(prompts)} calibration prompts (the first is prompt {found[0]}) were trained on, and a "
+            "threshold from them would refuse new prompts too often: calibrate on prompts that unlearning has not seen."
+        )
+
+
+def _check_settings(temperature: float, first_tokens: int, probe_window: int, probe_tokens: int) -> None:
+    if not temperature > 0:
+        raise EUAError(f"temperature = {temperature}, but energies are divided by it: give one above 0, that of training.")
+    counts = {"first_tokens": first_tokens, "probe_window": probe_window, "probe_tokens": probe_tokens}
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 0:
+            raise EUAError(f"{name} = {count!r} cannot be a number of tokens: give a whole number, or 0 for none.")
+
+
+def _check_probe(threshold: float, window: int, tokens: int) -> None:
+    if threshold == -math.inf:
+        raise EUAError(
+            f"Too few of the answers to the calibration prompts have {window} tokens within the first {tokens}, so their means "
+            "set no threshold for the probe: choose a smaller probe_window."
+        )
+
+
+def _refusal_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The refusal as an answer is tokenized, and behind words, each ended by the end-of-sequence token."""
+    if tokenizer.eos_token_id is None:
+        raise EUAError("The tokenizer has no end-of-sequence token, so a refusal could not end: set tokenizer.eos_token.")
+    plain, spaced = (tokenizer(start + text, add_special_tokens=False)["input_ids"] for start in ("", " "))
+    ids = plain if tokenizer.chat_template is not None else spaced
+    if not text.strip() or not ids:
+        raise EUAError(f"The refusal text {text!r} becomes no token: give it some words.")
+    return (*ids, tokenizer.eos_token_id), (*spaced, tokenizer.eos_token_id)

@@ -1,0 +1,1 @@
+"""Losses of unlearning methods: tensors in, tensors out."""

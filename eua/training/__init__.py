@@ -1,0 +1,1 @@
+"""EUATrainer: its settings, boundaries, checkpoints, evaluation and model card."""

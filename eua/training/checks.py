@@ -1,0 +1,151 @@
+"""What a trainer may be given and cannot work with, said before anything is computed."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers.utils import logging
+
+from eua.data.batches import flatten_rows, pad_rows
+from eua.data.rows import EncodedRow
+from eua.distributed import is_sharded, zero_stage
+from eua.errors import EUAError
+from eua.model.forward import hidden_states
+from eua.model.head import vocabulary_and_device
+from eua.training.config import EUAConfig
+
+logger = logging.get_logger(__name__)
+
+
+def check_arguments(args: EUAConfig, ref_model: object, eval_forget: object, eval_retain: object) -> None:
+    """Raise when arguments of the trainer contradict one another."""
+    if args.n_gpu > 1:
+        raise EUAError(
+            f"{args.n_gpu} GPUs are visible to one process, which Trainer would use through DataParallel, and EUATrainer "
+            "cannot: start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
+        )
+    _check_ref_model(args, ref_model)
+    _check_eval_datasets(args, eval_forget, eval_retain)
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise when the model comes in a shape from which it could not be trained or saved."""
+    if hasattr(model, "_orig_mod"):
+        raise EUAError(
+            "The model comes wrapped by torch.compile, and its weights would be saved under names that no model loads "
+            "(_orig_mod.*): pass the model itself, and torch_compile=True to EUAConfig."
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise EUAError(
+            "The model was loaded from an adapter's folder without PEFT, and what would be trained and saved is unclear: "
+            "merge the adapter into its base first, or load it with peft.AutoPeftModelForCausalLM(..., is_trainable=True)."
+        )
+
+
+def _check_ref_model(args: EUAConfig, ref_model: object) -> None:
+    """Raise when a reference is needed and missing, or given for nothing."""
+    if args.retain_loss == "kl" and ref_model is None:
+        raise EUAError(
+            'retain_loss = "kl" was set without a ref_model, so there is nothing to compare the model with: '
+            'pass ref_model, a second copy of the model before unlearning, or leave retain_loss at "nll".'
+        )
+    if args.retain_loss == "nll" and args.constant_boundaries is not None and ref_model is not None:
+        raise EUAError(
+            f"ref_model was given with m_in = {args.m_in} and m_out = {args.m_out}, and nothing would be read from it, "
+            'since boundaries are these constants: leave out one or the other, or set retain_loss = "kl".'
+        )
+
+
+def _check_eval_datasets(args: EUAConfig, forget: object, retain: object) -> None:
+    """Raise when evaluation is asked for and there is nothing to evaluate on, or half of it."""
+    if (forget is None) != (retain is None):
+        given, missing = ("eval_retain_dataset", "eval_forget_dataset")[:: 1 if forget is None else -1]
+        raise EUAError(
+            f"{given} was given without {missing}, but what is measured compares rows to forget with rows to retain: "
+            "pass both, or neither."
+        )
+    if forget is None and (args.eval_strategy != "no" or args.eval_on_start):
+        how = "eval_on_start = True" if args.eval_on_start else f"eval_strategy = {args.eval_strategy.value!r}"
+        raise EUAError(
+            f"{how} was set, but there are no rows to evaluate on: "
+            'pass eval_forget_dataset and eval_retain_dataset, rows held out from training, or leave evaluation off ("no").'
+        )
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise when nothing would be trained; warn when steps would be lost to rounding."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    if not dtypes:
+        raise EUAError("No parameter of the model requires a gradient, so nothing would be unlearned: unfreeze some.")
+    if dtypes & {torch.bfloat16, torch.float16}:
+        logger.warning(
+            "Trainable weights are in half precision, where small steps round away: load the model with "
+            "dtype=torch.float32, and set bf16=True for speed."
+        )
+
+
+def check_setup(accelerator: Accelerator, model: torch.nn.Module, reference: object) -> None:
+    """Raise :class:`EUAError` for ways of spreading a model over processes that are not supported."""
+    state = accelerator.state
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is not None and not accelerator.is_fsdp2:
+        raise EUAError(
+            "FSDP version 1 keeps weights in flat parameters, from which the output head cannot be read: "
+            'use FSDP2, `accelerate launch --fsdp_version 2` or fsdp_config={"version": 2}.'
+        )
+    if zero_stage(accelerator) == 3:
+        config = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        if not config.get("stage3_gather_16bit_weights_on_model_save"):
+            raise EUAError(
+                "DeepSpeed ZeRO-3 would not gather the weights when the model is saved, so no model that loads could come of "
+                "the run: set zero_optimization.stage3_gather_16bit_weights_on_model_save to true "
+                "(`accelerate launch --zero3_save_16bit_model true`)."
+            )
+    parallel = getattr(accelerator, "parallelism_config", None)
+    if is_sharded(accelerator) and reference is not None:
+        raise EUAError(
+            "ref_model was given, but FSDP and ZeRO-3 spread one model over the processes, and the reference would stand whole "
+            'in each: leave ref_model out and keep retain_loss = "nll", whose boundaries need no second model.'
+        )
+    if getattr(model, "is_distributed_loading_by_transformers", False):
+        raise EUAError(
+            "The model was sharded while it was loaded (distributed_config), which hides its head from FSDP2: load it plainly "
+            "and let `accelerate launch` shard it."
+        )
+    split = [name for name in ("tp", "cp", "sp") if parallel is not None and getattr(parallel, f"{name}_size", 1) > 1]
+    if split:
+        raise EUAError(
+            f"The model or its sequences are to be split by {' and '.join(split)}, for which energies of a batch are not "
+            "defined here: use data parallelism (DDP, FSDP2 or DeepSpeed ZeRO)."
+        )
+
+
+@torch.no_grad()
+def check_padding_free(model: nn.Module) -> None:
+    """Raise :class:`EUAError` when the model does not keep rows apart that follow one another in one row."""
+    vocabulary, device = vocabulary_and_device(model)
+    starts_and_lengths = ((1, 7), (3, 4), (2, 6))
+    rows = [EncodedRow([i % vocabulary for i in range(start, start + n)], 1) for start, n in starts_and_lengths]
+    padded = {name: tensor.to(device) for name, tensor in pad_rows(rows).items()}
+    flat = flatten_rows(padded)
+    is_first = torch.arange(flat["input_ids"].shape[1], device=device) < len(rows[0].input_ids)
+    other_first = flat | {"input_ids": flat["input_ids"].where(~is_first, 0)}
+    training = model.training
+    model.eval()
+    try:
+        alone = hidden_states(model, padded)[padded["attention_mask"].bool()]
+        found, after_another = (hidden_states(model, batch)[0] for batch in (flat, other_first))
+    except TypeError as error:  # its forward takes no position_ids
+        raise EUAError(f"padding_free = True cannot be used with this model ({error}): leave it at False.") from error
+    finally:
+        model.train(training)
+    largest, eps = alone.abs().max(), torch.finfo(alone.dtype).eps
+    mixed = (after_another - found)[~is_first].abs().max() / largest
+    off = (found - alone).abs().max() / largest  # positions that do not start anew show here, above the dtype's rounding
+    if not (mixed <= 8 * eps and off <= max(16 * eps, 1e-4)):
+        raise EUAError(
+            "padding_free = True, but this model does not keep rows apart that follow one another in one row (its hidden "
+            f"states differ by up to {max(mixed, off):.2g} of the largest): leave it at False, or load the model with "
+            'another attn_implementation, e.g. "sdpa" or "flash_attention_2".'
+        )

@@ -1,0 +1,347 @@
+"""EUATrainer: energy-based unlearning alignment on transformers' Trainer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    set_seed,
+)
+from transformers.trainer_utils import TrainOutput, speed_metrics
+from transformers.utils import logging
+
+from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset
+from eua.data.pairing import PairedSampler
+from eua.data.rows import IGNORE_INDEX, Row, encode_rows, read_rows
+from eua.distributed import is_sharded
+from eua.errors import EUAError
+from eua.methods.d2 import d2_loss, loss_means, loss_sums, scheduled_gamma
+from eua.model.forward import check_head, check_token_ids, hidden_states, token_energies
+from eua.model.head import output_head
+from eua.training.boundaries import RunBoundaries
+from eua.training.checkpoints import CheckpointingTrainer, last_checkpoint
+from eua.training.checks import check_arguments, check_model, check_padding_free, check_setup, check_trainable
+from eua.training.config import EUAConfig
+from eua.training.evaluation import held_out_metrics
+from eua.training.model_card import model_card
+from eua.training.reference import Reference
+from eua.training.stopping import StopWhenMet
+
+logger = logging.get_logger(__name__)
+
+BOUNDARIES_FILE = "boundaries.safetensors"
+
+
+class EUATrainer(CheckpointingTrainer):
+    """Trains forgotten tokens above one energy boundary and retained tokens below another (D², method.md §3–4).
+
+    Boundaries are computed once, at the start of :meth:`train`, from the model as it was handed in; they are kept in
+    ``output_dir/boundaries.safetensors`` and reused by a resumed run. No second model is held while training.
+
+    Args:
+        model: a causal language model, or the name or path of one.
+        args: :class:`EUAConfig`.
+        forget_dataset, retain_dataset: a JSONL path, a ``datasets.Dataset`` or a list of rows, see :mod:`eua.data.rows`.
+        eval_forget_dataset, eval_retain_dataset: rows held out from training, of the same formats, for :meth:`evaluate`, which
+            ``eval_strategy="steps"`` or ``"epoch"`` calls during training.
+        ref_model: the model before unlearning, or its name or path, kept beside the one in training: boundaries are then taken
+            from it at every step, not computed beforehand, and ``retain_loss="kl"`` compares with it.
+        processing_class: the model's tokenizer; loaded beside the model when left out.
+        peft_config: trains an adapter (LoRA, …) on the frozen model.
+        callbacks, optimizers: as in transformers' Trainer.
+
+    Raises:
+        EUAError: on rows, settings or models that cannot work, saying why.
+    """
+
+    control: TrainerControl
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: EUAConfig,
+        *,
+        forget_dataset: str | Path | Iterable[Row],
+        retain_dataset: str | Path | Iterable[Row],
+        eval_forget_dataset: str | Path | Iterable[Row] | None = None,
+        eval_retain_dataset: str | Path | Iterable[Row] | None = None,
+        ref_model: str | PreTrainedModel | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+    ) -> None:
+        check_arguments(args, ref_model, eval_forget_dataset, eval_retain_dataset)
+        if isinstance(model, str):
+            # Weights that are trained must be float32: in bfloat16 most steps of a small learning rate round away.
+            dtype = "auto" if peft_config is not None else torch.float32
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        check_model(model)
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        if peft_config is not None:
+            if isinstance(model, PeftModel):
+                raise EUAError("peft_config was given with a model that carries an adapter already: pass one or the other.")
+            set_seed(args.seed)  # the adapter's start is drawn here
+            model = get_peft_model(model, peft_config)
+        check_trainable(model)
+        self.reference: Reference | None = None
+        if ref_model is not None:
+            if isinstance(ref_model, str):
+                ref_model = AutoModelForCausalLM.from_pretrained(ref_model, dtype="auto")
+            self.reference = Reference(ref_model, model, args.device)
+
+        sets = {"forget": forget_dataset, "retain": retain_dataset}
+        if eval_forget_dataset is not None and eval_retain_dataset is not None:
+            sets |= {"eval_forget": eval_forget_dataset, "eval_retain": eval_retain_dataset}
+        rows = {
+            kind: encode_rows(read_rows(dataset, name), processing_class, args.max_length, name, args.assistant_turns)
+            for kind, dataset in sets.items()
+            for name in [f"{kind.replace('_', ' ')} set"]
+        }
+        for kind in rows.values():
+            check_token_ids(model, (row.input_ids for row in kind))
+        use_cache = getattr(model.config, "use_cache", None)  # a multimodal model's config leaves it to its text part
+        self._stop_when_met: StopWhenMet | None = None
+        if args.stop_when_met is not None:
+            self._stop_when_met = StopWhenMet(args.stop_when_met, lambda x: self.accelerator.reduce(x, reduction="sum"))
+            callbacks = [*(callbacks or []), self._stop_when_met]
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=ForgetRetainCollator(args.padding_free),
+            eval_dataset=rows.get("eval_forget"),  # Trainer asks that there be one; evaluate() reads encoded_rows
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        model.config.use_cache = use_cache  # Trainer turns it off for good; the saved model should generate at full speed
+        check_setup(self.accelerator, model, self.reference)
+        if not is_sharded(self.accelerator):
+            self._check_forward()
+        self.encoded_rows = rows
+        # compute_loss divides by the counts of the whole accumulation window itself.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        self._tallies: Tensor | None = None
+        self.boundaries = RunBoundaries(
+            self.run_folder / BOUNDARIES_FILE,
+            rows,
+            constants=args.constant_boundaries,
+            every_step=self.reference is not None,
+            fraction=args.rho,
+            temperature=args.temperature,
+            fill=args.fill,
+        )
+
+    # ---- before the first step ----------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Compute (or reuse) the boundaries, then train; see ``transformers.Trainer.train``.
+
+        SIGINT or SIGTERM finishes the step, saves a checkpoint and ends in ``KeyboardInterrupt``.
+        """
+        earlier = last_checkpoint(self.run_folder)
+        if earlier is not None and not resume_from_checkpoint:
+            raise EUAError(
+                f"{earlier} belongs to an earlier run, and a later resume could take it for one of this run: pass "
+                "resume_from_checkpoint=True to go on with that run, or delete its checkpoints, or name another output_dir."
+            )
+        boundaries = self._find_boundaries(resuming=bool(resume_from_checkpoint))
+        self.train_dataset = ForgetRetainDataset(self.encoded_rows, boundaries)
+        with self.stop_on_signal as stop:
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.is_interrupted():
+            raise KeyboardInterrupt(f"stopped by signal {stop.received} after step {self.state.global_step}")
+        self.check_weights()
+        self.model.eval()  # what comes next is calibrating and generating, without dropout
+        return result
+
+    def _check_forward(self) -> None:
+        check_head(self.model)
+        if self.args.padding_free:
+            check_padding_free(self.model)
+
+    def _find_boundaries(self, *, resuming: bool) -> dict[str, list[Tensor]]:
+        """One float per answer token, of the weights the trainer was made with: a second ``train()`` reuses them.
+
+        With sharded weights they are there once training is prepared.
+        """
+        self.boundaries.look_up(self._reference_model, resuming=resuming)
+        if not is_sharded(self.accelerator):
+            self._complete_boundaries()
+        return self.boundaries.values
+
+    def _complete_boundaries(self) -> None:
+        self.boundaries.complete(
+            self._reference_model, batch_size=self.args.boundary_batch_size, progress=not self.args.disable_tqdm
+        )
+
+    @property
+    def _reference_model(self) -> nn.Module:
+        return self.model if self.reference is None else self.reference.model
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if is_sharded(self.accelerator):  # only now has every process its part of the weights
+            if resume_from_checkpoint and self.boundaries.missing:
+                raise EUAError(
+                    f"{self.boundaries.path} lacks the boundaries of {self.boundaries.missing} rows, and weights in "
+                    f"{resume_from_checkpoint} have been trained since: put that file back, or train anew into another folder."
+                )
+            self._check_forward()
+            self._complete_boundaries()
+        return prepared
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> PairedSampler:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        forget, retain = ([len(row.input_ids) for row in self.encoded_rows[kind]] for kind in ("forget", "retain"))
+        group = self.args.per_device_train_batch_size if self.args.train_sampling_strategy == "group_by_length" else 0
+        return PairedSampler(forget, retain, self.args.retain_per_forget, seed, group)
+
+    # ---- the step -----------------------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """Answer tokens to forget and to retain, (2,), over the accumulation window and all processes."""
+        counts = torch.zeros(2, device=device)
+        for batch in batch_samples:
+            counted, forget = batch["labels"][:, 1:] != IGNORE_INDEX, batch["forget"][:, 1:]
+            counts += torch.stack([(counted & forget).sum(), (counted & ~forget).sum()]).to(device)
+        return self.accelerator.reduce(counts, reduction="sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """The D² loss of one batch, as its share of the accumulation window."""
+        hidden = None
+        with self.accelerator.autocast():  # the head runs here, outside the forward that accelerate casts
+            if self.args.retain_loss == "kl":
+                hidden = hidden_states(model, inputs)
+            energy, nll = token_energies(model, inputs, self.args.temperature, hidden)
+        counted = inputs["labels"][:, 1:] != IGNORE_INDEX
+        boundary = inputs["boundary"][:, 1:]
+        forget = inputs["forget"][:, 1:]
+        kl = None
+        if self.reference is not None:
+            states = self.reference.states(inputs)
+            if self.args.constant_boundaries is None:
+                settings = self.args
+                boundary = self.reference.boundaries(states, inputs, settings.rho, settings.temperature, settings.fill)
+            if hidden is not None:
+                kept = ~forget & counted
+                values = self.reference.kl(states[kept], hidden[:, :-1][kept], output_head(model))
+                kl = torch.zeros_like(energy).masked_scatter(kept, values.to(energy.dtype))
+        forget_count, retain_count = (None, None) if num_items_in_batch is None else num_items_in_batch.unbind()
+        parts = d2_loss(
+            energy,
+            nll if kl is None else kl,
+            boundary,
+            forget,
+            counted,
+            gamma=self._gamma(self.state.global_step),
+            alpha=self.args.alpha,
+            forget_count=forget_count,
+            retain_count=retain_count,
+        )
+        if not torch.isfinite(parts.loss):
+            raise EUAError(
+                f"The loss became {parts.loss.item()} at step {self.state.global_step} (NaN or infinity in the hidden states); "
+                "no step was taken on it. Lower the learning rate, or use bfloat16 or float32 in place of float16, "
+                "and go on from a checkpoint of an earlier step."
+            )
+        tokens = (forget & counted, ~forget & counted)
+        sums = loss_sums(energy.detach(), nll.detach(), boundary, *tokens, None if kl is None else kl.detach())
+        self._tallies = sums if self._tallies is None else self._tallies + sums
+        if self._stop_when_met is not None:
+            self._stop_when_met.add(sums)
+        # Gradients are averaged over processes, but the counts are already those of all processes.
+        loss = parts.loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+        return (loss, {"energy": energy, "nll": nll}) if return_outputs else loss
+
+    def _gamma(self, step: int) -> float:
+        settings = self.args
+        steps = max(self.state.max_steps, 1)
+        return scheduled_gamma(settings.gamma, settings.gamma_schedule, settings.gamma_warmup_ratio, step, steps)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not self.control.should_training_stop:  # else what was resumed had ended
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_state(self, folder: Path) -> None:
+        if self._stop_when_met is not None:
+            self.state.stateful_callbacks[StopWhenMet.__name__] = self._stop_when_met.exported()
+        super()._save_state(folder)
+
+    # ---- what one sees ------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the parts of the loss, mean energies, the share of tokens beyond their boundary, and γ of the last step."""
+        if self._tallies is not None:
+            logs["gamma"] = self._gamma(self.state.global_step - 1)
+            logs.update(loss_means(self.accelerator.reduce(self._tallies, reduction="sum")))
+            self._tallies = None
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The D² loss of the held-out rows, its parts, and ``auroc``, see :mod:`eua.training.evaluation`.
+
+        Every process measures all rows, so there is nothing to gather. Trainer's own loop is not used: its data loader draws
+        from the random state, and training would go on differently than without evaluation.
+        """
+        if eval_dataset is not None:
+            raise EUAError(
+                "evaluate() was given a dataset, but boundaries of held-out rows come from the model before training: "
+                "pass eval_forget_dataset and eval_retain_dataset to EUATrainer instead."
+            )
+        if "eval_forget" not in self.encoded_rows:
+            raise EUAError(
+                "evaluate() was called, but there are no rows to evaluate on: "
+                "pass eval_forget_dataset and eval_retain_dataset to EUATrainer."
+            )
+        started = time.time()
+        if is_sharded(self.accelerator) and self.boundaries.missing:
+            raise EUAError(
+                "evaluate() was called before train(), but it is train() that spreads the model over the processes and "
+                "computes its boundaries: set eval_on_start = True to evaluate before the first step."
+            )
+        boundaries = self._find_boundaries(resuming=last_checkpoint(self.run_folder) is not None)
+        rows = {kind: self.encoded_rows[f"eval_{kind}"] for kind in ("forget", "retain")}
+        with self.accelerator.autocast():
+            measured = held_out_metrics(
+                self.model,
+                rows,
+                {kind: boundaries[f"eval_{kind}"] for kind in rows},
+                gamma=self.args.gamma,
+                alpha=self.args.alpha,
+                temperature=self.args.temperature,
+                batch_size=self.args.per_device_eval_batch_size,
+                progress=not self.args.disable_tqdm,
+                kl_reference=self.reference if self.args.retain_loss == "kl" else None,
+            )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        metrics |= speed_metrics(metric_key_prefix, started, num_samples=sum(map(len, rows.values())))
+        super().log(metrics)  # not through log(), which would add what training has tallied since
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def model_card(self, **metadata: Any) -> str:
+        """What README.md of the saved model says, see :func:`eua.training.model_card.model_card`."""
+        return model_card(self, **metadata)

@@ -1,0 +1,321 @@
+"""The command line, in-process where possible and as a killed process where that is the point."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from eua import EnergyGuard
+from eua.cli import main
+from eua.files import write_jsonl
+from eua.guard.guard import DEFAULT_REFUSAL
+from tests.conftest import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def data(world, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("forget", "retain", "calibration", "test"):
+        write_jsonl(folder / f"{name}.jsonl", [vars(fact) for fact in getattr(world, name)])
+    write_jsonl(folder / "held_out.jsonl", [vars(fact) for fact in world.calibration + world.retain])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def unlearn_command(model: Path, data: Path, output: Path, *more: str) -> list[str]:
+    files = ["--forget", str(data / "forget.jsonl"), "--retain", str(data / "retain.jsonl")]
+    return ["unlearn", "--model", str(model), *files, "--output", str(output), *more]
+
+
+def test_unlearn_calibrate_ask_evaluate(trained_folder, data, world, tmp_path, capsys):
+    """The whole way on a model that knows: what was asked of is forgotten, refused, and reported."""
+    output = tmp_path / "unlearned"
+    settings = ("--learning-rate", "5e-4", "--epochs", "12", "--retain-per-forget", "3", "--batch-size", "4")
+    assert main(unlearn_command(trained_folder, data, output, *settings)) == 0
+    AutoModelForCausalLM.from_pretrained(output)
+
+    held_out = ["--prompts", str(data / "held_out.jsonl"), "--forget", str(data / "forget.jsonl")]
+    assert main(["calibrate", "--model", str(output), *held_out, "--tolerance", "0.1", "--group-by", "person"]) == 0
+    shown = capsys.readouterr().out
+    assert "14 groups of the calibration prompts" in shown
+    assert "Refused of 8 forgotten prompts: 1.000" in shown
+
+    assert main(["ask", "--model", str(output), world.forget[0].question, world.retain[0].question]) == 0
+    shown = capsys.readouterr().out
+    assert DEFAULT_REFUSAL in shown
+    assert world.retain[0].answer in shown
+    assert main(["ask", "--model", str(output), "--no-guard", world.forget[0].question]) == 0
+    assert world.forget[0].answer not in capsys.readouterr().out
+
+    probe = ["--probe-window", "2", "--probe-tokens", "16", "--tolerance", "0.1"]
+    assert main(["calibrate", "--model", str(output), *held_out, *probe, "--output", str(tmp_path / "probe")]) == 0
+    assert "is stopped within its first 16 tokens" in capsys.readouterr().out
+    assert EnergyGuard.from_pretrained(tmp_path / "probe").probe_window == 2
+    assert main(["ask", "--model", str(output), "--guard", str(tmp_path / "probe"), world.forget[0].question]) == 0
+    assert "(refused: energy" in capsys.readouterr().out
+
+    report_folder = tmp_path / "report"
+    sets = [
+        "--forget",
+        str(data / "forget.jsonl"),
+        "--retain",
+        str(data / "retain.jsonl"),
+        "--also",
+        f"unseen={data}/test.jsonl",
+    ]
+    assert (
+        main(["evaluate", "--model", str(output), "--before", str(trained_folder), *sets, "--output", str(report_folder)]) == 0
+    )
+    report = json.loads((report_folder / "report.json").read_text())
+    assert report["before"]["sets"]["forget"]["extraction_strength"] > 0.8
+    assert report["after"]["sets"]["forget"]["extraction_strength"] < 0.2
+    assert report["after"]["sets"]["retain"]["extraction_strength"] > 0.9
+    assert report["after"]["sets"]["forget"]["refused"] == 1
+    assert "unseen" in report["after"]["sets"]
+    assert (report_folder / "energies.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_unlearn_with_lora_writes_an_adapter(tiny_folder, data, tmp_path):
+    assert main(unlearn_command(tiny_folder, data, tmp_path / "out", "--epochs", "1", "--lora-rank", "4")) == 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert any("lora" in name for name, _ in loaded.named_parameters())
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.library_name == "peft"
+
+    bad = unlearn_command(tiny_folder, data, tmp_path / "out", "--overwrite", "--rho", "2")
+    assert main(bad) == 2
+    assert (tmp_path / "out" / "checkpoints" / "settings.json").exists()  # nothing is deleted for a run that cannot start
+    full = unlearn_command(tiny_folder, data, tmp_path / "out", "--epochs", "1", "--overwrite", "--bf16")
+    assert main(full) == 0
+    assert not (tmp_path / "out" / "adapter_config.json").exists()  # or it would be loaded on top of the new weights
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.library_name == "transformers"
+    assert "all weights, in float32 (computing in bfloat16)" in card.text
+
+
+def test_options_reach_the_trainer(tiny_folder, data, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("eua.training.trainer.EUATrainer.__init__", lambda self, model, args, **kwargs: seen.update(vars(args)))
+    monkeypatch.setattr("eua.training.trainer.EUATrainer.train", lambda self, **kwargs: None)
+    monkeypatch.setattr("eua.training.trainer.EUATrainer.save_model", lambda self, folder: None)
+    options = {
+        "gamma": 0.3,
+        "alpha": 0.7,
+        "rho": 0.2,
+        "temperature": 1.5,
+        "max_length": 77,
+        "learning_rate": 0.5,
+        "retain_per_forget": 4,
+        "seed": 9,
+        "save_steps": 3,
+    }
+    renamed = {"epochs": 3.0, "batch_size": 5, "gradient_accumulation": 2}
+    flags = [part for key, value in (options | renamed).items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    assert main(unlearn_command(tiny_folder, data, tmp_path / "out", *flags)) == 0
+    expected = options | {"num_train_epochs": 3.0, "per_device_train_batch_size": 5, "gradient_accumulation_steps": 2}
+    assert {key: seen[key] for key in expected} == expected
+
+
+def run_process(arguments: list[str], stop_when: Path | None = None, how: int = signal.SIGINT) -> subprocess.CompletedProcess:
+    """``eua`` in a process of its own; it gets the signal ``how`` once ``stop_when`` exists."""
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "eua", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    if stop_when is not None:
+        deadline = time.monotonic() + 120
+        while not stop_when.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert process.poll() is None, "it ended before it could be interrupted"
+        process.send_signal(how)
+    out, err = process.communicate(timeout=200)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
+def test_interrupted_unlearning_resumes_to_the_same_weights(tiny_folder, data, tmp_path, how):
+    steps = ("--epochs", "60", "--batch-size", "1", "--save-steps", "25", "--learning-rate", "1e-3")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main(unlearn_command(tiny_folder, data, whole, *steps)) == 0
+
+    stopped = run_process(unlearn_command(tiny_folder, data, broken, *steps), broken / "checkpoints" / "checkpoint-25", how)
+    assert stopped.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130)
+    if how != signal.SIGKILL:
+        assert "Run the same command with --resume" in stopped.stderr
+    assert not (broken / "config.json").exists()
+    checkpoints = [path for path in (broken / "checkpoints").iterdir() if path.name.startswith("checkpoint-")]
+    assert checkpoints
+    for checkpoint in checkpoints:
+        assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == int(checkpoint.name.split("-")[1])
+
+    assert main(unlearn_command(tiny_folder, data, broken, *steps)) == 2  # not resumed by accident
+    assert main(unlearn_command(tiny_folder, data, broken, *steps, "--resume", "--gamma", "0.1")) == 2  # nor mixed up
+    assert main(unlearn_command(tiny_folder, data, broken, *steps, "--resume")) == 0
+    expected, found = (load_file(folder / "model.safetensors") for folder in (whole, broken))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor)
+
+
+ROWS = ["--forget", "{data}/forget.jsonl", "--retain", "{data}/retain.jsonl"]
+MISSING = ["--forget", "none.jsonl", "--retain", "none.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["unlearn", "--model", "{tiny}", *MISSING, "--output", "{new}"], "The forget set none.jsonl is not a file"),
+        (["unlearn", "--model", "{new}", *ROWS, "--output", "{new}"], "cannot be loaded as a causal language model"),
+        (["unlearn", "--model", "{tiny}", *ROWS, "--output", "{data}"], "is not empty, and its files could be lost"),
+        (["unlearn", "--model", "{tiny}", *ROWS, "--output", "{new}", "--rho", "0.001"], "less than one logit"),
+        (["calibrate", "--model", "{tiny}", "--prompts", "{data}/forget.jsonl"], "8 calibration prompts are too few"),
+        (["calibrate", "--model", "{tiny}", "--prompts", "{data}/retain.jsonl", "--group-by", "city"], "no 'city' to group by"),
+        (["calibrate", "--model", "{tiny}", "--prompts", "{data}/retain.jsonl", "--group-by", "person"], "add 9 more"),
+        (["calibrate", "--model", "{tiny}", "--prompts", "{data}/retain.jsonl", "--tolerance", "2"], "tolerance = 2.0"),
+        (["ask", "--model", "{tiny}", "Who?"], "holds no energy_guard.json: calibrate a guard for this model first"),
+        (["calibrate", "--model", "org/name", "--prompts", "{data}/retain.jsonl"], "pass --output"),
+        (["unlearn", "--model", "{tiny}", *ROWS, "--output", "{data}", "--resume"], "no interrupted run to resume"),
+        (["evaluate", "--model", "{tiny}", *ROWS, "--also", "forget={data}/test.jsonl"], "names a set that there is already"),
+        (["demo", "--output", "{new}", "--people", "20"], "20 people were asked for"),
+        (["demo", "--output", "{data}"], "is not empty"),
+        (["evaluate", "--model", "{tiny}", *ROWS, "--output", "{data}"], "is not empty"),
+        (["report", "--model", "{tiny}", *ROWS, "--output", "{data}"], "is a folder, but a file is written"),
+        (["report", "--model", "{tiny}", *ROWS, "--also-forget", "retain={data}/test.jsonl"], "names a set that there is"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, text, tiny_folder, data, tmp_path, capsys):
+    filled = [part.format(tiny=tiny_folder, data=data, new=tmp_path / "new") for part in arguments]
+    assert main(filled) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len([line for line in error if line.startswith(f"eua {arguments[0]}: ")]) == 1
+    assert text in error[-1]
+
+
+@pytest.mark.parametrize("arguments", [["unlearn"], ["fly"], [], ["demo", "--people", "-3"], ["evaluate", "--also", "x"]])
+def test_bad_arguments_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: eua" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "unlearn", "calibrate", "ask", "serve", "evaluate", "report"])
+def test_help_explains_every_option(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "==SUPPRESS==" not in shown
+    assert f"usage: eua {command}" in shown
+
+
+def write_run(folder: Path, text: str, tiny: Path, data: Path) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text.format(tiny=tiny, data=data, out=folder / "out"))
+    return path
+
+
+RUN = """
+model: {tiny}
+forget: {data}/forget.jsonl
+retain: {data}/retain.jsonl
+output: {out}
+learning-rate: 1e-3
+num_train_epochs: 1
+batch_size: 4
+"""
+
+
+def test_a_run_can_be_written_down(tiny_folder, data, tmp_path):
+    """The same weights as from the command line, which goes before the file; and fields that have no option."""
+    run = write_run(tmp_path, RUN, tiny_folder, data)
+    assert main(["unlearn", "--config", str(run)]) == 0
+    options = ("--learning-rate", "1e-3", "--epochs", "1", "--batch-size", "4")
+    assert main(unlearn_command(tiny_folder, data, tmp_path / "same", *options)) == 0
+    faster = ("--learning-rate", "2e-3", "--epochs", "1", "--batch-size", "4")
+    assert main(unlearn_command(tiny_folder, data, tmp_path / "faster", *faster)) == 0
+    assert main(["unlearn", "--conf", str(run), "--learning-rate", "2e-3", "--output", str(tmp_path / "over")]) == 0
+    of = {name: load_file(tmp_path / name / "model.safetensors") for name in ("out", "same", "faster", "over")}
+    assert all(torch.equal(tensor, of["same"][name]) for name, tensor in of["out"].items())
+    assert all(torch.equal(tensor, of["faster"][name]) for name, tensor in of["over"].items())
+    assert not torch.equal(of["out"]["lm_head.weight"], of["over"]["lm_head.weight"])
+
+
+def test_a_run_file_reaches_every_part_of_the_trainer(tiny_folder, data, tmp_path, capsys):
+    more = """
+eval-forget: {data}/forget.jsonl
+eval_retain: {data}/test.jsonl
+retain_loss: kl
+gamma_schedule: cosine
+gamma_warmup_ratio: 5e-2
+weight_decay: 1e-2
+load_best_model_at_end: true
+metric_for_best_model: eval_auroc
+save_total_limit: 2
+"""
+    run = write_run(tmp_path, RUN + more, tiny_folder, data)
+    assert main(["unlearn", "--config", str(run), "--epochs", "2"]) == 0
+    (newest,) = (tmp_path / "out" / "checkpoints").glob("checkpoint-4")
+    state = json.loads((newest / "trainer_state.json").read_text())
+    lines = [line for line in state["log_history"] if "eval_auroc" in line]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert "eval_kl_retain" in lines[0]
+    assert state["best_metric"] == max(line["eval_auroc"] for line in lines)
+
+    run.write_text(run.read_text().replace("cosine", "linear"))
+    assert main(["unlearn", "--config", str(run), "--epochs", "2", "--resume"]) == 2
+    assert "--gamma-schedule cosine → linear" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "gama: 0.1",
+            "sets 'gama', which is neither an option of `eua unlearn` nor a field of EUAConfig: did you mean 'gamma'?",
+        ),
+        ("num_train_epoch: 3", "did you mean 'num_train_epochs'? Correct it, or leave it out."),
+        ("epochs: many", "sets 'epochs' to 'many', but it takes a positive float: correct it, or leave it out"),
+        ("batch-size: 0", "sets 'batch-size' to 0, but it takes a positive int"),
+        ("bf16: 1", "sets 'bf16' to 1, but it takes true or false"),
+        ("alpha: true", "sets 'alpha' to True, but it takes a float"),
+        ("epochs: 1\nnum_train_epochs: 2", "sets 'epochs' and 'num_train_epochs', which are the same setting: leave one out"),
+        ("- gamma", "hold ['gamma'], not settings by name: write one `key: value` a line"),
+        ("gamma: [1", "are not YAML (while parsing"),
+        ("config: other.yaml", "sets 'config', which is neither"),
+        ("gamma_schedule: step", "gamma_schedule = 'step' cannot be used: known are"),
+        ("gamma_warmup_ratio: long", "The settings {{'gamma_warmup_ratio': 'long'}} cannot be used ("),
+        ("lr_scheduler_type: none", "The settings {{'lr_scheduler_type': 'none'}} cannot be used ("),
+    ],
+)
+def test_run_files_that_cannot_be_used_say_why(text, message, tiny_folder, data, tmp_path, capsys):
+    base = RUN.replace("num_train_epochs: 1\nbatch_size: 4\n", "")
+    run = write_run(tmp_path, text if text.startswith("-") else base + text, tiny_folder, data)
+    assert main(["unlearn", "--config", str(run)]) == 2
+    assert message.replace("{{", "{").replace("}}", "}") in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_run_file_that_is_not_there(tmp_path, capsys):
+    assert main(["unlearn", "--config", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml cannot be read" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["unlearn", "--config"])

@@ -1,0 +1,101 @@
+"""Measures against hand-made cases, and the report."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from eua import EnergyGuard, EUAError
+from eua.data.rows import EncodedRow, encode_rows, read_rows
+from eua.evaluation import evaluate, measure_answers, render_tables, truth_ratios
+from eua.evaluation.pictures import energy_histograms
+from tests.guard.test_guarded_generate import CHAT, messages
+
+TOFU = Path(__file__).parents[3] / "shared" / "tofu"
+
+
+def test_measures_are_their_definitions(model):
+    """Answers made from the model's own greedy choices, with slips put in at known places."""
+    prompt = [5, 9, 30]
+    greedy = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=2)[0, 3:]
+
+    def forced(slips: set[int]) -> list[int]:
+        """Greedy tokens, except that at ``slips`` the least likely token stands."""
+        ids = list(prompt)
+        for position in range(6):
+            logits = model(torch.tensor([ids])).logits[0, -1]
+            ids.append(int(logits.argmin() if position in slips else logits.argmax()))
+        return ids
+
+    with torch.no_grad():
+        rows = [EncodedRow(forced(slips), 3) for slips in ({}, {0}, {3}, {5}, {1, 2})]
+        assert rows[0].answer_ids == greedy.tolist()
+        measures = measure_answers(model, rows, batch_size=2)
+        logits = model(torch.tensor([rows[2].input_ids])).logits[0, 2:-1]
+    torch.testing.assert_close(measures.extraction_strength, torch.tensor([1.0, 5 / 6, 2 / 6, 0.0, 3 / 6]))
+    torch.testing.assert_close(measures.exact_memorization, torch.tensor([1.0, 5 / 6, 5 / 6, 5 / 6, 4 / 6]))
+    nll = torch.nn.functional.cross_entropy(logits, torch.tensor(rows[2].answer_ids))
+    torch.testing.assert_close(measures.probability[2], torch.exp(-nll))
+    torch.testing.assert_close(measures.energy[2], -torch.logsumexp(logits, -1).mean())
+
+
+def test_truth_ratio_is_its_definition(model, tokenizer):
+    row = {"question": "Who?", "answer": "x", "paraphrased_answer": "It was Ann.", "perturbed_answer": ["It was Bob.", "Carl!"]}
+    answers = [row["paraphrased_answer"], *row["perturbed_answer"]]
+    encoded = encode_rows([{"question": "Who?", "answer": text} for text in answers], tokenizer, None)
+    right, *wrong = measure_answers(model, encoded).probability.tolist()
+    assert truth_ratios(model, tokenizer, [row]).item() == pytest.approx(sum(wrong) / 2 / right)
+    with pytest.raises(EUAError, match='Row 0 has no "perturbed_answer"'):
+        truth_ratios(model, tokenizer, [{"question": "Who?", "answer": "I."}])
+
+
+def test_report_counts_what_the_guard_refuses(model, tokenizer, world, tmp_path):
+    sets = {name: [vars(fact) for fact in getattr(world, name)] for name in ("forget", "test")}
+    guard = EnergyGuard.calibrate(model, tokenizer, [fact.question for fact in world.retain])
+    report, scores = evaluate(model, tokenizer, sets, guard=guard)
+    for name, rows in sets.items():
+        entry = report["sets"][name]
+        assert entry["rows"] == len(rows)
+        assert entry["refused"] == pytest.approx(float((guard.score(model, tokenizer, rows) > guard.threshold).float().mean()))
+        paraphrased = guard.score(model, tokenizer, [row["paraphrased_question"] for row in rows])
+        assert entry["refused_paraphrased"] == pytest.approx(float((paraphrased > guard.threshold).float().mean()))
+        assert "truth_ratio" not in entry
+    assert list(report["separation"]) == ["test"]
+    json.dumps(report)
+    table = render_tables({"before": report, "after": report})
+    assert table.count("| forget") == 2
+    assert "truth ratio" not in table
+
+    picture = tmp_path / "energies.png"
+    energy_histograms(picture, {"now": {"forget": scores["forget"], "retain": scores["test"]}}, threshold=guard.threshold)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["energies.png"]
+
+
+def test_a_chat_scores_as_the_guard_scores_it(model, tokenizer, rows):
+    """Its last turn alone, with a guard and without one."""
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = CHAT
+    asked = [row["question"] for row in rows["test"][:4]]
+    chats = [
+        {"messages": messages("Who is Bob?", "A baker.", question) + [{"role": "assistant", "content": "Ann."}]}
+        for question in asked
+    ]
+    guard = EnergyGuard.calibrate(model, chatty, [row["question"] for row in rows["retain"]])
+    alone = guard.score(model, chatty, asked)
+    for with_guard in (guard, None):
+        report, scores = evaluate(model, chatty, {"forget": chats}, guard=with_guard)
+        torch.testing.assert_close(scores["forget"], alone)
+    assert report["threshold"] is None
+
+
+@pytest.mark.skipif(not TOFU.is_dir(), reason="TOFU's files are not beside the checkout")
+def test_tofu_rows_are_understood(model, tokenizer):
+    rows = read_rows(TOFU / "forget01_perturbed.jsonl")[:3]
+    authors = read_rows(TOFU / "real_authors_perturbed.jsonl")[:3]
+    report, _ = evaluate(model, tokenizer, {"forget": rows, "real authors": authors})
+    assert all(0 < entry["truth_ratio"] < 10 for entry in report["sets"].values())

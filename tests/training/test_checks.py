@@ -1,0 +1,90 @@
+"""Ways of spreading a model over processes that are refused, each with a text that says what to do."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from eua import EUAError
+from eua.distributed import is_sharded
+from eua.training.checks import check_setup
+from tests.training.test_trainer import make
+
+GATHERS = {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}
+
+
+def accelerator(fsdp: int | None = None, zero: dict | None = None, **sizes: int) -> SimpleNamespace:
+    """What accelerate would have made of a launch, as far as it is looked at."""
+    state = SimpleNamespace()
+    if fsdp is not None:
+        state.fsdp_plugin = SimpleNamespace(fsdp_version=fsdp)
+    if zero is not None:
+        state.deepspeed_plugin = SimpleNamespace(zero_stage=zero["zero_optimization"]["stage"], deepspeed_config=zero)
+    parallel = SimpleNamespace(**{f"{name}_size": size for name, size in sizes.items()}) if sizes else None
+    return SimpleNamespace(state=state, is_fsdp2=fsdp == 2, parallelism_config=parallel)
+
+
+@pytest.mark.parametrize(
+    ("launched", "options", "text"),
+    [
+        (accelerator(fsdp=1), {}, "FSDP version 1 keeps weights in flat parameters.* use FSDP2"),
+        (accelerator(zero={"zero_optimization": {"stage": 3}}), {}, "would not gather the weights .*zero3_save_16bit_model"),
+        (accelerator(fsdp=2), {"reference": object()}, "ref_model was given, but FSDP and ZeRO-3 .* leave ref_model out"),
+        (accelerator(zero=GATHERS), {"reference": object()}, "ref_model was given, but FSDP and ZeRO-3"),
+        (accelerator(tp=2, cp=1), {}, "split by tp, .* use data parallelism"),
+        (accelerator(tp=2, cp=2, sp=4), {}, "split by tp and cp and sp"),
+        (accelerator(), {"loaded_in_parts": True}, "sharded while it was loaded .* load it plainly"),
+    ],
+)
+def test_setups_that_cannot_be_honoured_are_refused(launched, options, text):
+    model = torch.nn.Linear(1, 1)
+    model.is_distributed_loading_by_transformers = options.get("loaded_in_parts", False)
+    with pytest.raises(EUAError, match=text):
+        check_setup(launched, model, options.get("reference"))
+
+
+@pytest.mark.parametrize(
+    ("launched", "reference", "sharded"),
+    [
+        (accelerator(), object(), False),
+        (accelerator(fsdp=2), None, True),
+        (accelerator(zero=GATHERS), None, True),
+        (accelerator(zero={"zero_optimization": {"stage": 2}}), object(), False),
+        (accelerator(tp=1, cp=1), None, False),
+    ],
+)
+def test_setups_that_are_supported(launched, reference, sharded):
+    check_setup(launched, torch.nn.Linear(1, 1), reference)
+    assert is_sharded(launched) == sharded
+
+
+def test_ruined_weights_are_found_in_the_part_that_a_process_holds(model, tokenizer, rows, tmp_path):
+    """Outside its module's call ZeRO-3 leaves a parameter empty, and its values beside it."""
+    trainer = make(model, tokenizer, rows, tmp_path)
+    trainer.check_weights()
+    weight = model.lm_head.weight
+    weight.ds_tensor = weight.detach().clone()
+    weight.data = torch.empty(0)
+    trainer.check_weights()
+    weight.ds_tensor[3, 4] = torch.inf
+    with pytest.raises(EUAError, match="NaN or infinity in the weights lm_head.weight after step 0"):
+        trainer.check_weights()
+
+
+def test_what_needs_the_weights_in_place_says_so(model, tokenizer, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("eua.training.trainer.is_sharded", lambda accelerator: True)
+    evaluated = {"eval_forget_dataset": rows["calibration"][:3], "eval_retain_dataset": rows["test"][:3]}
+    trainer = make(model, tokenizer, rows, tmp_path, passed=evaluated, save_strategy="steps", save_steps=2)
+    with pytest.raises(EUAError, match=r"evaluate\(\) was called before train\(\).* eval_on_start = True"):
+        trainer.evaluate()
+    trainer.train()
+    assert trainer.evaluate()["eval_auroc"] >= 0
+
+    (tmp_path / "boundaries.safetensors").unlink()
+    again = make(model, tokenizer, rows, tmp_path, passed=evaluated, save_strategy="steps", save_steps=2)
+    with pytest.raises(
+        EUAError, match="lacks the boundaries of 21 rows, and weights in .*checkpoint-6 have been trained since"
+    ):
+        again.train(resume_from_checkpoint=True)
