@@ -52,5 +52,7 @@ def test_notebook_runs_and_shows_what_it_says():
     assert after["forgotten"]["extraction_strength"] <= 0.1
     assert after["forgotten"]["refused"] >= 0.9
     assert after["never seen"]["refused"] <= 0.05
-    pictures = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    pictures = [
+        output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+    ]
     assert len(pictures) == 1
