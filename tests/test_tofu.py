@@ -118,23 +118,23 @@ def target(tofu: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("lora_rank", [0, 8], ids=["full", "lora"])
 def test_killed_five_times_it_ends_with_the_same_weights(lora_rank, tofu, target, start, tmp_path):
     rng = random.Random(lora_rank)
-    run_file, held_out = tmp_path / "run.yaml", tmp_path / "held_out.jsonl"
+    settings_file, held_out = tmp_path / "run.yaml", tmp_path / "held_out.jsonl"
     # Boundaries are computed beforehand where no reference stays beside the model, and can then be interrupted, too.
-    run_file.write_text(EXAMPLE.read_text().replace("retain_loss: kl", "retain_loss: nll") + MORE_SETTINGS)
+    settings_file.write_text(EXAMPLE.read_text().replace("retain-loss: kl", "retain-loss: nll") + MORE_SETTINGS)
     write_jsonl(held_out, read_rows(tofu / "retain90.jsonl")[-40:])  # the last two authors
     whole, broken = tmp_path / "whole", tmp_path / "broken"
 
     def command(output: Path) -> list[str]:
         options = {
-            "config": run_file,
+            "config": settings_file,
             "model": target,
             "forget": tofu / "forget10.jsonl",
             "retain": tofu / "retain90.jsonl",
             "eval-forget": tofu / "forget01.jsonl",
             "eval-retain": held_out,
             "output": output,
-            "epochs": EPOCHS,
-            "batch-size": BATCH,
+            "num-train-epochs": EPOCHS,
+            "per-device-train-batch-size": BATCH,
             "retain-per-forget": 1,
             "learning-rate": 5e-3 if lora_rank else 2e-3,
             "gamma": 0.05,  # these few steps should show
@@ -220,7 +220,7 @@ def check_that_it_forgets(steps: list[dict[str, Any]], rise: float) -> None:
         return sum(line[key] for line in last) / len(last)
 
     assert mean("energy_forget") - mean("energy_retain") > first["energy_forget"] - first["energy_retain"] + rise
-    assert mean("met_forget") > first["met_forget"]
+    assert mean("beyond_boundary_forget") > first["beyond_boundary_forget"]
     assert mean("loss_forget") < first["loss_forget"] / 2
     assert mean("nll_retain") < first["nll_retain"]
 

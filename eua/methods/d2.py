@@ -110,8 +110,8 @@ def scheduled_gamma(gamma: float, schedule: str, warmup_ratio: float, step: int,
     return gamma * {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[schedule]
 
 
-_OF_FORGET = ("loss_forget", "energy_forget", "met_forget")
-_OF_RETAIN = ("loss_retain", "energy_retain", "met_retain", "nll_retain", "kl_retain")
+_OF_FORGET = ("loss_forget", "energy_forget", "beyond_boundary_forget")
+_OF_RETAIN = ("loss_retain", "energy_retain", "beyond_boundary_retain", "nll_retain", "kl_retain")
 
 
 def loss_sums(
@@ -136,7 +136,7 @@ def loss_sums(
 
 def loss_means(sums: Tensor) -> dict[str, float]:
     """Token-weighted means of what :func:`loss_sums` added up: the parts of the loss before their weights, mean energies
-    in nats (``energy_``), and the share of tokens beyond their boundary (``met_``). A part without tokens is 0."""
+    in nats (``energy_``), and the share of tokens beyond their boundary (``beyond_boundary_``). A part without tokens is 0."""
     forget, retain, *totals = sums.tolist()
     counts = [forget] * len(_OF_FORGET) + [retain] * len(_OF_RETAIN)
     # Without KL there is one total less than there are names.

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CLIENT_GONE = 499  # nginx's number for a client that hung up; it is counted, and nobody is there to read it
-LINGER = 16  # how many times the largest body is still read, so that a client that sends too much gets to see the error
+READ_LIMIT_FACTOR = 16  # times the largest body are still read, so that a client that sends too much sees the error
 
 
 def create_app(engine: Engine, name: str, *, timeout: float = 120.0, max_body_bytes: int = 2**20) -> Starlette:
@@ -94,21 +94,21 @@ class _Service:
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def tell(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there to be told
+        def emit(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        job = Job(prompt_ids, max_tokens, asked.sampling, asked.stop, asked.stream, tell)
+        job = Job(prompt_ids, max_tokens, asked.sampling, asked.stop, asked.stream, emit)
         self.engine.submit(job)
-        told = self._told(job, events, arrival)
+        emitted = self._emitted(job, events, arrival)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
         streaming = False
         try:
-            if asked.stream:  # an error that comes before any text can still be told by the status
-                first: Piece | Finish = await _unless_gone(request, anext(told))
+            if asked.stream:  # an error that comes before any text can still be sent as the status
+                first: Piece | Finish = await _unless_gone(request, anext(emitted))
                 streaming = True
-                return _JobStream(self, job, self._chunks(asked, head, job, first, told))
-            text, finish = await _unless_gone(request, _gathered(told))
+                return _JobStream(self, job, self._chunks(asked, head, job, first, emitted))
+            text, finish = await _unless_gone(request, _gathered(emitted))
             return JSONResponse(completion(head, text, finish, len(prompt_ids)))
         finally:
             if not streaming:
@@ -123,7 +123,7 @@ class _Service:
                     size += len(part)
                     if size <= self.max_body_bytes:
                         body += part
-                    elif size > LINGER * self.max_body_bytes:
+                    elif size > READ_LIMIT_FACTOR * self.max_body_bytes:
                         break
         except TimeoutError:
             raise RequestError(f"The body did not arrive within {self.timeout:g} s: send it faster.", 408) from None
@@ -140,40 +140,40 @@ class _Service:
                 f"The answer was not complete within {self.timeout:g} s: ask for fewer tokens, or try again later.", 504
             ) from None
 
-    async def _told(self, job: Job, events: asyncio.Queue[Event], arrival: float) -> AsyncIterator[Piece | Finish]:
-        """What the engine tells of a job, up to its :class:`Finish`.
+    async def _emitted(self, job: Job, events: asyncio.Queue[Event], arrival: float) -> AsyncIterator[Piece | Finish]:
+        """What the engine emits for a job, up to its :class:`Finish`.
 
         Raises:
             RequestError: 504 when the time is over, else the status of the engine's :class:`Failure`.
         """
         is_first = True
         while True:
-            said = await self._in_time(events.get(), arrival)
-            if isinstance(said, Failure):
-                raise RequestError(said.text, said.status)
+            item = await self._in_time(events.get(), arrival)
+            if isinstance(item, Failure):
+                raise RequestError(item.text, item.status)
             seconds = time.monotonic() - arrival
             if is_first:
                 self.metrics.first_seconds.observe(seconds)
                 is_first = False
-            if isinstance(said, Finish):
+            if isinstance(item, Finish):
                 self.metrics.seconds.observe(seconds)
-                self.metrics.refusals.inc(said.reason == "content_filter")
+                self.metrics.refusals.inc(item.reason == "content_filter")
                 self.metrics.tokens.labels("prompt").inc(len(job.prompt_ids))
-                self.metrics.tokens.labels("completion").inc(said.completion_tokens)
-            yield said
+                self.metrics.tokens.labels("completion").inc(item.completion_tokens)
+            yield item
 
     async def _chunks(
-        self, asked: ChatRequest, head: dict[str, Any], job: Job, said: Piece | Finish, told: AsyncIterator[Piece | Finish]
+        self, asked: ChatRequest, head: dict[str, Any], job: Job, item: Piece | Finish, emitted: AsyncIterator[Piece | Finish]
     ) -> AsyncIterator[bytes]:
-        """The events of a streamed answer; what fails on the way is told by a last one."""
+        """The events of a streamed answer; an error on the way becomes the last one."""
         yield event(chunk(head, {"role": "assistant", "content": ""}))
         try:
-            while isinstance(said, Piece):
-                yield event(chunk(head, {"content": said.text}))
-                said = await anext(told)
-            yield event(chunk(head, {}, said.reason))
+            while isinstance(item, Piece):
+                yield event(chunk(head, {"content": item.text}))
+                item = await anext(emitted)
+            yield event(chunk(head, {}, item.reason))
             if asked.include_usage:
-                yield event({**chunk(head, {}), "choices": [], "usage": usage(len(job.prompt_ids), said)})
+                yield event({**chunk(head, {}), "choices": [], "usage": usage(len(job.prompt_ids), item)})
         except RequestError as error:
             yield event(error.body())
         yield event("[DONE]")
@@ -199,12 +199,12 @@ class _JobStream(StreamingResponse):
             self.service.metrics.cancelled.inc(not self.is_whole)
 
 
-async def _gathered(told: AsyncIterator[Piece | Finish]) -> tuple[str, Finish]:
+async def _gathered(emitted: AsyncIterator[Piece | Finish]) -> tuple[str, Finish]:
     """The whole text, and how it ended."""
     pieces = []
-    while isinstance(said := await anext(told), Piece):
-        pieces.append(said.text)
-    return "".join(pieces), said
+    while isinstance(item := await anext(emitted), Piece):
+        pieces.append(item.text)
+    return "".join(pieces), item
 
 
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:

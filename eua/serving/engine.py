@@ -166,7 +166,7 @@ class Engine:
             self.draining = True
             for job in [*self._waiting, *self._running]:
                 job.cancelled = True
-                job.tell(Failure(503, "The server had to shut down before the answer was complete: ask again."))
+                job.emit(Failure(503, "The server had to shut down before the answer was complete: ask again."))
             self._waiting.clear()
 
     def close(self) -> None:
@@ -224,13 +224,13 @@ class Engine:
             )
         # Not in the except clause, where the traceback would keep what the failed call had allocated.
         for row in rows:
-            if len(rows) > 1 and not (row.told or row.is_over):
+            if len(rows) > 1 and not (row.has_emitted or row.is_over):
                 self._answer([row.job])  # what is wrong with one row must not take the others with it
             else:
                 row.fail()
 
     def _generate(self, rows: Sequence[AnswerRow]) -> None:
-        """Run one ``generate`` call, which tells the rows' tokens as they come."""
+        """Run one ``generate`` call, which emits the rows' tokens as they come."""
         first, device = rows[0].job.sampling, self.model.device
         batch = pad_prompts([row.job.prompt_ids for row in rows], self._pad, device)
         config = self._config(rows)
@@ -242,11 +242,11 @@ class Engine:
             self.model.generate(
                 **batch,
                 generation_config=config,
-                stopping_criteria=StoppingCriteriaList([_Told(rows, partial(self._refuse, rows))]),
+                stopping_criteria=StoppingCriteriaList([_EmitTokens(rows, partial(self._refuse, rows))]),
             )
 
     def _refuse(self, rows: Sequence[AnswerRow]) -> None:
-        """Tell the rows of the running call that the guard refuses, or stops. It decides on all before they have a token."""
+        """Let rows of the running call know that the guard refuses or stops them. It decides before they have a token."""
         if self._attached is None:
             return
         guard, refused, stopped = self._attached.guard, self._attached.refused, self._attached.stopped
@@ -267,8 +267,8 @@ class Engine:
         return config
 
 
-class _Told(StoppingCriteria):
-    """Tells every row its new token, after ``decide``; a row that is done goes on as padding until all are."""
+class _EmitTokens(StoppingCriteria):
+    """Gives every row its new token, after ``decide``; a row that is done goes on as padding until all are."""
 
     def __init__(self, rows: Sequence[AnswerRow], decide: Callable[[], None]) -> None:
         self.rows, self.decide = rows, decide

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-COLDEST = 1e-6  # logits divided by less may overflow, which ends a GPU's use to the process; the answer is greedy anyway
+LOWEST_TEMPERATURE = (
+    1e-6  # logits divided by less may overflow, which ends a GPU's use to the process; the answer is greedy anyway
+)
 FinishReason = Literal["stop", "length", "content_filter"]
 
 
@@ -20,7 +22,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature < COLDEST
+        return self.temperature < LOWEST_TEMPERATURE
 
     def shares_batch_with(self, other: Sampling) -> bool:
         """Greedy requests share a batch, and so do equal ones without a seed; what a seed gives must not depend on company."""
@@ -29,7 +31,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that follows what was told before."""
+    """Text that follows the pieces before."""
 
     text: str
 
@@ -62,8 +64,8 @@ class Job:
         max_tokens: of the answer.
         sampling: how its tokens are chosen.
         stop: texts before which the answer ends.
-        stream: tell text as it comes; without it, and without ``stop``, all of it comes at the end.
-        tell: called from the engine's thread with pieces, then one :class:`Finish` or :class:`Failure`; must not block.
+        stream: emit text as it comes; without it, and without ``stop``, all of it comes at the end.
+        emit: called from the engine's thread with pieces, then one :class:`Finish` or :class:`Failure`; must not block.
         cancelled: set when nobody waits any more; generation of this row ends at the next token.
     """
 
@@ -72,5 +74,5 @@ class Job:
     sampling: Sampling
     stop: tuple[str, ...]
     stream: bool
-    tell: Callable[[Event], None]
+    emit: Callable[[Event], None]
     cancelled: bool = False

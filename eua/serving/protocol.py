@@ -12,7 +12,7 @@ from eua.serving.jobs import Finish, Sampling
 
 ROLES = ("system", "developer", "user", "assistant")
 # Fields that would change the answer and that this server cannot honour → the values with which they ask for nothing.
-CANNOT: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
     "logprobs": (False,),
@@ -73,7 +73,7 @@ def parse_request(body: bytes, model_name: str) -> ChatRequest:
         raise RequestError(
             f"The model asked for is not served here: ask for {model_name!r}, or leave it out.", 404, "model", "model_not_found"
         )
-    for key, harmless in CANNOT.items():
+    for key, harmless in UNSUPPORTED_FIELDS.items():
         if key in fields and fields[key] not in harmless:
             raise RequestError(f"{key!r} is set, which this server cannot honour: leave it out.", field=key)
     stream_options = _typed(fields, "stream_options", dict, "an object", {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -21,8 +21,8 @@ EVAL_METRICS = {
     "kl_retain": False,
     "energy_forget": True,
     "energy_retain": False,
-    "met_forget": True,
-    "met_retain": True,
+    "beyond_boundary_forget": True,
+    "beyond_boundary_retain": True,
     "auroc": True,
 }
 
@@ -45,6 +45,10 @@ class EUAConfig(TrainingArguments):
         default_factory=torch.accelerator.is_available,
         metadata={"help": "Pin batches in memory for faster copies to a GPU. On where there is one."},
     )
+    use_cpu: bool = field(
+        default_factory=lambda: not torch.accelerator.is_available(),
+        metadata={"help": "Train on the CPU. On where there is nothing else, so that bf16 works there, too."},
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the batch carries boundaries, which no model's forward takes."}
     )
@@ -55,7 +59,7 @@ class EUAConfig(TrainingArguments):
         default="end", metadata={"help": 'Must stay "end": the model is pushed when it is saved, checkpoints never are.'}
     )
     gamma: float = field(default=0.05, metadata={"help": "Weight of the two energy parts of the loss."})
-    gamma_schedule: str = field(
+    gamma_schedule: Literal["constant", "linear", "cosine"] = field(
         default="constant",
         metadata={
             "help": 'After its rise gamma stays ("constant") or falls towards 0 until the last step ("linear", "cosine").'
@@ -65,7 +69,7 @@ class EUAConfig(TrainingArguments):
         default=0.0, metadata={"help": "Share of the steps over which gamma rises from 0; 0: it starts at its full value."}
     )
     alpha: float = field(default=1.0, metadata={"help": "Weight of what keeps the retained tokens, see retain_loss."})
-    retain_loss: str = field(
+    retain_loss: Literal["nll", "kl"] = field(
         default="nll",
         metadata={
             "help": 'What alpha weighs: the retained tokens\' negative log-likelihood ("nll", as released), or the divergence '
@@ -74,7 +78,7 @@ class EUAConfig(TrainingArguments):
     )
     rho: float = field(default=0.1, metadata={"help": "Share of the vocabulary that a reference boundary is made of."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature T of the energy."})
-    fill: str = field(
+    fill: Literal["zero", "none"] = field(
         default="zero",
         metadata={"help": 'Logits outside that share count as 0 ("zero", as released) or not at all ("none").'},
     )
@@ -95,13 +99,13 @@ class EUAConfig(TrainingArguments):
     max_length: int | None = field(
         default=1024, metadata={"help": "Longest row in tokens; longer answers are cut. None: no limit."}
     )
-    assistant_turns: str = field(
+    assistant_turns: Literal["last", "all"] = field(
         default="last",
         metadata={
             "help": 'Which messages of the assistant in a chat count: the one that ends it ("last"), or every one ("all").'
         },
     )
-    stop_when_met: float | None = field(
+    stop_when_beyond_boundary: float | None = field(
         default=None,
         metadata={
             "help": "Training ends after an epoch in which this share of the forget tokens lay above their boundary. An epoch "
@@ -111,8 +115,10 @@ class EUAConfig(TrainingArguments):
     boundary_batch_size: int = field(default=16, metadata={"help": "Rows per forward while boundaries are computed."})
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "alpha"):
-            _check(name, getattr(self, name), lambda x: math.isfinite(x) and x >= 0, "a weight is finite and at least 0")
+        for name in ("gamma", "alpha", "learning_rate"):
+            _check(name, getattr(self, name), lambda x: math.isfinite(x) and x >= 0, "it must be finite and at least 0")
+        for name in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            _check(name, getattr(self, name), lambda x: x > 0, "it must be above 0")
         _check("temperature", self.temperature, lambda x: math.isfinite(x) and x > 0, "T is finite and above 0")
         _check("rho", self.rho, lambda x: 0 < x <= 1, "a share of the vocabulary lies above 0 and at most at 1")
         _check("fill", self.fill, lambda x: x in ("zero", "none"), 'known are "zero" and "none"')
@@ -121,7 +127,12 @@ class EUAConfig(TrainingArguments):
         _check("retain_loss", self.retain_loss, lambda x: x in ("nll", "kl"), 'known are "nll" and "kl"')
         _check("assistant_turns", self.assistant_turns, lambda x: x in ("last", "all"), 'known are "last" and "all"')
         _check("gamma_warmup_ratio", self.gamma_warmup_ratio, lambda x: 0 <= x < 1, "a share of the steps, 0 or more, below 1")
-        _check("stop_when_met", self.stop_when_met, lambda x: x is None or 0 < x <= 1, "a share of tokens, above 0, at most 1")
+        _check(
+            "stop_when_beyond_boundary",
+            self.stop_when_beyond_boundary,
+            lambda x: x is None or 0 < x <= 1,
+            "a share of tokens, above 0, at most 1",
+        )
         _check("retain_per_forget", self.retain_per_forget, lambda x: x >= 1, "each forget row needs a retain row beside it")
         _check("boundary_batch_size", self.boundary_batch_size, lambda x: x >= 1, "a batch has at least one row")
         _check("max_length", self.max_length, lambda x: x is None or x >= 2, "a row has a prompt and an answer token")

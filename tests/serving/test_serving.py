@@ -150,7 +150,7 @@ def get(port: int, path: str) -> tuple[int, str]:
         return response.status, response.read().decode()
 
 
-def told(port: int, body: dict[str, Any]) -> tuple[str, str]:
+def answered(port: int, body: dict[str, Any]) -> tuple[str, str]:
     """Text and finish reason of an answer."""
     status, content = ask(port, body)
     assert status == 200, content
@@ -159,10 +159,10 @@ def told(port: int, body: dict[str, Any]) -> tuple[str, str]:
 
 
 def submit(engine: Engine, prompt_ids: list[int], max_tokens: int = 4000, **fields: Any) -> tuple[Job, queue.Queue]:
-    """A job given to the engine without a web server, and what is told of it."""
+    """A job given to the engine without a web server, and what the engine emits for it."""
     events = queue.Queue()
     settings = {"sampling": Sampling(), "stop": (), "stream": True} | fields
-    job = Job(prompt_ids, max_tokens, **settings, tell=events.put)
+    job = Job(prompt_ids, max_tokens, **settings, emit=events.put)
     engine.submit(job)
     return job, events
 
@@ -175,7 +175,7 @@ def events_of(response: http.client.HTTPResponse) -> Iterator[dict[str, Any] | s
 
 
 def streamed(port: int, body: dict[str, Any]) -> tuple[str, str]:
-    """The same as :func:`told`, from the parts of a stream."""
+    """The same as :func:`answered`, from the parts of a stream."""
     with send(port, body | {"stream": True}) as response:
         assert response.status == 200
         assert response.headers["content-type"].startswith("text/event-stream")
@@ -198,9 +198,9 @@ def test_a_hundred_at_once_none_lost_none_mixed_up_and_memory_stays_flat(served,
     process, sizes = psutil.Process(), []
     with ThreadPoolExecutor(100) as pool:
         for _ in range(4):
-            found = pool.map(lambda i: (told, streamed)[i % 2](served.port, chat(asked[i])), range(100))
+            found = pool.map(lambda i: (answered, streamed)[i % 2](served.port, chat(asked[i])), range(100))
             assert list(found) == [unserved[question] for question in asked]
-            wait_until(lambda: served.engine.running == 0)  # the last answer is told before its batch is cleared away
+            wait_until(lambda: served.engine.running == 0)  # the last answer is answered before its batch is cleared away
             gc.collect()
             sizes.append((process.memory_info().rss, sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())))
     watch.remove()
@@ -217,7 +217,7 @@ def test_served_one_by_one_answers_are_those_of_generate_to_the_last_token(token
     expected = [answer(model, tokenizer, [question], 50)[0] for question in questions[:12]]
     assert len(set(expected)) > 3
     with serving(Engine(model, tokenizer, None, max_batch=1)) as server, ThreadPoolExecutor(12) as pool:
-        found = pool.map(lambda question: told(server.port, chat(question, max_tokens=50))[0], questions[:12])
+        found = pool.map(lambda question: answered(server.port, chat(question, max_tokens=50))[0], questions[:12])
         assert list(found) == expected
         letter = expected[0][5]
         _, content = ask(server.port, chat(questions[0], max_tokens=50, stop=letter))
@@ -243,7 +243,7 @@ def test_served_one_by_one_answers_are_those_of_generate_to_the_last_token(token
 def test_streaming_tells_what_is_told_at_once(served, questions, unserved, fields):
     texts = set()
     for question in questions[:8]:
-        text, reason = told(served.port, chat(question, **fields))
+        text, reason = answered(served.port, chat(question, **fields))
         assert streamed(served.port, chat(question, **fields)) == (text, reason)
         assert (reason == "content_filter") == (unserved[question][1] == "content_filter")
         if reason == "content_filter":
@@ -267,13 +267,13 @@ def test_a_seed_repeats_an_answer_in_any_company_and_leaves_others_to_chance(ser
     (expected,) = answer(model, tokenizer, [question], 64, **settings)
     seeded = chat(question, temperature=2.0, top_p=0.9, seed=11)
     with ThreadPoolExecutor(12) as pool:
-        found = list(pool.map(lambda i: told(served.port, seeded | ({} if i % 3 == 0 else {"seed": i}))[0], range(12)))
+        found = list(pool.map(lambda i: answered(served.port, seeded | ({} if i % 3 == 0 else {"seed": i}))[0], range(12)))
     assert found[::3] == [expected] * 4
     assert len(set(found)) > 4
     free = set()
     for _ in range(4):
-        told(served.port, seeded)
-        free.add(told(served.port, chat(question, temperature=2.0, top_p=0.9))[0])
+        answered(served.port, seeded)
+        free.add(answered(served.port, chat(question, temperature=2.0, top_p=0.9))[0])
     assert len(free) > 1
 
 
@@ -285,7 +285,7 @@ def test_without_a_decision_on_every_row_nothing_is_answered(served, questions, 
             patch.setattr(GuardHandle, "refused", decision)
             assert ask(served.port, chat(question))[0] == 500
             assert ask(served.port, chat(question, stream=True))[0] == 500
-        assert told(served.port, chat(question)) == unserved[question]
+        assert answered(served.port, chat(question)) == unserved[question]
 
 
 def test_a_refusal_is_told_at_once_and_answers_beside_it_go_on(endless, tokenizer, questions):
@@ -324,7 +324,7 @@ def test_a_refusal_is_told_at_once_and_answers_beside_it_go_on(endless, tokenize
 
 
 def test_an_answer_that_the_probe_stops_ends_with_the_refusal(guarded_folder, questions):
-    """Half of the answers are stopped; told at once or streamed, alone or beside others, as guarded ``generate`` gives them."""
+    """Half of the answers are stopped: whole or streamed, alone or in company, they are those of guarded ``generate``."""
     model, tokenizer = load_model(str(guarded_folder))
     prompts = encode_prompts(questions, tokenizer)
     means = answer_scores(model, prompts, window=3, new_tokens=64).sort().values
@@ -340,7 +340,7 @@ def test_an_answer_that_the_probe_stops_ends_with_the_refusal(guarded_folder, qu
     assert {reason for _, reason in expected} == {"content_filter", "stop"}
     assert all((DEFAULT_REFUSAL in text) == (reason == "content_filter") for text, reason in expected)
     with serving(Engine(model, tokenizer, guard, max_batch=1, queue=200, max_tokens=64)) as server:
-        for ask_for in (told, streamed):
+        for ask_for in (answered, streamed):
             with ThreadPoolExecutor(8) as pool:
                 assert list(pool.map(lambda q, ask_for=ask_for: ask_for(server.port, chat(q)), questions)) == expected
 
@@ -374,7 +374,7 @@ def test_metrics_count_what_happened(served, questions, unserved):
 
     before = counts()
     for question in questions[:6]:
-        told(served.port, chat(question))
+        answered(served.port, chat(question))
     ask(served.port, b"{")
     wait_until(lambda: served.engine.running == 0)
     after = counts()
@@ -447,7 +447,7 @@ def test_who_sends_far_too_much_gets_to_see_the_error(tokenizer):
         status, content = ask(server.port, b" " * 15 * 2**20)
         assert status == 413
         assert "larger than the 1048576 bytes that are taken here: shorten it" in content["error"]["message"]
-        assert told(server.port, chat("Who?", max_tokens=3))[1] == "length"
+        assert answered(server.port, chat("Who?", max_tokens=3))[1] == "length"
 
 
 def test_limits_hold_for_prompts_and_positions(tokenizer):
@@ -477,12 +477,12 @@ def test_rows_share_a_batch_only_within_the_positions_there_are(tokenizer):
     model.transformer.wte.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
     engine = Engine(model, tokenizer, None)
     try:
-        told = [submit(engine, [5], 1)[1]]
+        answered = [submit(engine, [5], 1)[1]]
         wait_until(lambda: engine.running == 1)
         lengths = [(60, 4), (4, 60), (3, 30), (60, 3)]
-        told += [submit(engine, [5] * prompt, answer)[1] for prompt, answer in lengths]
+        answered += [submit(engine, [5] * prompt, answer)[1] for prompt, answer in lengths]
         gate.set()
-        for events, answer in zip(told, (1, 4, 60, 30, 3), strict=True):
+        for events, answer in zip(answered, (1, 4, 60, 30, 3), strict=True):
             *_, last = iter(lambda events=events: events.get(timeout=20), Finish("length", answer))
             assert isinstance(last, Piece)
     finally:
@@ -526,7 +526,7 @@ def test_clients_that_leave_free_their_place(endless, tokenizer):
         running.close()
         wait_until(lambda: engine.running == 0, 2)
         assert "eua_cancelled_total 3.0" in get(server.port, "/metrics")[1]
-        assert told(server.port, chat("Who?", max_tokens=3))[1] == "length"
+        assert answered(server.port, chat("Who?", max_tokens=3))[1] == "length"
 
 
 def test_a_full_queue_turns_away_and_says_when_to_come_back(endless, tokenizer):
@@ -541,7 +541,7 @@ def test_a_full_queue_turns_away_and_says_when_to_come_back(endless, tokenizer):
             assert json.loads(response.read())["error"]["type"] == "rate_limit_error"
         for connection in held:
             connection.close()
-        assert told(server.port, chat("Who?", max_tokens=3))[1] == "length"
+        assert answered(server.port, chat("Who?", max_tokens=3))[1] == "length"
 
 
 def test_what_takes_too_long_ends(endless, tokenizer, monkeypatch):
@@ -567,7 +567,7 @@ def test_what_takes_too_long_ends(endless, tokenizer, monkeypatch):
         slow.putheader("Content-Length", "100")
         slow.endheaders(b"{")
         assert slow.getresponse().status == 408
-        assert told(server.port, chat("Who?", max_tokens=3))[1] == "length"
+        assert answered(server.port, chat("Who?", max_tokens=3))[1] == "length"
 
 
 def test_one_bad_request_does_not_take_its_batch_with_it(tokenizer, questions, caplog):
@@ -587,7 +587,7 @@ def test_one_bad_request_does_not_take_its_batch_with_it(tokenizer, questions, c
         first = pool.submit(ask, server.port, chat("Who?", max_tokens=1))
         wait_until(lambda: server.engine.running == 1)
         failing = pool.submit(ask, server.port, chat(f"Who is {secret}?", max_tokens=20))
-        others = [pool.submit(told, server.port, chat(question, max_tokens=20)) for question in questions[:5]]
+        others = [pool.submit(answered, server.port, chat(question, max_tokens=20)) for question in questions[:5]]
         wait_until(lambda: server.engine.waiting == 6)
         gate.set()
         assert first.result()[0] == 200
