@@ -20,6 +20,7 @@ version = release = installed_version("eua")
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
+highlight_language = "text"  # of blocks that name no language
 html_theme = "furo"
 html_title = f"eua {release}"
 html_copy_source = False
