@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
+from einops import pack, rearrange, unpack
 from torch import Tensor
 
 from fused_energy import autograd, dispatch, reference, streaming, validation
@@ -107,15 +108,14 @@ def linear_energy(
     validation.check_options(temperature, logit_scale, softcap)
     options = HeadOptions(temperature, logit_scale, softcap)
     chosen = dispatch.choose(implementation, hidden, weight, sharded=group is not None)
-    shape = hidden.shape[:-1]
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows, shape = pack([hidden], "* h")
     flat_targets = counted = None
     if targets is not None:
         validation.check_targets(targets, hidden)
         # Reading the labels would make a GPU wait, and break a graph: there, one that is out of range makes its NLL NaN.
         if targets.device.type == "cpu" and not torch.compiler.is_compiling():
             validation.check_labels(targets, _vocabulary(weight, group), ignore_index)
-        flat_targets = targets.reshape(-1).long()
+        flat_targets = rearrange(targets, "... -> (...)").long()
         counted = flat_targets != ignore_index
         flat_targets = torch.where(counted, torch.where(flat_targets < 0, OUT_OF_RANGE, flat_targets), LEFT_OUT)
 
@@ -126,7 +126,8 @@ def linear_energy(
         energy, nll = -temperature * lse[0], lse[-1] - target_logit if counted is not None else None
         if counted is not None and nll is not None:
             energy, nll = torch.where(counted, energy, 0.0), torch.where(counted, nll, 0.0)
-    return energy.view(shape) if nll is None else EnergyNLL(energy.view(shape), nll.view(shape))
+    (energy,) = unpack(energy, shape, "*")
+    return energy if nll is None else EnergyNLL(energy, *unpack(nll, shape, "*"))
 
 
 @torch.no_grad()
@@ -168,7 +169,7 @@ def tail_energy(
     validation.check_options(temperature, logit_scale, softcap)
     k = validation.check_tail(fraction, side, fill, _vocabulary(weight, group))
     options = HeadOptions(temperature, logit_scale, softcap)
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows, shape = pack([hidden], "* h")
     chosen = dispatch.choose_for_tails(implementation, sharded=group is not None)
     if group is not None:
         from fused_energy import parallel
@@ -177,7 +178,8 @@ def tail_energy(
     else:
         module = reference if chosen == "reference" else streaming
         energy = module.tail_energy(rows, weight, k, side, fill, bias, options)
-    return energy.view(hidden.shape[:-1])
+    (energy,) = unpack(energy, shape, "*")
+    return energy
 
 
 def _local(

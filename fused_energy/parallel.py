@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group
@@ -232,6 +233,6 @@ def tail_energy(
         mine = torch.topk(z, min(k, shard.rows), dim=-1, largest=side == "top", sorted=False).values
         candidates = _gather(torch.nn.functional.pad(mine, (0, width - mine.shape[-1]), value=padding), group)
         energy[rows] = shared.tail_energy_of_logits(
-            candidates.transpose(0, 1).flatten(1), k, side, fill, options.temperature, shard.vocabulary
+            rearrange(candidates, "ranks n k -> n (ranks k)"), k, side, fill, options.temperature, shard.vocabulary
         )
     return energy

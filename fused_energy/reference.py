@@ -6,6 +6,7 @@ Every other implementation is tested against this one; gradients are autograd's.
 from __future__ import annotations
 
 import torch
+from einops import einsum
 from torch import Tensor
 
 from fused_energy.common import LEFT_OUT, HeadOptions, accumulation_dtype, tail_energy_of_logits
@@ -14,7 +15,7 @@ from fused_energy.common import LEFT_OUT, HeadOptions, accumulation_dtype, tail_
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:
     """``softcap(logit_scale · (h Wᵀ) + b)``: (N, H), (V, H) → (N, V), float32 (float64 for float64)."""
     dtype = accumulation_dtype(hidden.dtype)
-    z = options.logit_scale * (hidden.to(dtype) @ weight.to(dtype).T)
+    z = options.logit_scale * einsum(hidden.to(dtype), weight.to(dtype), "n h, v h -> n v")
     if bias is not None:
         z = z + bias.to(dtype)
     return z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)

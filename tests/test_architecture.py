@@ -25,7 +25,7 @@ ROOMS: list[dict[str, set[str]]] = [
     },
     {
         "eua.training": {"accelerate", "huggingface_hub", "peft", "safetensors", "torch", "tqdm", "transformers", "yaml"},
-        "eua.guard": {"jinja2", "peft", "torch", "tqdm", "transformers"},
+        "eua.guard": {"einops", "jinja2", "peft", "torch", "tqdm", "transformers"},
     },
     {"eua.methods": {"torch"}},
     {"eua.model": {"peft", "torch", "tqdm", "transformers"}},
@@ -33,11 +33,11 @@ ROOMS: list[dict[str, set[str]]] = [
     {"eua.statistics": {"torch"}, "eua.files": set(), "eua.distributed": {"accelerate", "deepspeed", "torch"}},
     {"eua.errors": set()},
     {"fused_energy.module": {"torch"}},
-    {"fused_energy.api": {"torch"}},
+    {"fused_energy.api": {"einops", "torch"}},
     {"fused_energy.autograd": {"torch"}, "fused_energy.validation": {"torch"}},
-    {"fused_energy.dispatch": {"torch"}, "fused_energy.parallel": {"torch"}},
+    {"fused_energy.dispatch": {"torch"}, "fused_energy.parallel": {"einops", "torch"}},
     {"fused_energy.triton": {"torch", "triton"}},
-    {"fused_energy.reference": {"torch"}, "fused_energy.streaming": {"torch"}},
+    {"fused_energy.reference": {"einops", "torch"}, "fused_energy.streaming": {"torch"}},
     {"fused_energy.common": {"torch"}},
 ]
 LAZY = {"eua", "fused_energy"}  # what a package's own __init__ offers, from anywhere in it

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import BaseStreamer, GenerationMode
@@ -205,13 +206,16 @@ class _GuardedCall(EnergyRecorder):
     def scores(self) -> Tensor:
         recorded = super().scores()
         copies = len(recorded) // len(self.others)  # beams, and several answers to one prompt
-        own, others = (values.repeat_interleave(copies) for values in (self.own_counts, self.others))
+        own, others = (repeat(x, "prompts -> (prompts copies)", copies=copies) for x in (self.own_counts, self.others))
         return torch.where(own, recorded, -torch.inf).maximum(others)
 
     def per_sequence(self, values: Tensor) -> Tensor:
         """Of values of all beams, those of the sequences that are returned."""
-        beams = self.config.num_beams or 1
-        return values if beams == 1 else values[::beams].repeat_interleave(self.config.num_return_sequences or 1)
+        beams, sequences = self.config.num_beams or 1, self.config.num_return_sequences or 1
+        if beams == 1:
+            return values
+        of_prompts = rearrange(values, "(prompts beams) -> prompts beams", beams=beams)[:, 0]
+        return repeat(of_prompts, "prompts -> (prompts sequences)", sequences=sequences)
 
     def decide(self) -> Tensor:
         """Which rows to refuse, (R,) bool."""
