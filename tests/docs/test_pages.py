@@ -164,3 +164,14 @@ def test_links_into_the_repository_lead_to_files(page):
                 assert (ROOT / link.removeprefix(base)).is_file(), link
         if not link.startswith(("https://", "#")):
             assert (page.parent / link.partition("#")[0]).is_file(), link
+
+
+def test_the_commands_for_tofu_make_what_the_example_reads():
+    page = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    before, command, after = page.partition("\neua unlearn --config examples/tofu_forget10.yaml\n")
+    assert command
+    settings = yaml.safe_load((ROOT / "examples" / "tofu_forget10.yaml").read_text(encoding="utf-8"))
+    for path in (settings["retain"], settings["eval-retain"]):
+        assert f" > {path} " in before
+    assert f"train_target.py --rows tofu/full.jsonl --output {settings['model']} " in before
+    assert f"eua calibrate --model {settings['output']} " in after
