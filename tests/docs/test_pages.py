@@ -99,7 +99,9 @@ def test_the_quick_start_runs_as_printed(own_files, monkeypatch, capsys):
     names = run_page(ROOT / "docs" / "quick_start.md", own_files, monkeypatch)
     rows = len(own_files["forget.jsonl"]) + 2
     assert names["report"]["sets"]["forget"]["rows"] == rows
-    assert names["report"]["sets"]["forget"]["extraction_strength"] < 0.5 * rows / len(own_files["forget.jsonl"])
+    assert (
+        names["report"]["sets"]["forget"]["extraction_strength"] < 0.5
+    )  # of 8 rows that the model knew, and 2 that it did not
     assert names["guard"].calibration_prompts == len(own_files["held_out.jsonl"]) + 2
     for folder in ("unlearned", "unlearned-cli"):
         assert {"config.json", "energy_guard.json", "README.md"} <= {path.name for path in Path(folder).iterdir()}
