@@ -358,7 +358,7 @@ def test_scores_are_not_made_by_a_head_that_was_never_checked():
 
 def test_another_vocabulary_is_refused():
     model = change_logits(tiny_llama(V), lambda z: z[..., :60])
-    with pytest.raises(EUAError, match=r"a head of 64 rows and gives logits of shape \(1, 8, 60\) for a row of 8 tokens"):
+    with pytest.raises(EUAError, match=r"a head of 64 rows and returns logits of shape \(1, 8, 60\) for a row of 8 tokens"):
         check_head(model)
 
 
