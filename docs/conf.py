@@ -71,7 +71,7 @@ class CommandHelp(Directive):
 
     def run(self) -> list[nodes.Node]:
         command = [sys.executable, "-m", "eua", *self.arguments[0].split()]
-        environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "PYTHON_COLORS": "0"}
+        environment = os.environ | {"COLUMNS": "86", "NO_COLOR": "1", "PYTHON_COLORS": "0"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise self.error(f"{' '.join(command)} failed: {done.stderr.strip()}")
