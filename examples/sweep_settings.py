@@ -1,4 +1,4 @@
-"""Try unlearning settings on the demo's world, and calibrations on random splits of its held-out people.
+"""Sweep of unlearning settings on the demo's world, and of calibrations on random splits of its held-out people.
 
     python examples/sweep_settings.py --cache .cache
 

@@ -1,6 +1,6 @@
-"""The definition, in a few lines of plain PyTorch that do materialize the logits (N, V).
+"""The definition of energy and NLL, in a few lines of plain PyTorch that materialize the logits (N, V).
 
-Every other implementation is tested against this one; gradients are autograd's. Keep it short enough to check by eye.
+Every other implementation is tested against this one; autograd computes the gradients. Keep it short enough to check by eye.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def linear_energy(
     bias: Tensor | None,  # (V,)
     options: HeadOptions,
 ) -> tuple[Tensor, Tensor | None]:
-    """``E = −T · logsumexp(z/T)`` and ``NLL = logsumexp(z) − z_y``, each (N,); both are 0 for tokens left out."""
+    """``E = −T · logsumexp(z/T)`` and ``NLL = logsumexp(z) − z_y``, each (N,); both are 0 for ignored tokens."""
     if targets is None:
         return _energy(logits(hidden, weight, bias, options), options.temperature), None
     counted = (targets != LEFT_OUT).nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""Starting is cheap: nothing heavy is imported before it is used, and nothing looks like a failure."""
+"""Tests that starting is cheap: nothing heavy is imported before it is used, and nothing looks like a failure."""
 
 from __future__ import annotations
 
@@ -48,5 +48,5 @@ def test_every_name_of_the_package_is_there():
     assert done.stderr == ""  # no library reports that something optional is missing
 
 
-def test_a_name_that_is_not_there():
+def test_an_unknown_name_raises_attribute_error():
     assert "has no attribute 'EUATrain'" in run("import eua\ntry: eua.EUATrain\nexcept AttributeError as e: print(e)").stdout
