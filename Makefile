@@ -9,7 +9,7 @@ LOWEST_TESTS := tests/data tests/methods tests/training/test_trainer.py tests/tr
 	tests/guard/test_guard.py tests/evaluation/test_report.py tests/test_package.py -k 'not interrupted and not keys_may_be_none'
 PACKAGE := build/package
 
-.PHONY: demo test test-lowest test-package bench lint
+.PHONY: demo test test-lowest test-package bench lint docs
 
 demo: $(READY)  ## a model learns, forgets and refuses; results in demo-output
 	$(VENV)/bin/eua demo --output demo-output --cache .cache --overwrite
@@ -37,6 +37,14 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/.ready-docs  ## the documentation site, in build/docs
+	$(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs build/docs
+	@echo "The site is build/docs/index.html"
+
+$(VENV)/.ready-docs: $(READY)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs]'
+	touch $(VENV)/.ready-docs
 
 $(READY): pyproject.toml constraints.txt
 	$(call environment,$(VENV),constraints.txt,--editable '.[dev]')

@@ -2,7 +2,7 @@
 
     python examples/sweep_settings.py --cache .cache
 
-prints the two tables of CONTRIBUTING.md (a quarter of an hour on two cores).
+prints the two tables of docs/measurements.md (a quarter of an hour on two cores).
 """
 
 from __future__ import annotations
