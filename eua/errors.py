@@ -1,4 +1,4 @@
-"""The one exception a user of ``eua`` has to know, and the suggestion in it when a name is misspelled."""
+"""The one exception that users of ``eua`` need to know, and its suggestions for misspelled names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The house rules: who imports whom, and that nothing needs triton."""
+"""Tests of the house rules: which package may import which, and that everything works without triton."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STANDARD_LIBRARY = set(sys.stdlib_module_names)
 
-# Room by room, from what people call down to what knows nothing of the rest: (what it holds, libraries it may import). A room
-# imports only from its own files and from rooms further down; rooms of one line do not import each other.
-ROOMS: list[dict[str, set[str]]] = [
+# Layers of packages, from the command line down to the one that imports none of the others: package → libraries it may import.
+# A package imports only its own files and packages of lower layers; packages of the same layer do not import each other.
+LAYERS: list[dict[str, set[str]]] = [
     {"eua.__main__": set()},
     {"eua.cli": {"accelerate", "peft"}},
     {"eua.demo": {"tokenizers", "torch", "transformers"}},
@@ -25,7 +25,7 @@ ROOMS: list[dict[str, set[str]]] = [
     },
     {
         "eua.training": {"accelerate", "huggingface_hub", "peft", "safetensors", "torch", "tqdm", "transformers", "yaml"},
-        "eua.guard": {"jinja2", "peft", "torch", "tqdm", "transformers"},
+        "eua.guard": {"einops", "jinja2", "peft", "torch", "tqdm", "transformers"},
     },
     {"eua.methods": {"torch"}},
     {"eua.model": {"peft", "torch", "tqdm", "transformers"}},
@@ -33,19 +33,19 @@ ROOMS: list[dict[str, set[str]]] = [
     {"eua.statistics": {"torch"}, "eua.files": set(), "eua.distributed": {"accelerate", "deepspeed", "torch"}},
     {"eua.errors": set()},
     {"fused_energy.module": {"torch"}},
-    {"fused_energy.api": {"torch"}},
+    {"fused_energy.api": {"einops", "torch"}},
     {"fused_energy.autograd": {"torch"}, "fused_energy.validation": {"torch"}},
-    {"fused_energy.dispatch": {"torch"}, "fused_energy.parallel": {"torch"}},
+    {"fused_energy.dispatch": {"torch"}, "fused_energy.parallel": {"einops", "torch"}},
     {"fused_energy.triton": {"torch", "triton"}},
-    {"fused_energy.reference": {"torch"}, "fused_energy.streaming": {"torch"}},
+    {"fused_energy.reference": {"einops", "torch"}, "fused_energy.streaming": {"torch"}},
     {"fused_energy.common": {"torch"}},
 ]
-LAZY = {"eua", "fused_energy"}  # what a package's own __init__ offers, from anywhere in it
+LAZY = {"eua", "fused_energy"}  # names that the top-level packages offer may be imported from anywhere in eua
 
 
-def room_of(module: str) -> str | None:
-    """The room that a module of ours stands in."""
-    return next((room for floor in ROOMS for room in floor if module == room or module.startswith(f"{room}.")), None)
+def package_of(module: str) -> str | None:
+    """The entry of the table that one of our modules belongs to."""
+    return next((name for layer in LAYERS for name in layer if module == name or module.startswith(f"{name}.")), None)
 
 
 def is_ours(name: str) -> bool:
@@ -54,7 +54,7 @@ def is_ours(name: str) -> bool:
 
 
 def imports_of(path: Path, *, annotations: bool = True) -> set[str]:
-    """What a file imports, anywhere in it; without ``annotations``, not what it imports for type checkers alone."""
+    """All imports of a file; without ``annotations``, except those that are only for type checkers."""
     found: set[str] = set()
     tree = ast.parse(path.read_text())
     if not annotations:
@@ -76,29 +76,29 @@ def modules() -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("name", [name for name in modules() if name not in LAZY])
-def test_rooms_import_only_downwards(name):
-    floors = {room: place for place, floor in enumerate(ROOMS) for room in floor}
-    room = room_of(name)
-    assert room is not None, f"{name} stands in no room: put it into the table"
+def test_packages_import_only_downwards(name):
+    layers = {package: place for place, layer in enumerate(LAYERS) for package in layer}
+    package = package_of(name)
+    assert package is not None, f"{name} belongs to no package of the table: add it"
     ours = {module for module in imports_of(modules()[name]) if module.split(".")[0] in LAZY}
     libraries = imports_of(modules()[name]) - ours
-    assert libraries <= ROOMS[floors[room]][room]
+    assert libraries <= LAYERS[layers[package]][package]
     if name.startswith("eua"):
         ours -= LAZY
-    upwards = {module for module in ours if room_of(module) != room and floors[room_of(module)] <= floors[room]}
+    upwards = {module for module in ours if package_of(module) != package and layers[package_of(module)] <= layers[package]}
     assert not upwards
 
 
-def test_the_table_names_nothing_that_is_not_there():
-    for floor in ROOMS:
-        for room, libraries in floor.items():
-            inside = [path for name, path in modules().items() if room_of(name) == room]
+def test_the_table_has_no_unused_entries():
+    for layer in LAYERS:
+        for package, libraries in layer.items():
+            inside = [path for name, path in modules().items() if package_of(name) == package]
             used = {module for path in inside for module in imports_of(path) if module.split(".")[0] not in LAZY}
-            assert inside, room
-            assert libraries <= used, room
+            assert inside, package
+            assert libraries <= used, package
 
 
-def test_no_circle_of_modules():
+def test_no_import_cycles():
     graph = {name: imports_of(path, annotations=False) & modules().keys() for name, path in modules().items()}
     done: set[str] = set()
 

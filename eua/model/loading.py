@@ -1,4 +1,4 @@
-"""A model and its tokenizer by name, for the command line."""
+"""Loads a model and its tokenizer by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One row of a batch while it is generated: when it is done, and when its text is emitted."""
+"""One row of a batch during generation: when it is finished, and when its text is emitted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eua.serving.transcript import Transcript
 
 
 class AnswerRow:
-    """Collects the tokens of one answer and emits its text, or the refusal in its place."""
+    """Collects the tokens of one answer and emits its text, or the refusal instead."""
 
     def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase, eos: Sequence[int]) -> None:
         self.job, self.eos = job, eos
@@ -22,11 +22,11 @@ class AnswerRow:
 
     @property
     def is_over(self) -> bool:
-        """Nothing more is to be emitted."""
+        """Whether nothing more may be emitted."""
         return self._ended or self.job.cancelled
 
     def push(self, token: int) -> bool:
-        """Take the next token; True once no more are wanted."""
+        """Take the next token; return True if the row needs no more."""
         if self.is_over:
             return True
         reason: FinishReason | None = None
@@ -40,23 +40,23 @@ class AnswerRow:
         return self._ended
 
     def refuse(self, text: str, tokens: int) -> None:
-        """Emit the refusal, which is shown whole, whatever the request's limits; its tokens need not be waited for.
+        """Emit the complete refusal, whatever the request's limits, without waiting for its tokens to be generated.
 
-        Behind what has been said, if anything, it ends the answer.
+        If the answer has begun, the refusal follows what has been said and ends the answer.
         """
         if not self.is_over:
             said = self._transcript.piece(self._ids, final=True)
             self._finish(f"{said} {text}" if self._ids else text, "content_filter", len(self._ids) + tokens)
 
     def end(self) -> None:
-        """``generate`` has returned, perhaps for a limit of the model's own settings."""
+        """``generate`` has returned, perhaps because of a limit in the model's generation settings."""
         if not self.is_over:
             self._emit("length")
 
     def fail(self) -> None:
         if not self.is_over:
             self._ended = True
-            self.job.emit(Failure(500, "The model failed on this request: ask again, or look into the server's log."))
+            self.job.emit(Failure(500, "The model failed on this request: ask again, or see the server's log."))
 
     def _emit(self, reason: FinishReason | None) -> None:
         if not (reason or self.job.stream or self.job.stop):

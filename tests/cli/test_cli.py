@@ -218,10 +218,10 @@ MISSING = ["--forget", "none.jsonl", "--retain", "none.jsonl"]
         (["calibrate", "--model", "org/name", "--prompts", "{data}/retain.jsonl"], "pass --output"),
         (["unlearn", "--model", "{tiny}", *ROWS, "--output", "{data}", "--resume"], "no interrupted run to resume"),
         (["evaluate", "--model", "{tiny}", *ROWS, "--also", "forget={data}/test.jsonl"], "gives a second set this name"),
-        (["demo", "--output", "{new}", "--people", "20"], "20 people were asked for"),
+        (["demo", "--output", "{new}", "--people", "20"], "people = 20, but calibration needs at least 100"),
         (["demo", "--output", "{data}"], "is not empty"),
         (["evaluate", "--model", "{tiny}", *ROWS, "--output", "{data}"], "is not empty"),
-        (["report", "--model", "{tiny}", *ROWS, "--output", "{data}"], "is a folder, but a file is written"),
+        (["report", "--model", "{tiny}", *ROWS, "--output", "{data}"], "is a folder, but the output must be a file"),
         (["report", "--model", "{tiny}", *ROWS, "--also-forget", "retain={data}/test.jsonl"], "gives a second set this name"),
     ],
 )

@@ -453,7 +453,7 @@ def test_models_that_cannot_be_honoured_are_refused(model, tokenizer, rows, tmp_
         ),
         (
             {"label_smoothing_factor": 0.1},
-            "label_smoothing_factor = 0.1 cannot be used: the loss of D² knows no smoothed labels",
+            "label_smoothing_factor = 0.1 cannot be used: the loss of D² has no smoothed labels",
         ),
         ({"hub_strategy": "every_save"}, "hub_strategy = 'every_save' cannot be used: checkpoints, which hold pickles"),
         (
