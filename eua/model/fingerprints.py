@@ -1,4 +1,4 @@
-"""Digests by which a model and a tokenizer are known again."""
+"""Digests by which a model and a tokenizer are recognised."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _PROBE = "What did Ann say?  «Naïve 42!»"
 def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 of the weights: their names, shapes, dtypes and up to 4096 evenly spaced values of each; and of active adapters.
 
-    That tells any training step, another dtype or a quantization apart at no cost. Of quantized weights only names and dtypes
-    are read, since layers repack their values as they run; PEFT's prefixes are left out, so that an adapter is the same
-    however it was loaded. All processes call this.
+    Any training step, another dtype or a quantization changes it. Of quantized weights only names and dtypes are read, since
+    layers repack their values when they run. PEFT's prefixes are left out, so that it does not matter how an adapter was
+    loaded. All processes call this, and sharded weights are gathered.
     """
     digest = hashlib.sha256()
     parameters = {
@@ -42,7 +42,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def adapter_states(model: nn.Module) -> list[tuple[object, ...]]:
-    """Which of PEFT's adapters act in each layer that has some, and how strongly: weights do not tell."""
+    """Which of PEFT's adapters are active in each layer, and with which scaling: the weights do not show that."""
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     return [
         (layer.disable_adapters, layer.active_adapters, layer.merged_adapters, sorted(getattr(layer, "scaling", {}).items()))
@@ -51,9 +51,9 @@ def adapter_states(model: nn.Module) -> list[tuple[object, ...]]:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the chat template, of the token ids that a text becomes, and of the special tokens.
+    """SHA-256 of the chat template, of the token ids of a text, and of the special tokens.
 
-    Not of what the template writes: some write the day's date.
+    A rendered template is not part of it: some contain the current date.
     """
     template = QUESTION_TEMPLATE if tokenizer.chat_template is None else tokenizer.get_chat_template()
     known = (template, tokenizer(_PROBE)["input_ids"], tokenizer.bos_token_id, tokenizer.eos_token_id)

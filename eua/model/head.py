@@ -174,7 +174,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         if isinstance(model, PeftModel):
             model = model.get_base_model()
             continue
-        inner = next((getattr(model, name) for name in ("module", "_orig_mod") if name in model._modules), None)
+        children = dict(model.named_children())
+        inner = children.get("module", children.get("_orig_mod"))
         if inner is None:
             return model
         model = inner

@@ -59,7 +59,7 @@ rows. None of them measures what can still be extracted: `eua evaluate` does, wi
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eua import EnergyGuard
-from eua.generation import answer
+from eua.model.asking import answer
 
 name = "{name}"
 model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
