@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from eua.distributed import any_process, own_part
 from eua.guard.scores import prompt_scores
 from eua.model.forward import check_head, token_energies
 from eua.model.head import output_head
-from eua.training.boundaries import compute_boundaries, fingerprint
+from eua.training.boundaries import BoundaryStore, compute_boundaries, fingerprint
 from tests.conftest import tiny_llama
 from tests.processes import Ranks
 
@@ -128,3 +129,27 @@ def check_world(group: dist.ProcessGroup) -> None:
 
 def test_processes_agree(ranks):
     ranks.run(3, check_world)
+
+
+def check_store(group: dist.ProcessGroup, folder: Path) -> None:
+    rank = dist.get_rank()
+    path = folder / str(rank) / "boundaries.safetensors"  # each process has a disk of its own
+    rows = {"forget": ROWS, "retain": ROWS[:5]}
+    settings = {"fraction": 0.2, "temperature": 1.0, "fill": "zero"}
+    model = tiny_llama(64)
+    stores = [BoundaryStore(path, rows, **settings) for _ in range(2)]
+    stores[0].look_up(model, resuming=False)
+    assert stores[0].missing == 13
+    stores[0].complete(model, batch_size=2, progress=False)
+    assert path.exists() == (rank == 0)
+    for kind, of_rows in rows.items():
+        for found, expected in zip(stores[0].values[kind], compute_boundaries(model, of_rows, kind, **settings), strict=True):
+            torch.testing.assert_close(found, expected)
+
+    other = tiny_llama(64, seed=rank)  # weights that are loaded by the first process only
+    stores[1].look_up(other, resuming=True)
+    assert stores[1].missing == 0
+
+
+def test_the_first_process_reads_the_boundaries_for_all(ranks, tmp_path):
+    ranks.run(3, check_store, tmp_path)
