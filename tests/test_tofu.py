@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eua.cli import INTERRUPTED
+from eua.cli.main import INTERRUPTED
 from eua.data.rows import read_rows
 from eua.demo.target import train_target
 from eua.files import write_jsonl
