@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from huggingface_hub import CommitInfo
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +23,7 @@ from eua.data.sources import Prompts, read_prompts
 from eua.errors import EUAError
 from eua.files import write_json
 from eua.guard.guarded_generate import GuardHandle
+from eua.guard.hub import MissingFileError, find_file, send_file
 from eua.guard.questions import Turns
 from eua.guard.scores import answer_scores, prompt_scores
 from eua.model.fingerprints import model_fingerprint, tokenizer_fingerprint
@@ -248,16 +252,86 @@ class EnergyGuard:
         """Write ``energy_guard.json`` into ``folder``, usually the model's."""
         write_json(Path(folder) / GUARD_FILE, asdict(self) | {"promise": self.promise})
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> EnergyGuard:
-        """Read what :meth:`save_pretrained` wrote.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Upload ``energy_guard.json``, and nothing else, to a repository on the Hugging Face Hub, usually the model's.
+
+        >>> guard.push_to_hub("org/model-unlearned")                           # doctest: +SKIP
+        >>> EnergyGuard.from_pretrained("org/model-unlearned") == guard        # doctest: +SKIP
+        True
+
+        Args:
+            repo_id: the repository; it is created where there is none.
+            revision: a branch to commit to; it is created where there is none.
+            commit_message: of the commit (default: "Upload energy_guard.json").
+            private: whether a repository that is created is private.
+            token: of the hub; the one of ``hf auth login`` when left out.
+            create_pr: open a pull request in place of a commit.
+
+        Returns:
+            What the hub says of the commit, e.g. its ``commit_url``.
 
         Raises:
-            EUAError: no guard in ``folder``, or a file that is not one.
+            EUAError: a name that no repository can have, or an upload that the hub does not accept.
         """
-        path = Path(folder) / GUARD_FILE
-        if not path.is_file():
-            raise EUAError(f"{folder} holds no {GUARD_FILE}: calibrate a guard for this model first (`eua calibrate`).")
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return send_file(
+                Path(folder) / GUARD_FILE,
+                repo_id,
+                revision=revision,
+                commit_message=commit_message or f"Upload {GUARD_FILE}",
+                private=private,
+                token=token,
+                create_pr=create_pr,
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        subfolder: str = "",
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> EnergyGuard:
+        """Read what :meth:`save_pretrained` wrote or :meth:`push_to_hub` uploaded.
+
+        >>> guard = EnergyGuard.from_pretrained("org/model-unlearned")          # doctest: +SKIP
+
+        Args:
+            pretrained_model_name_or_path: a folder or, where there is none of that name, a repository on the Hugging Face Hub.
+                A ``Path`` is a folder only.
+            revision, subfolder, token, cache_dir, force_download, local_files_only: as in transformers; of a folder,
+                ``subfolder`` alone counts.
+
+        Raises:
+            EUAError: no such folder or repository, no guard in it, a hub that cannot be reached, or a file that is not a guard.
+        """
+        try:
+            path = find_file(
+                pretrained_model_name_or_path,
+                GUARD_FILE,
+                revision=revision,
+                subfolder=subfolder,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+            )
+        except MissingFileError as error:
+            raise MissingFileError(f"{error}: calibrate a guard for this model first (`eua calibrate`).") from error
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             content.pop("promise", None)
@@ -289,6 +363,33 @@ class EnergyGuard:
             "This holds for the model, chat template and quantization that were calibrated, and says nothing of the share of "
             "forgotten prompts that is refused, which has to be measured."
         )
+
+
+def find_guard(
+    model: str | os.PathLike[str], guard: str | os.PathLike[str] | None = None, **options: Any
+) -> EnergyGuard | None:
+    """The guard that a command should use for a model: the one named, else the model's own, else None.
+
+    None means that the model is known to have no guard: its folder, its repository or, offline, what was downloaded of that
+    repository holds none. Where that cannot be known, it is an error, so that no model answers unguarded because of a bad
+    connection.
+
+    >>> find_guard("org/model-unlearned", revision="v2")                        # doctest: +SKIP
+
+    Args:
+        model: the model's folder or name on the hub.
+        guard: folder or name on the hub of another guard, which then has to be there.
+        options: ``revision`` and others of :meth:`EnergyGuard.from_pretrained`, for the place that is looked in.
+
+    Raises:
+        EUAError: ``guard`` without a guard, a file that is not a guard, no such repository, or a hub that cannot be reached.
+    """
+    if guard is not None:
+        return EnergyGuard.from_pretrained(guard, **options)
+    try:
+        return EnergyGuard.from_pretrained(model, **options)
+    except MissingFileError:
+        return None
 
 
 def _check_unseen(prompts: Sequence[Sequence[int]], seen: Sequence[Sequence[int]]) -> None:
