@@ -165,14 +165,11 @@ def _items(source: Any, name: str) -> Iterable[Any]:
         return _read_named(source, name)
     if isinstance(source, os.PathLike):
         return _read_path(os.fspath(source), name)
-    # Whoever passes an object of one of these libraries has imported it.
-    datasets, pandas = sys.modules.get("datasets"), sys.modules.get("pandas")
-    if datasets is not None:
-        if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
-            source = _only_split(source, name)
-        if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
-            return source.with_format(None)  # texts and lists, not arrays or tensors
-    if pandas is not None and isinstance(source, pandas.DataFrame):
+    if _is_of(source, "datasets", "DatasetDict", "IterableDatasetDict"):
+        source = _only_split(source, name)
+    if _is_of(source, "datasets", "Dataset", "IterableDataset"):
+        return source.with_format(None)  # texts, numbers and lists, not arrays or tensors
+    if _is_of(source, "pandas", "DataFrame"):
         return _read_frame(source, name)
     if isinstance(source, Mapping):
         raise EUAError(
@@ -185,6 +182,13 @@ def _items(source: Any, name: str) -> Iterable[Any]:
             f"file ({', '.join(READ_SUFFIXES)}), the name of a data set on the hub, a Dataset, a DataFrame, or a list of rows."
         )
     return source
+
+
+def _is_of(source: Any, library: str, *classes: str) -> bool:
+    """Whether ``source`` is of a class of a library. Whoever passes such an object has imported the library."""
+    loaded = sys.modules.get(library)  # perhaps another module of that name, without these classes
+    found = [getattr(loaded, name, None) for name in classes]
+    return isinstance(source, tuple(kind for kind in found if isinstance(kind, type)))
 
 
 def _is_iterable(source: Any) -> bool:
@@ -213,7 +217,7 @@ def _read_frame(frame: Any, name: str) -> list[dict[str, Any]]:
             f"A DataFrame with several columns named {', '.join(twice)} was given as the {name}: rename or drop all but one."
         )
 
-    def is_missing(cell: Any) -> bool:
+    def is_missing(cell: Any) -> bool:  # before pandas 3, to_dict leaves pandas.NA as it is
         return cell is pandas.NA or cell is pandas.NaT or (isinstance(cell, float) and cell != cell)
 
     return [{key: None if is_missing(cell) else cell for key, cell in row.items()} for row in frame.to_dict("records")]

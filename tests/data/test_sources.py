@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import datasets
@@ -148,6 +149,20 @@ def test_the_same_rows_from_every_source(tmp_path, rows):
         assert json.loads(json.dumps(read)) == rows, kind  # plain Python throughout
 
 
+@pytest.mark.parametrize("style", ["numpy", "torch", "pandas", "arrow"])
+def test_a_dataset_is_read_in_plain_python_whatever_its_format(style):
+    rows = [{"question": "a", "answer": "b", "n": 5, "scores": [1.5, 2.5]}]
+    dataset = datasets.Dataset.from_list(rows)
+    for source in (dataset, dataset.to_iterable_dataset()):
+        assert json.dumps(read_rows(source.with_format(style))) == json.dumps(rows)
+
+
+def test_a_module_of_a_librarys_name_does_not_disturb(monkeypatch):
+    for name in ("datasets", "pandas"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    assert read_rows(FLAT) == FLAT
+
+
 # Without NUL, which csv and pyarrow handle in ways of their own, and without half a surrogate pair, which is no UTF-8.
 CELLS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
 
@@ -172,6 +187,7 @@ def test_what_is_empty_counts_as_absent(tmp_path):
         {"question": ["a", "b"], "answer": ["c", float("nan")], "n": [1.5, None], "all": [float("nan")] * 2}
     )
     frame["maybe"] = pandas.array([1, None], dtype="Int64")
+    frame["object"], frame["date"] = pandas.Series([pandas.NA] * 2, dtype=object), pandas.to_datetime([None, None])
     assert read_rows(frame) == [{"question": "a", "answer": "c", "n": 1.5, "maybe": 1}, {"question": "b"}]
     assert read_rows([{"question": "a", "n": float("nan")}])[0].keys() == {"question", "n"}  # a list holds what it holds
 
