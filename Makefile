@@ -2,8 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 READY := $(VENV)/.ready
+LOWEST := $(VENV)-lowest
+# What has to work with the lowest versions: rows, training, calibration, guarded generate, serving, the command line. Left out:
+# what takes long (runs that are killed), and what transformers 5.17 does not do yet (drop a message's keys that are None).
+LOWEST_TESTS := tests/data tests/methods tests/training/test_trainer.py tests/training/test_model_card.py tests/cli tests/serving \
+	tests/guard/test_guard.py tests/evaluation/test_report.py tests/test_package.py -k 'not interrupted and not keys_may_be_none'
+PACKAGE := build/package
 
-.PHONY: demo test bench lint
+.PHONY: demo test test-lowest test-package bench lint docs
 
 demo: $(READY)  ## a model learns, forgets and refuses; results in demo-output
 	$(VENV)/bin/eua demo --output demo-output --cache .cache --overwrite
@@ -15,6 +21,15 @@ ifeq ($(shell uname),Linux)
 	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/fused_energy/test_triton.py
 endif
 
+test-lowest: $(LOWEST)/.ready  ## part of the suite with the lowest versions that pyproject.toml allows
+	$(LOWEST)/bin/python -m pytest $(LOWEST_TESTS)
+
+test-package: $(READY)  ## sdist and wheel, installed and used as a user does
+	rm -rf $(PACKAGE)
+	$(VENV)/bin/python -m build --outdir $(PACKAGE)
+	$(call environment,$(PACKAGE)/venv,constraints.txt,"$$(echo $(PACKAGE)/*.whl)[test]" mypy)
+	tests/package/check $(PACKAGE)
+
 bench: $(READY)
 	$(VENV)/bin/python -m pytest benches --benchmark-only
 
@@ -23,8 +38,31 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+docs: $(VENV)/.ready-docs  ## the documentation site, in build/docs
+	$(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs build/docs
+	@echo "The site is build/docs/index.html"
+
+$(VENV)/.ready-docs: $(READY)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs]'
+	touch $(VENV)/.ready-docs
+
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	touch $(READY)
+	$(call environment,$(VENV),constraints.txt,--editable '.[dev]')
+	touch $@
+
+$(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
+	$(call environment,$(LOWEST),constraints-lowest.txt,--editable '.[test]')
+	touch $@
+
+# $(call environment,FOLDER,CONSTRAINTS,WHAT): a virtual environment with WHAT in it. On Linux torch brings gigabytes of CUDA along;
+# where no GPU is, its CPU build is asked for first, without dependencies: only torch comes from that index.
+PIP := -m pip install --quiet --disable-pip-version-check
+define environment
+$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+$(PYTHON) -m venv $(1)
+@if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi > /dev/null && [ ! -e /dev/kfd ]; then \
+	$(1)/bin/python $(PIP) --index-url https://download.pytorch.org/whl/cpu --retries 0 --timeout 10 --no-deps "$$(grep ^torch== $(2))" \
+	|| echo "PyTorch's CPU builds cannot be reached (see above): torch comes from the ordinary index, on Linux with CUDA."; \
+fi
+$(1)/bin/python $(PIP) --constraint $(2) $(3)
+endef

@@ -1,4 +1,4 @@
-"""Reports that benchmarks fill, printed and written when the last that fills one is done."""
+"""Fixtures for the reports that benchmarks fill; a report is written and printed after the last benchmark that fills it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def report(request: pytest.FixtureRequest) -> Iterator[Report]:
 
 
 def filled(request: pytest.FixtureRequest, name: str, command: str) -> Iterator[Report]:
-    """A report for a fixture to yield; written and printed once everything that fills it is done."""
+    """Yield a report for a fixture; write and print it after all benchmarks that fill it."""
     measure.check(DEVICE)
     report = Report(name, command, DEVICE)
     yield report

@@ -1,7 +1,7 @@
-"""Triton on a real GPU against float64: at most twice the error that plain PyTorch makes in the same dtype.
+"""Correctness of Triton on a real GPU against float64: at most twice the error of plain PyTorch in the same dtype.
 
-The tests do the same in the interpreter; this part needs neither pytest nor hypothesis, and runs on the shapes and dtypes that
-only a GPU can multiply.
+The tests check the same in the interpreter; this part needs neither pytest nor hypothesis, and uses shapes and dtypes that only
+a GPU can handle.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NAMES = ("energy", "nll", "d hidden", "d weight", "d bias")
 
 
 def failures(device: str, rehearse: bool, say: Callable[[str], None]) -> Iterator[str]:
-    """Everything that is not as promised, one line each; ``say`` is told the worst error of every case."""
+    """One line for each failure; ``say`` gets the worst error of every case."""
     shapes = TINY_SHAPES if rehearse else SHAPES
     dtypes = [torch.float32, torch.float16] + ([] if rehearse else [torch.bfloat16])  # interpreted bfloat16 is truncated
     for shape, dtype, (name, options) in product(shapes, dtypes, OPTIONS.items()):
@@ -42,16 +42,16 @@ def failures(device: str, rehearse: bool, say: Callable[[str], None]) -> Iterato
         for what, truth, plain, ours, same in zip(NAMES, exact, theirs, found, again, strict=False):
             error, allowed = _error(ours, truth), BOUND * max(_error(plain, truth), _rounding(ours, truth))
             worst = max(worst, error / allowed * BOUND)
-            if not error <= allowed:  # so that NaN fails
-                yield f"{case}: {what} is {error:.3g} from float64, where {allowed:.3g} is allowed"
+            if not error <= allowed:  # also true for NaN
+                yield f"{case}: {what} is {error:.3g} from float64, but only {allowed:.3g} is allowed"
             if not torch.equal(ours, same):
-                yield f"{case}: {what} has other bits when run again"
+                yield f"{case}: {what} has different bits in a second run"
         say(f"{case}: at most {worst:.2f} × the error of plain PyTorch")
     yield from _leaks(shapes[-1], device)
 
 
 def _leaks(shape: tuple[int, int, int], device: str) -> Iterator[str]:
-    """Tokens without a target, or without an upstream gradient, must leave no trace, even if they hold NaN."""
+    """Tokens without a target or without an upstream gradient must not affect the result, even if they hold NaN."""
     hidden, weight, _, targets, upstream = _inputs(*shape, torch.float16, device, False)
     ignored = targets == -100
     poisoned = hidden.masked_fill(ignored[:, None], torch.nan)
@@ -60,7 +60,7 @@ def _leaks(shape: tuple[int, int, int], device: str) -> Iterator[str]:
         yield "ignored tokens that hold NaN change the result"
     without = _run("triton", [hidden, weight, None], targets, torch.zeros_like(upstream), {})
     if any(x.any() for x in without[2:]):
-        yield "upstream gradients of zero leave a gradient"
+        yield "upstream gradients of zero give a nonzero gradient"
 
 
 def _inputs(n: int, h: int, v: int, dtype: torch.dtype, device: str, bias: bool) -> tuple[Any, ...]:
@@ -74,7 +74,7 @@ def _inputs(n: int, h: int, v: int, dtype: torch.dtype, device: str, bias: bool)
 
 
 def _run(implementation: str, tensors: list[Tensor | None], targets: Tensor, upstream: Tensor, options: Any) -> list[Tensor]:
-    """energy, NLL, and the gradients of Σ upstream · output in hidden, weight and bias."""
+    """Energy, NLL, and the gradients of Σ upstream · output with respect to hidden, weight and bias."""
     leaves = [None if x is None else x.detach().clone().requires_grad_() for x in tensors]
     hidden, weight, bias = leaves
     assert hidden is not None
@@ -91,7 +91,7 @@ def _plain(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
     temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What people write: logits in the dtype of the model, float32 after them."""
+    """What people write today: logits in the dtype of the model, then float32."""
     z = (hidden @ weight.T) * logit_scale
     z = z if bias is None else z + bias
     z = (z if softcap is None else softcap * torch.tanh(z / softcap)).float()
@@ -106,7 +106,7 @@ def _error(found: Tensor, truth: Tensor) -> float:
 
 
 def _rounding(found: Tensor, truth: Tensor) -> float:
-    """Half a unit in the last place of the largest number: plain PyTorch may have met it by luck. Sums have a few of them."""
+    """Half a unit in the last place of the largest number, and a few for sums, because plain PyTorch may be exact by luck."""
     return 4 * torch.finfo(torch.float32).eps * max(1.0, float(truth.abs().max())) + (
         torch.finfo(found.dtype).eps / 4 * float(truth.abs().max())
     )

@@ -1,12 +1,12 @@
-"""Everything that needs a GPU, in one command of less than nine minutes; needs torch and triton alone.
+"""All checks and benchmarks that need a GPU, in one command of less than nine minutes; needs only torch and triton.
 
     python benches/gpu.py [--only correctness tuning benchmark]
 
 1. correctness: Triton on float16, bfloat16 and float32 against float64;
-2. benchmark: time, share of the matmul's rate, and peak memory at the heads of four models, beside every peer that runs;
+2. benchmark: time, share of the matmul's rate, and peak memory for the heads of four models, compared with peers that run;
 3. tuning: the fastest launch settings, as a literal for ``fused_energy/triton/configs.py``.
 
-Each part has a budget of seconds; what it has no time for is said. The results so far are written to
+Each part has a time budget; it reports what did not fit. The results so far are written to
 ``benches/results/energy-<gpu>.json`` after every step, so that a kill loses nothing.
 """
 
@@ -40,7 +40,7 @@ class Shape(NamedTuple):
     hidden_size: int
     vocabulary: int
     softcap: float | None = None
-    trained: bool = False  # measure hidden states of a trained model as well
+    trained: bool = False  # also measure hidden states of a trained model
 
     def name(self, tokens: int) -> str:
         cap = "" if self.softcap is None else f", softcap {self.softcap:g}"
@@ -64,7 +64,7 @@ class Run:
         self.tokens = 8 if rehearse else TOKENS
         self.dtype = torch.float32 if rehearse else torch.bfloat16
         self.shapes = [Shape("rehearsal", 16, 70, trained=True)] if rehearse else SHAPES
-        if rehearse:  # no figure of it is worth keeping
+        if rehearse:  # its figures are not worth keeping
             self.report = Report("rehearsal", command, self.device, CACHE)
         else:
             gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower())
@@ -84,7 +84,7 @@ class Run:
 
 
 def check(run: Run) -> None:
-    """Part 1."""
+    """Part 1: correctness."""
     wrong = 0
     for failure in correctness.failures(run.device, run.rehearse, run.say):
         wrong += 1
@@ -96,7 +96,7 @@ def check(run: Run) -> None:
 
 
 def benchmark(run: Run) -> None:
-    """Part 2: the shapes in order of interest; within each our implementations first, then the peers."""
+    """Part 2: the shapes, most important first; for each, our implementations first, then the peers."""
     for shape in run.shapes:
         for states, make in (("random", random_head), ("trained", trained_head)):
             if run.out_of_time() or (states == "trained" and not shape.trained):
@@ -111,7 +111,7 @@ def benchmark(run: Run) -> None:
             if run.device == "cuda":
                 torch.cuda.empty_cache()
     if run.out_of_time():
-        run.note("benchmark: out of time, shapes and peers that are missing were not measured")
+        run.note("benchmark: out of time, missing shapes and peers were not measured")
 
 
 def compare(run: Run, head: Head, shape: Shape, states: str) -> None:
@@ -135,15 +135,15 @@ def compare(run: Run, head: Head, shape: Shape, states: str) -> None:
             except Exception as error:  # a peer that fails must not end the run
                 run.report.add(tables[0], peer.name, what, f"{type(error).__name__}: {error}".splitlines()[0][:120])
                 continue
-            # The products that cannot be avoided are 1, 2 and 3. (Ours take 4 for a trainable head, as logits are made twice.)
+            # The unavoidable products are 1, 2 and 3. (Ours takes 4 for a trainable head, as it computes logits twice.)
             matmuls = WHATS.index(what) + 1
             run.report.add(tables[0], peer.name, what, times[peer.name] / times["matmul"])
             run.report.add(tables[1], peer.name, what, times[peer.name] * 1e3)
-            run.report.add(tables[1], f"(matmul beside {peer.name})", what, times["matmul"] * 1e3)
+            run.report.add(tables[1], f"(matmul timed with {peer.name})", what, times["matmul"] * 1e3)
             run.report.add(tables[2], peer.name, what, matmuls * times["matmul"] / times[peer.name])
             try:
                 peak: float | str = measure.peak_bytes(step, leaves, run.device) / MIB
-            except Exception as error:  # the times stand without it
+            except Exception as error:  # the times are valid without it
                 peak = type(error).__name__
             run.report.add(tables[3], peer.name, what, peak)
             run.say(
@@ -165,7 +165,7 @@ def active_share(run: Run, head: Head, shape: Shape) -> None:
 
 
 def tune(run: Run) -> None:
-    """Part 3, on random hidden states of the first shape; the literal is printed and is the last of the notes."""
+    """Part 3, on random hidden states of the first shape; the literal is printed and becomes the last note."""
     from tuning import tune as fastest
 
     from fused_energy.triton import configs
@@ -184,22 +184,22 @@ PARTS = {"correctness": check, "benchmark": benchmark, "tuning": tune}
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to run, in this order")
-    parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)  # tiny, in the interpreter, to find slips
+    parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)  # tiny, in the interpreter, to find bugs
     arguments = parser.parse_args()
     if not arguments.rehearse and not torch.cuda.is_available():
-        print("No GPU was found, and everything here needs one: on a CPU, run pytest benches --benchmark-only.")
+        print("No GPU was found, but this script needs one: on a CPU, run pytest benches --benchmark-only.")
         return 2
     run = Run(arguments.rehearse, "python benches/gpu.py " + " ".join(sys.argv[1:]))
     try:
         measure.check(run.device)
     except Exception as error:
-        run.note(f"Peak memory is not to be trusted: {error}")
+        run.note(f"Figures of peak memory are unreliable: {error}")
     for name in arguments.only:
         run.until = time.monotonic() + BUDGETS[name]
         run.say(f"--- {name}, {BUDGETS[name]:.0f} s")
         try:
             PARTS[name](run)
-        except Exception as error:  # the other parts are worth having
+        except Exception as error:  # the other parts are still useful
             run.note(f"{name} ended with {type(error).__name__}: {error}")
         run.report.write()
     print(f"\n{run.report}\n\nWritten to {run.report.path}.")

@@ -1,4 +1,4 @@
-"""Hidden states and heads to measure with: random ones, and ones whose softmax is as sparse as a trained model's."""
+"""Hidden states and heads for benchmarks: random ones, and ones whose softmax is as sparse as that of a trained model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Head(NamedTuple):
     targets: Tensor  # (N,)
 
     def step(self, run: Run, what: str, softcap: float | None = None) -> tuple[Step, list[Tensor]]:
-        """One run of ``what``, and the leaves whose gradients it leaves behind."""
+        """One run of ``what``, and the leaves that get gradients."""
         hidden = self.hidden.detach().requires_grad_(what != FORWARD)
         weight = self.weight.detach().requires_grad_(what == TRAINABLE)
 
@@ -38,7 +38,7 @@ class Head(NamedTuple):
         return step, [hidden, weight]
 
     def matmul(self) -> Tensor:
-        """What everything is measured by."""
+        """The unit of all measurements."""
         return self.hidden @ self.weight.T
 
     def entropy(self) -> float:
@@ -56,14 +56,14 @@ def random_head(n: int, h: int, v: int, dtype: torch.dtype, device: str) -> Head
 
 
 def trained_head(n: int, h: int, v: int, dtype: torch.dtype, device: str) -> Head:
-    """A log-bilinear model of next tokens, fitted by Adam to a made-up source; every context is one hidden state.
+    """A log-bilinear model of next tokens, fitted by Adam to a synthetic source; every context is one hidden state.
 
-    In the source each context prefers tokens in an order of its own, by Zipf's law with an exponent between 1.2 and 3: some
-    contexts all but name the next token, others leave thousands open, as in text. It is no language model, but its softmax
-    is made the way a model's is: by the gradient of the NLL. On a CPU it takes half a
-    minute and is kept under ``.cache/``.
+    In the source, each context ranks tokens in a different order, by Zipf's law with an exponent between 1.2 and 3: some
+    contexts almost determine the next token, others leave thousands open, as in text. It is not a language model, but its
+    softmax results from training with the gradient of the NLL, as a model's does. On a CPU it takes half a minute and is cached
+    under ``.cache/``.
     """
-    if device == "cuda":  # there it takes seconds, and the file would be gigabytes
+    if device == "cuda":  # takes seconds, and the file would be gigabytes
         return Head(*(x if x.dtype == torch.int64 else x.to(dtype) for x in _train(n, h, v, device)))
     path = CACHE / f"trained-{n}-{h}-{v}-{STEPS}.pt"
     if not path.exists():
@@ -80,10 +80,10 @@ def _train(n: int, h: int, v: int, device: str) -> tuple[Tensor, Tensor, Tensor]
     starts = torch.randint(0, v, (n, 1), device=device, generator=generator)
 
     def sample() -> Tensor:
-        """Rank by Zipf's law (that of the continuous Pareto distribution), then the token that the context has at it."""
+        """Draw a rank by Zipf's law (as the continuous Pareto distribution), then take the context's token of that rank."""
         uniform = torch.rand(n, 1, device=device, generator=generator).clamp_min(1e-6)
         rank = (uniform ** (-1 / (exponents - 1))).clamp_max(v).long() - 1
-        return ((starts + rank * 7919) % v)[:, 0]  # a prime step takes every context through the vocabulary its own way
+        return ((starts + rank * 7919) % v)[:, 0]  # a prime step visits the whole vocabulary
 
     hidden = torch.randn(n, h, device=device, generator=generator).requires_grad_()
     weight = (0.02 * torch.randn(v, h, device=device, generator=generator)).requires_grad_()

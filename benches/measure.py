@@ -1,4 +1,4 @@
-"""Medians of time, and peak memory beyond inputs, outputs and gradients, on a CPU and on a GPU alike."""
+"""Medians of time, and peak memory beyond inputs, outputs and gradients, on a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Step = Callable[[], Any]  # one run of the work; what it returns is its output
 
 
 def seconds(step: Step, device: str) -> float:
-    """One run. On a GPU between two events, so that the host's own delays show only where the device waits for them."""
+    """Seconds of one run. On a GPU, between two events, so that delays of the host only count if the device waits for them."""
     if device != "cuda":
         start = time.perf_counter()
         step()
@@ -29,7 +29,7 @@ def seconds(step: Step, device: str) -> float:
 
 
 def medians(steps: Mapping[str, Step], device: str, rounds: int = 5) -> dict[str, float]:
-    """Median seconds of each. Every round runs all of them once, so that all see the same moods of the machine."""
+    """Median seconds of each step. Every round runs all steps once, so that all see the same state of the machine."""
     for step in steps.values():
         step()
     times = [{name: seconds(step, device) for name, step in steps.items()} for _ in range(rounds)]
@@ -37,24 +37,23 @@ def medians(steps: Mapping[str, Step], device: str, rounds: int = 5) -> dict[str
 
 
 class Peak(NamedTuple):
-    """Bytes that one run takes beyond what was there before it."""
+    """Bytes that one run allocates."""
 
-    given_back: int  # the most at a time of blocks that are gone in the end: without its output, and the gradients it leaves
-    whole: int  # the most at a time of all blocks; it may be another time
-    left: int  # what is not given back
+    given_back: int  # peak of the blocks that are freed by the end of the run: without its output and the gradients
+    whole: int  # peak of all blocks, possibly at another time
+    left: int  # blocks that are not freed
 
 
 def peak_bytes(step: Step, gradients_of: list[Tensor], device: str) -> int:
-    """The most memory that one run holds at a time, without what was there before, its output, and the gradients it leaves."""
+    """Peak memory of one run, without earlier allocations, its output and the gradients."""
     return peak(step, gradients_of, device).given_back
 
 
 def peak(step: Step, gradients_of: list[Tensor], device: str) -> Peak:
-    """What one run takes at its most, and what it leaves.
+    """Peak memory of one run, and what it leaves allocated.
 
-    Counted from the allocator's own record of every block, so that it is exact: blocks still there in the end are left out
-    of ``given_back`` from the moment they were taken. Run the step once before, lest what is allocated on first use and kept
-    is counted.
+    The figures are exact: they come from the allocator's record of every block. Blocks that still exist at the end never count
+    in ``given_back``. Run the step once before, so that memory that is allocated on first use and kept does not count.
     """
     for tensor in gradients_of:
         tensor.grad = None
@@ -65,17 +64,17 @@ def peak(step: Step, gradients_of: list[Tensor], device: str) -> Peak:
 
 
 def _peak(events: list[tuple[int, int]]) -> Peak:
-    """From (address, bytes), where bytes < 0 give a block back."""
+    """Compute the peaks from (address, bytes); bytes < 0 free a block."""
     freed_at: dict[int, list[int]] = {}
     for when, (address, size) in enumerate(events):
         if size < 0:
             freed_at.setdefault(address, []).append(when)
     whole = given_back = most = most_given_back = 0
-    held: dict[int, bool] = {}  # by address: whether the block is given back later
+    held: dict[int, bool] = {}  # by address: whether the block is freed later
     for when, (address, size) in enumerate(events):
         if size > 0:
             held[address] = any(later > when for later in freed_at.get(address, ()))
-        elif address not in held:  # was there before
+        elif address not in held:  # allocated before
             continue
         whole += size
         if held[address] if size > 0 else held.pop(address):
@@ -105,7 +104,7 @@ def _blocks_on_cpu(step: Step) -> list[tuple[int, int]]:
 def _blocks_on_gpu(step: Step) -> list[tuple[int, int]]:
     torch.cuda.synchronize()
     torch.cuda.memory._record_memory_history(max_entries=1_000_000, stacks="python", context=None)
-    before = len(_trace())  # not every version forgets what it recorded earlier
+    before = len(_trace())  # some versions keep earlier records
     kept = step()
     torch.cuda.synchronize()
     trace = _trace()[before:]
@@ -120,7 +119,7 @@ def _trace() -> list[dict[str, Any]]:
 
 
 def check(device: str) -> None:
-    """The measurement against blocks of known sizes. Raises where it is off, so that no wrong figure is printed."""
+    """Check the measurement with blocks of known sizes. Raise an error if it is off, so that no wrong figure is printed."""
     mib = 2**20
     leaf = torch.zeros(mib, dtype=torch.uint8, device=device)
 

@@ -1,7 +1,7 @@
-"""What is compared: our implementations, the paths that PyTorch offers, and other libraries where they are installed.
+"""The implementations that are compared: ours, those of PyTorch, and other libraries if they are installed.
 
-Every one takes (hidden, weight, targets, softcap) and returns one number to differentiate: the sum of energy and NLL, or of
-NLL alone where that is all it gives. What cannot run says why.
+Each takes (hidden, weight, targets, softcap) and returns one number to differentiate: the sum of energy and NLL, or of the NLL
+alone if it computes nothing else. A peer that cannot run has a reason.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def ours(implementation: str, hidden: Tensor, weight: Tensor, targets: Tensor, s
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
-    """Logits in the dtype of the head, then float32: what a model's own forward and loss do."""
+    """Logits in the dtype of the head, then float32, as in a model's own forward and loss."""
     logits = (hidden @ weight.T).float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -45,7 +45,7 @@ def torch_linear_cross_entropy(options: Any, hidden: Tensor, weight: Tensor, tar
 
 
 def peers(device: str, softcap: float | None = None) -> list[Peer]:
-    """All of them, in the order of the tables. A fresh list compiles ``torch.compile`` anew, for one shape."""
+    """All peers, in the order of the tables. A new list compiles ``torch.compile`` again, for one shape."""
     torch._dynamo.reset()
     return [
         Peer("reference", partial(ours, "reference")),
@@ -65,7 +65,7 @@ def _torch_peers(softcap: float | None) -> list[Peer]:
         return [Peer(name, None, f"not in torch {torch.__version__}") for name in names]
     if softcap is not None:
         return [Peer(name, None, "has no softcap") for name in names]
-    # Every option of the chunked path is "auto": the pick of PyTorch's authors for the device and dtype.
+    # Every option of the chunked path is "auto": the choice of PyTorch's authors for the device and dtype.
     options = None, torch.nn.LinearCrossEntropyOptions()
     return [Peer(name, partial(torch_linear_cross_entropy, one)) for name, one in zip(names, options, strict=True)]
 
@@ -76,7 +76,7 @@ def _cut_cross_entropy(device: str) -> list[Peer]:
     if module is None:
         return [Peer(f"{label}, {which}", None, reason) for which in ("exact", "default")]
     function = module.linear_cross_entropy
-    with_lse = "return_lse" in inspect.signature(function).parameters  # later than the release 25.1.1
+    with_lse = "return_lse" in inspect.signature(function).parameters  # newer than release 25.1.1
 
     def run(filtering: dict[str, Any], hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
         if not with_lse:
@@ -104,10 +104,10 @@ def _liger(device: str) -> Peer:
 
 
 def _library(name: str, device: str) -> tuple[Any, str]:
-    """The module, or None and why there is none."""
+    """The module, or None and the reason."""
     if device != "cuda":
         return None, "needs a GPU"
     try:
         return importlib.import_module(name), ""
-    except Exception as error:  # a peer built for other versions fails in its own ways
+    except Exception as error:  # a peer built for other versions may raise anything
         return None, f"{type(error).__name__}: {error}".splitlines()[0]

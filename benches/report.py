@@ -1,4 +1,4 @@
-"""Tables of numbers: printed for people, written as JSON under ``benches/results/`` for everyone else."""
+"""Tables of numbers, printed for people and written as JSON to ``benches/results/`` for programs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("torch", "triton", "cut-cross-entropy", "liger-kernel")
-Cell = float | str  # a number, or why there is none
+Cell = float | str  # a number, or the reason why there is none
 
 
 class Report:
-    """Tables by title, each of rows and columns, with what one has to know to judge them."""
+    """Tables by title, each with rows and columns, and the context needed to judge them."""
 
     def __init__(self, name: str, command: str, device: str, folder: Path = RESULTS) -> None:
         self.path = folder / f"{name}.json"
@@ -35,7 +35,7 @@ class Report:
         self.tables.setdefault(title, {}).setdefault(row, {})[column] = cell
 
     def write(self) -> None:
-        """Under a temporary name first: a run that is killed leaves the last whole file."""
+        """Write under a temporary name first, so that a killed run leaves the last complete file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = self.about | {"notes": self.notes, "tables": self.tables}
         part = self.path.with_suffix(f".{os.getpid()}")
@@ -47,7 +47,7 @@ class Report:
 
 
 def table(title: str, rows: dict[str, dict[str, Cell]]) -> str:
-    """Aligned columns under the title. What did not run says why once, behind its name."""
+    """Aligned columns under the title. A row that did not run has its reason once, after its name."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     width = max(len(name) for name in rows) + 2
     lines = [title, " " * width + "  ".join(columns)]
@@ -74,7 +74,7 @@ def _version(library: str) -> str | None:
 
 
 def _commit() -> str:
-    """The commit, marked where the code that is measured differs from it. A copy without its history has none."""
+    """The commit, with a mark if the measured code differs from it; "unknown" without a git history."""
 
     def git(*arguments: str) -> str:
         try:

@@ -1,4 +1,4 @@
-"""Training steps on a small Llama that the benchmarks compare: ours, and a plain one that has the model make its logits."""
+"""Training steps on a small Llama that the benchmarks compare: ours, and a plain one in which the model computes logits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from eua.methods.d2 import d2_loss
 from eua.model.forward import token_energies
 
-ROWS, TOKENS, PROMPT = 8, 64, 16  # of each kind; the prompt's tokens do not count
+ROWS, TOKENS, PROMPT = 8, 64, 16  # rows of each kind; tokens of the prompt do not count
 GAMMA, ALPHA = 0.05, 1.0
-TRAINED = {False: "everything trainable", True: "LoRA on all inner layers, frozen head"}  # by whether there is an adapter
+TRAINED = {False: "everything trainable", True: "LoRA on all inner layers, frozen head"}  # by whether the model has an adapter
 Batch = dict[str, Tensor]
 
 
@@ -30,7 +30,7 @@ def make_model(vocabulary: int, hidden_size: int, layers: int, lora: bool, devic
     )
     model = LlamaForCausalLM(config).to(device)
     with torch.no_grad():
-        model.lm_head.weight *= 10.0  # logits of some size, so that boundaries are violated on both sides
+        model.lm_head.weight *= 10.0  # larger logits, so that boundaries are violated on both sides
     return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear")) if lora else model
 
 
@@ -43,7 +43,7 @@ def make_batch(vocabulary: int, device: str) -> Batch:
 
 
 def our_step(model: nn.Module, boundary: Tensor | tuple[float, float], batch: Batch) -> Tensor:
-    """What EUATrainer.compute_loss does, and its backward."""
+    """The computation of EUATrainer.compute_loss, and its backward."""
     energy, nll = token_energies(model, batch, 1.0)
     counted = batch["labels"][:, 1:] != -100
     loss = d2_loss(energy, nll, boundary, batch["forget"][:, 1:], counted, gamma=GAMMA, alpha=ALPHA).loss
@@ -52,7 +52,7 @@ def our_step(model: nn.Module, boundary: Tensor | tuple[float, float], batch: Ba
 
 
 def plain_step(model: nn.Module, boundary: tuple[float, float], batch: Batch) -> Tensor:
-    """The same from the model's own logits, with PyTorch's logsumexp and cross-entropy."""
+    """The same loss from the model's own logits, with PyTorch's logsumexp and cross-entropy."""
     counted = batch["labels"][:, 1:] != -100
     forget = batch["forget"][:, 1:][counted]
     logits = counted_logits(model, batch, torch.ones_like(counted[:, 0]))
@@ -64,13 +64,13 @@ def plain_step(model: nn.Module, boundary: tuple[float, float], batch: Batch) ->
 
 
 def counted_logits(model: nn.Module, batch: Batch, rows: Tensor) -> Tensor:
-    """Of the counted tokens of these rows, (2 · ROWS,) bool: (tokens, V) float32."""
+    """Logits of the counted tokens of these rows, (2 · ROWS,) bool → (tokens, V) float32."""
     output = model(input_ids=batch["input_ids"][rows], attention_mask=batch["attention_mask"][rows], use_cache=False)
     return output.logits[:, :-1][batch["labels"][rows, 1:] != -100].float()
 
 
 def check_equal(model: nn.Module, steps: Iterable[Callable[[], Tensor]]) -> None:
-    """Raises where two steps differ in the loss or a gradient, or where there is no gradient. Leaves none behind."""
+    """Raise an error if steps differ in the loss or a gradient, or if there is no gradient. Clears all gradients."""
     results = []
     for step in steps:
         loss = step()

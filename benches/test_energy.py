@@ -1,9 +1,9 @@
-"""Energy and NLL from hidden states: time in multiples of the bare matmul ``h @ Wᵀ``, and peak memory.
+"""Benchmark of energy and NLL from hidden states: time in multiples of the bare matmul ``h @ Wᵀ``, and peak memory.
 
     pytest benches --benchmark-only
 
-Everything is compared on equal work, in one process; before each round the matmul is timed as well, so that both see the same
-moods of the machine. Figures are ratios of medians. Absolute times of a CPU are not worth quoting.
+All peers do equal work in one process. The matmul is timed before each round, so that both see the same state of the machine.
+Figures are ratios of medians. Absolute times on a CPU are not worth quoting.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MIB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STATES = {"random": random_head, "trained": trained_head}
 PEERS = {peer.name: peer for peer in peers(DEVICE)}
-FIRST_TIMES: dict[str, float] = {}  # of each implementation: seconds per token and vocabulary entry
+FIRST_TIMES: dict[str, float] = {}  # by implementation: seconds per token and vocabulary entry
 IMPLEMENTATIONS = ["streaming", "triton"] if DEVICE == "cuda" else ["streaming"]
 
 
@@ -46,7 +46,7 @@ def head() -> Callable[[str, str], Head]:
 
 
 def multiple_of_matmul(benchmark: Any, head: Head, step: Callable[..., Any], prepare: Callable[[], tuple] = tuple) -> float:
-    """Median time over the median time of the matmul before it. ``prepare`` makes the arguments of each run, untimed."""
+    """Median time divided by the median time of the matmul before it. ``prepare`` makes the arguments of each run, untimed."""
     matmul = []
 
     def setup() -> tuple[tuple, dict]:
@@ -69,7 +69,7 @@ CASES = [
     for states, dtype in (("random", "float32"), ("random", "bfloat16"), ("trained", "bfloat16"))
     for peer in PEERS
     for what in WHATS
-    # Once per run is enough where the sparseness of the softmax makes no difference.
+    # If the sparsity of the softmax makes no difference, random hidden states are enough.
     if states == "random" or (what != FORWARD and peer in ("streaming", "triton", "plain"))
 ]
 
@@ -93,7 +93,7 @@ def test_peers(benchmark, report: Report, head, states, dtype, peer, what):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.1, 0.0])
 def test_ignored_tokens(benchmark, report: Report, head, implementation, share):
-    """Forward and backward where only a share of the tokens has a target."""
+    """Forward and backward if only a share of the tokens has a target."""
     inputs = head("random", "bfloat16")
     targets = torch.where(torch.rand(N, device=DEVICE) < share, inputs.targets, -100)
     step, _ = inputs._replace(targets=targets).step(PEERS[implementation].run, TRAINABLE)
@@ -105,7 +105,7 @@ def test_ignored_tokens(benchmark, report: Report, head, implementation, share):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.1, 0.0])
 def test_tokens_without_upstream_gradient(benchmark, report: Report, head, implementation, share):
-    """Backward alone where only a share of the tokens has an upstream gradient that is not zero."""
+    """Backward alone if only a share of the tokens has a nonzero upstream gradient."""
     inputs = head("random", "bfloat16")
     hidden, weight = (x.detach().requires_grad_() for x in inputs[:2])
     upstream = (torch.rand(N, device=DEVICE) < share).float()
@@ -123,7 +123,7 @@ def test_tokens_without_upstream_gradient(benchmark, report: Report, head, imple
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("n", "v"), [(256, 8192), (256, 32768), (256, 131072), (512, 32768), (1024, 32768)])
 def test_growth(benchmark, report: Report, implementation, n, v):
-    """Time per token and vocabulary entry relative to the first row, which is 1 if it is linear; and peak memory."""
+    """Time per token and vocabulary entry relative to the first row, which is 1 if time grows linearly; and peak memory."""
     inputs = random_head(n, 256, v, torch.float32, DEVICE)
     step, leaves = inputs.step(PEERS[implementation].run, TRAINABLE)
     table, row = f"Growth of {implementation}: {TRAINABLE}, float32, H = 256", f"N = {n:4}, V = {v:6}"

@@ -1,9 +1,9 @@
-"""What the guard adds to the time of a generation, in which it refuses nothing.
+"""Benchmark of the time that the guard adds to a generation in which it refuses nothing.
 
     pytest benches/test_guard.py --benchmark-only
 
-Two runs differ by more than what is looked for, so the time that is spent in the guard's own code is taken within one run, as a
-share of the rest of it. On a GPU, which goes on by itself, whole runs are compared instead.
+Two runs differ by more than this time, so the time in the guard's own code is measured within one run, relative to the rest of
+the run. On a GPU, which runs asynchronously, full runs are compared instead.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from eua.model.energy_recorder import EnergyProbe, EnergyRecorder
 
 HIDDEN_SIZE, LAYERS, VOCABULARY = 768, 12, 32000  # 85M parameters and a head of 25M
 ROWS, NEW_TOKENS, ROUNDS = 4, 64, 3
-# Ids that stand for the template's: a turn of the user's begins with 5, the assistant's with 6.
+# Ids in place of the template's: a user turn begins with 5, an assistant turn with 6.
 TURNS = Turns(opening=(), user_start=(5,), answer_start=(6,), answer_lead=(), answer_tail=())
 GUARD = EnergyGuard(
     threshold=1e9,
@@ -53,7 +53,7 @@ def report(request: pytest.FixtureRequest) -> Iterator[Report]:
 
 
 def prompts(turns: int) -> torch.Tensor:
-    """Chats of so many turns of the user's, of 16 tokens each; answers have as many."""
+    """Chats with ``turns`` user turns of 16 tokens each; answers have 16 tokens, too."""
     turn = torch.cat([torch.tensor([5]), torch.arange(100, 114), torch.tensor([6])])
     reply = torch.arange(200, 216)
     chat = torch.cat([*[torch.cat([turn, reply])] * (turns - 1), turn])
@@ -61,7 +61,7 @@ def prompts(turns: int) -> torch.Tensor:
 
 
 class Clock:
-    """Adds up the seconds in functions that it watches."""
+    """Adds up the seconds spent in the functions that it watches."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -87,7 +87,7 @@ def guarded(model: Any, ids: torch.Tensor, guard: EnergyGuard) -> None:
 
 
 def share_on_cpu(model: Any, ids: torch.Tensor, guard: EnergyGuard, monkeypatch: pytest.MonkeyPatch) -> float:
-    """Seconds in the guard's code for each second of the rest of a run."""
+    """Seconds in the guard's code per second in the rest of a run."""
     inside, unguarded = Clock(), Clock()
     with monkeypatch.context() as patch:
         for owner, name in (

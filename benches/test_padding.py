@@ -1,8 +1,8 @@
-"""What padding costs: an epoch of training steps with padded rows, with rows of like length together, and without padding.
+"""Benchmark of padding: an epoch of training steps with padded rows, with rows grouped by length, and without padding.
 
     EUA_TOFU=path/to/tofu pytest benches/test_padding.py --benchmark-only
 
-Rows are a part of TOFU's forget10 and retain90, where their folder is named or lies beside this one as ``shared/tofu``.
+The rows are a part of TOFU's forget10 and retain90, from the folder ``EUA_TOFU`` or from ``../shared/tofu``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import measure
 import pytest
 import torch
 from conftest import DEVICE, filled
-from eua.data.pairing.PairedSampler import PairedSampler
 from report import Report
 from steps import make_model, our_step
 
 from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset
+from eua.data.pairing import PairedSampler
 from eua.data.rows import encode_rows
 from eua.data.sources import read_rows
 from eua.demo.target import train_tokenizer
@@ -34,7 +34,7 @@ def report(request: pytest.FixtureRequest) -> Iterator[Report]:
     yield from filled(request, f"padding-{DEVICE}", "pytest benches/test_padding.py --benchmark-only")
 
 
-@pytest.mark.skipif(not TOFU.is_dir(), reason="EUA_TOFU names no folder with TOFU's rows")
+@pytest.mark.skipif(not TOFU.is_dir(), reason="needs TOFU's rows: set EUA_TOFU to their folder")
 def test_an_epoch(benchmark, report: Report):
     texts = {kind: read_rows(TOFU / f"{name}.jsonl") for kind, name in (("forget", "forget10"), ("retain", "retain90"))}
     tokenizer = train_tokenizer([*texts["forget"], *texts["retain"]], vocabulary=VOCABULARY)

@@ -1,11 +1,11 @@
-"""One training step: ours against the step that the authors of D² released, on the same model and batch.
+"""Benchmark of one training step: ours against the step that the authors of D² released, on the same model and batch.
 
     pytest benches/test_training_step.py --benchmark-only
 
-The released step (written here from the method's definition, for this comparison alone) runs the retain rows twice, once for
-their energy and once for their likelihood, and the reference on both: five forwards, three of them with a backward, all with
-logits, and two models in memory. Ours runs forget and retain rows together, once, without logits, against boundaries that were
-computed before. Loss and gradients must be equal before anything is timed.
+The released step (written here from the method's definition, only for this comparison) runs the retain rows twice, once for
+their energy and once for their likelihood, and the reference on both kinds of rows: five forwards, three of them with a
+backward, all with logits, and two models in memory. Ours runs forget and retain rows together, once, without logits, with
+boundaries that were computed before. Loss and gradients must be equal before anything is timed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def report(request: pytest.FixtureRequest) -> Iterator[Report]:
 
 
 def released_step(model: nn.Module, reference: nn.Module, batch: Batch) -> Tensor:
-    """Five forwards with logits; each part of the loss is carried backward on its own."""
+    """Five forwards with logits, and a separate backward for each part of the loss."""
     counted = batch["labels"][:, 1:] != -100
 
     def boundary(rows: Tensor, largest: bool) -> Tensor:

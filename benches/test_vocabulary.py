@@ -1,16 +1,16 @@
-"""Peak memory of a whole training step as the vocabulary grows: flat, but for what the head itself is.
+"""Benchmark of the peak memory of a training step as the vocabulary grows: it is flat except for gradients of the head.
 
     pytest benches/test_vocabulary.py --benchmark-only
 
-One step is a forward and its backward, ours or a plain one in which the model makes its logits; counted is what it takes beyond
-weights and batch. Where head and embedding are trained, each leaves a gradient of (V, H) behind; nothing else of ours may grow
-with V. The highest of the whole and of all but gradients are reached at different times, so they do not add up.
+One step is a forward and its backward, ours or a plain one in which the model computes its logits; figures count what it
+allocates beyond weights and batch. If head and embedding are trained, each has a gradient of (V, H); nothing else in our step
+may grow with V. The peaks of all memory and of all but gradients occur at different times, so they do not add up.
 
-The model still makes logits of one position of each row. They are given back before ours begins with the head, whose scratch is
-larger here; with many short rows (32 + 32 of 16 tokens, say) they would show.
+The model still computes logits of one position of each row. They are freed before our step begins with the head, whose scratch
+is larger here; with many short rows (32 + 32 of 16 tokens, say) they would show.
 
-The optimizer is no part of the step: AdamW keeps two more numbers for each trained weight. Boundaries, which are computed once
-before training, have a table of their own.
+The optimizer is not part of the step: AdamW keeps two more numbers for each trained weight. Boundaries, which are computed once
+before training, have a separate table.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from eua.training.boundaries import compute_boundaries
 VOCABULARIES = (32_768, 131_072, 262_144)
 HIDDEN_SIZE, LAYERS = 256, 4
 MIB = 2**20
-FLAT = 1.01  # what may be added to a peak that does not grow: blocks are rounded, loops of other lengths end differently
-ALL_VIOLATED = (-40.0, 0.0)  # m_in and m_out that no token meets: every one has a gradient in the head
+FLAT = 1.01  # tolerance for a peak that does not grow: block sizes are rounded, loops of different lengths end differently
+ALL_VIOLATED = (-40.0, 0.0)  # m_in and m_out that every token violates: each has a gradient in the head
 MODEL = f"{ROWS} + {ROWS} rows of {TOKENS} tokens, Llama of {HIDDEN_SIZE} × {LAYERS}, float32"
 
 
@@ -44,10 +44,10 @@ def report(request: pytest.FixtureRequest) -> Iterator[Report]:
 
 
 class Peaks(NamedTuple):
-    """Of one step, bytes."""
+    """Bytes of one step."""
 
-    gradients: int  # of all weights that are trained
-    head: int  # of head and embedding among them
+    gradients: int  # of all trained weights
+    head: int  # of head and embedding
     ours: Peak
     plain: Peak
 
@@ -80,12 +80,12 @@ def test_step(benchmark, report: Report, lora: bool):
     for one in others:
         assert one.ours.given_back <= FLAT * first.ours.given_back, "our step grows with the vocabulary"
     for one in found:
-        assert one.ours.left <= FLAT * one.gradients, "our step leaves more behind than gradients"
-    assert found[-1].plain.given_back > 4 * first.plain.given_back, "a step with logits does not grow: what is measured?"
+        assert one.ours.left <= FLAT * one.gradients, "our step leaves more than gradients"
+    assert found[-1].plain.given_back > 4 * first.plain.given_back, "a step with logits does not grow: check the measurement"
 
 
 def boundary_peaks(vocabulary: int) -> tuple[int, int]:
-    """Of the boundaries of the forget rows, and of what they begin with: the head compared with the model's logits."""
+    """Peaks of computing the boundaries of the forget rows, and of its first part: checking the head against the logits."""
     model = make_model(vocabulary, HIDDEN_SIZE, LAYERS, False, DEVICE)
     rows = [EncodedRow(ids.tolist(), PROMPT) for ids in make_batch(vocabulary, DEVICE)["input_ids"][:ROWS]]
     settings = {"kind": "forget", "fraction": 0.1, "temperature": 1.0, "fill": "zero"}

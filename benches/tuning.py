@@ -1,4 +1,4 @@
-"""Times launch settings of the Triton kernels, one kind of tile at a time, and gives the fastest as a Python literal."""
+"""Tuning of the Triton kernels: time launch settings, one kind of tile at a time, and return the fastest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peers import ours
 from fused_energy.triton import configs
 from fused_energy.triton.configs import Config, Configs
 
-# Which loss is slowed by which tile; ``logits_with_softcap`` tiles are those of a softcap.
+# The work whose time depends most on a kind of tile, and its softcap.
 WORK = {
     "logits": (FORWARD, None),
     "logits_with_softcap": (FORWARD, 30.0),
@@ -25,21 +25,22 @@ WORK = {
 
 
 def candidates(which: str, rehearse: bool) -> Iterator[Config]:
-    """Tiles that tensor cores like. Those that do not fit a GPU fail when compiled, and are passed over."""
+    """Tiles that suit tensor cores. Those that do not fit a GPU fail to compile and are skipped."""
     if rehearse:
         tiny = configs.TINY.logits
         yield from (tiny, tiny._replace(group=4))
         return
     sizes = [(128, 256, 64), (128, 128, 64), (256, 128, 64), (64, 256, 64), (128, 128, 128)]
     for (rows, columns, depth), warps, stages, group in product(sizes, (4, 8), (3, 4), (8, 16)):
-        if rows * columns < 128 * 256 or warps == 8:  # 4 warps have no registers for a large tile
+        if rows * columns < 128 * 256 or warps == 8:  # 4 warps have too few registers for a large tile
             yield Config(rows, columns, depth, warps, stages, group)
 
 
 def tune(head: Head, table: dict[str, Configs], key: str, until: float, rehearse: bool, say: Callable[[str], None]) -> Configs:
-    """The fastest of each kind for these inputs, found one after the other; ``table[key]`` is set to it.
+    """The fastest tile of each kind for these inputs, found one after the other; ``table[key]`` is set to them.
 
-    ``until`` (``time.monotonic``) ends the search, each kind having its share of the time: what was not tried is left as it is.
+    The search ends at ``until`` (``time.monotonic``), and each kind gets an equal share of the time: a kind for which none was
+    tried keeps its setting.
     """
     device = head.hidden.device.type
     for position, (which, (what, softcap)) in enumerate(WORK.items()):
@@ -48,7 +49,7 @@ def tune(head: Head, table: dict[str, Configs], key: str, until: float, rehearse
         best, fastest = table[key], math.inf
         for config in (getattr(best, which), *candidates(which, rehearse)):
             if time.monotonic() > ends:
-                say(f"{which}: out of time, the rest was not tried")
+                say(f"{which}: out of time, the remaining settings were not tried")
                 break
             tried = best._replace(**{which: config})
             if not _fits(tried):
@@ -57,7 +58,7 @@ def tune(head: Head, table: dict[str, Configs], key: str, until: float, rehearse
             step, _ = head.step(partial(ours, "triton"), what, softcap)
             try:
                 seconds = medians({which: step}, device, rounds=3)[which]
-            except Exception as error:  # too large for this GPU: that is what is being found out
+            except Exception as error:  # too large for this GPU
                 say(f"{which} {tuple(config)}: {type(error).__name__}")
                 continue
             say(f"{which} {tuple(config)}: {seconds * 1e3:.2f} ms for {what}")
@@ -69,7 +70,7 @@ def tune(head: Head, table: dict[str, Configs], key: str, until: float, rehearse
 
 
 def _fits(tried: Configs) -> bool:
-    """What the products read is padded to tiles of logits, see ``fused_energy/triton/product.py``."""
+    """Whether the products read only whole tiles of logits, see ``fused_energy/triton/product.py``."""
     tiles = tried.logits, tried.logits_with_softcap
     return all(
         t.columns % tried.by_head.depth == 0

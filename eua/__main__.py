@@ -2,6 +2,6 @@
 
 import sys
 
-from eua.cli import main
+from eua.cli.main import main
 
 sys.exit(main())

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: written under a temporary name beside their place, then renamed."""
+"""Atomic writing of files and model folders: a file is written under a temporary name next to its path, then renamed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODEL_FILES = (
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; rename it into place when the block ends without an error."""
+    """Yield a temporary path next to ``path``; rename it to ``path`` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -45,10 +45,10 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def fill_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Have ``write`` fill a staging folder with a model, then let it take the place of the model in ``folder``, if any.
+    """Let ``write`` fill a staging folder with a model, then replace the model in ``folder``, if any, by it.
 
-    The files without which no loader takes the folder go first and come last, so what loads is never a mixture; and nothing
-    of an earlier model stays behind (an adapter, a guard) that would be loaded with the new one.
+    The files that every loader needs are removed first and added last, so a folder that loads never holds a mixture of models.
+    No file of an earlier model (an adapter, a guard) remains that would be loaded with the new one.
     """
     staging = folder / ".partial"
     shutil.rmtree(staging, ignore_errors=True)
@@ -65,16 +65,16 @@ def fill_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def check_output_folder(folder: Path, *, allowed: bool, how: str) -> None:
-    """Raise :class:`EUAError` when ``folder`` holds files and the caller has not been told that it may."""
+    """Raise :class:`EUAError` if ``folder`` is a file, or holds files and is not ``allowed`` to; ``how`` names the option."""
     if folder.exists() and not folder.is_dir():
-        raise EUAError(f"The output {folder} is a file, but a folder is written: name another path.")
+        raise EUAError(f"The output {folder} is a file, but the output must be a folder: name another path.")
     if not allowed and folder.is_dir() and any(folder.iterdir()):
         raise EUAError(f"The output folder {folder} is not empty, and its files could be lost: name another, or pass {how}.")
 
 
 def check_output_file(path: Path, *, allowed: bool, how: str) -> None:
-    """Raise :class:`EUAError` when ``path`` is a folder, or a file and the caller has not been told that it may go."""
+    """Raise :class:`EUAError` if ``path`` is a folder, or exists and is not ``allowed`` to; ``how`` names the option."""
     if path.is_dir():
-        raise EUAError(f"The output {path} is a folder, but a file is written: name a file in it.")
+        raise EUAError(f"The output {path} is a folder, but the output must be a file: name a file in it.")
     if path.exists() and not allowed:
-        raise EUAError(f"The output {path} is there already and would be lost: name another, or pass {how}.")
+        raise EUAError(f"The output {path} already exists and would be lost: name another, or pass {how}.")

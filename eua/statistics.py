@@ -18,37 +18,36 @@ def conformal_threshold(
     groups: Iterable[Hashable] | None = None,
     confidence: float | None = None,
 ) -> float:
-    """The lowest threshold above which at most a share ε of new retained prompts is expected to score.
+    """The lowest threshold such that at most a fraction ε of new retained prompts is expected to score above it.
 
     Without groups it is the ⌈(n+1)(1−ε)⌉-th smallest of the n scores (split conformal, Vovk et al. 2005): a prompt
     exchangeable with them scores above it with probability at most ε.
 
     Prompts about one person or document resemble each other, so they are not exchangeable with prompts about another. With
-    ``groups`` whole groups are taken as exchangeable instead, and the expected share of a new group's prompts above the
-    threshold is at most ε (conformal risk control, Angelopoulos et al. 2022; with one prompt a group, the same rule).
+    ``groups``, the groups are treated as exchangeable instead, and the expected share of a new group's prompts above the
+    threshold is at most ε (conformal risk control, Angelopoulos et al. 2022; with one prompt per group, the same rule).
 
-    Either rate is an average over all the calibration sets one could have drawn; the rate of one's own may lie above ε. With a
-    ``confidence`` 1 − δ it lies above ε with probability at most δ (risk-controlling prediction sets, Bates et al. 2021: an
-    exact binomial bound, for groups that of Hoeffding and Bentkus).
+    Both rates are averages over all calibration sets that could have been drawn; the rate for a particular set may exceed ε.
+    With a ``confidence`` of 1 − δ it exceeds ε with probability at most δ (risk-controlling prediction sets, Bates et al. 2021:
+    an exact binomial bound; for groups, the Hoeffding–Bentkus bound).
 
     Args:
         scores: (n,) scores of retained prompts that training has not seen.
         tolerance: ε, the tolerated rate of false refusals, in (0, 1).
-        groups: what each score belongs to, e.g. a person's name.
+        groups: the group of each score, e.g. a person's name.
         confidence: 1 − δ, in (0, 1), or None for the bound on average.
 
     Raises:
-        EUAError: groups that :func:`group_list` refuses, fewer than ⌈1/ε⌉ − 1 scores or groups, with a confidence fewer than
-            ⌈ln δ / ln(1 − ε)⌉ (the text says how many are missing), NaN scores, or ε or 1 − δ outside (0, 1).
+        EUAError: if :func:`group_list` refuses the groups; if there are fewer than ⌈1/ε⌉ − 1 scores or groups, or with a
+            confidence fewer than ⌈ln δ / ln(1 − ε)⌉ (the text says how many are missing); if scores are NaN; if ε or 1 − δ is
+            outside (0, 1).
     """
     if not 0 < tolerance < 1:
         raise EUAError(f"tolerance = {tolerance}, but a rate of false refusals lies strictly between 0 and 1, e.g. 0.05.")
     if confidence is not None and not 0 < confidence < 1:
-        raise EUAError(f"confidence = {confidence}, but a probability below certainty is wanted, e.g. 0.95.")
+        raise EUAError(f"confidence = {confidence}, but a probability lies strictly between 0 and 1, e.g. 0.95.")
     if torch.isnan(scores).any():
-        raise EUAError(
-            f"{int(torch.isnan(scores).sum())} of {len(scores)} scores are NaN: mend the model or the prompts first."
-        )
+        raise EUAError(f"{int(torch.isnan(scores).sum())} of {len(scores)} scores are NaN: fix the model or the prompts first.")
     owners = list(range(len(scores))) if groups is None else group_list(groups, len(scores))
     members = Counter(owners)
     count = len(members)
@@ -64,11 +63,11 @@ def conformal_threshold(
             f"{count} {what} are too few for a false-refusal rate of {tolerance:g}{how_sure}, which needs {needed}: "
             f"add {needed - count} more that are held out, or tolerate at least {math.ceil(1000 * least) / 1000:g}."
         )
-    # Every group weighs 1 in all.
+    # Every group has a total weight of 1.
     weights = torch.tensor([1 / members[owner] for owner in owners], dtype=torch.float64)
     order = scores.sort(descending=True)
     above = weights[order.indices].cumsum(0) - weights[order.indices]  # the weight of all scores before this one
-    if confidence is None:  # the new group may be all wrong, so 1 of the G + 1 shares is given away beforehand
+    if confidence is None:  # all prompts of the new group may be refused, so 1 of the G + 1 shares is set aside for it
         allowed = tolerance * (count + 1) - 1
     else:
         p_value = _exact_p_value if groups is None else _hoeffding_bentkus_p_value
@@ -121,17 +120,17 @@ def group_shares(scores: Tensor, threshold: float, groups: Iterable[Hashable]) -
 def bootstrap_interval(
     values: Tensor, groups: Iterable[Hashable] | None = None, *, level: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Between which two values the mean lies when the data are drawn again (percentile bootstrap, Efron 1979).
+    """Confidence interval of the mean (percentile bootstrap, Efron 1979).
 
     Args:
         values: (n,), e.g. whether each forgotten prompt was refused.
-        groups: what each value belongs to; whole groups are then drawn.
-        level: the share of draws that the interval holds.
-        draws: how many; the result is the same each time.
-        seed: of the draws.
+        groups: the group of each value; if given, groups are resampled instead of values.
+        level: the share of resampled means that the interval contains.
+        draws: number of resamples.
+        seed: of the resamples; the same seed gives the same interval.
 
     Raises:
-        EUAError: groups that :func:`group_list` refuses.
+        EUAError: if :func:`group_list` refuses the groups.
     """
     listed = list(range(len(values))) if groups is None else group_list(groups, len(values))
     owners = {owner: i for i, owner in enumerate(dict.fromkeys(listed))}
@@ -147,7 +146,7 @@ def bootstrap_interval(
 
 
 def auroc(positive: Tensor, negative: Tensor) -> float:
-    """Probability that a positive score exceeds a negative one, ties counted half (Mann–Whitney)."""
+    """Probability that a positive score exceeds a negative one; ties count half (Mann–Whitney)."""
     order = negative.sort().values
     below = torch.searchsorted(order, positive, right=False)
     up_to = torch.searchsorted(order, positive, right=True)
@@ -162,12 +161,12 @@ def false_positive_rate(positive: Tensor, negative: Tensor, true_positive_rate: 
 
 
 def _exact_p_value(above: float, count: int, tolerance: float) -> float:
-    """How likely so few of ``count`` prompts lie above the threshold where the rate of false refusals is ε."""
+    """Probability that at most ``above`` of ``count`` prompts lie above the threshold if the rate of false refusals is ε."""
     return _binomial_cdf(round(above), count, tolerance)
 
 
 def _hoeffding_bentkus_p_value(above: float, count: int, tolerance: float) -> float:
-    """The same of the mean of shares in [0, 1], one a group (Bates et al. 2021, proposition 5)."""
+    """The same for the mean of shares in [0, 1], one per group (Bates et al. 2021, proposition 5)."""
     mean = min(above / count, tolerance)
     entropy = (1 - mean) * math.log((1 - mean) / (1 - tolerance)) + (mean * math.log(mean / tolerance) if mean else 0.0)
     return min(math.exp(-count * entropy), math.e * _binomial_cdf(math.ceil(above - 1e-9), count, tolerance))

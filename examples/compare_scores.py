@@ -1,15 +1,15 @@
-"""Which score tells forgotten prompts from retained ones best: the prompt's last token, with generated ones, or with a probe?
+"""Compare how well scores separate forgotten prompts from retained ones: last prompt token, with generated tokens, or probe.
 
     python examples/compare_scores.py --model tofu-run/unlearned --forget tofu/forget10_perturbed.jsonl \
         --calibration tofu-run/calibration.jsonl --group-size 20 --retain tofu-run/held_out.jsonl
     python examples/compare_scores.py --model demo-output/unlearned --forget demo-output/data/forget.jsonl \
         --calibration demo-output/data/calibration.jsonl --group-size 4 --retain demo-output/data/test.jsonl
 
-Questions are asked as trained, in other words (``paraphrased_question``), behind a prefix, and two at a time, one forgotten and
-one retained. ``k`` counts the generated tokens that a score takes in; a probe of ``w`` stops an answer by the mean energy of
-so many successive tokens, beside a score of k = 0. Thresholds are calibrated for 5 % false refusals, of a probe for 5 % on its
-own. Without ``--group-size`` they are calibrated prompt by prompt. The last column of the first table is the time of scoring
-in multiples of that of k = 0.
+Questions are asked as trained, in other words (``paraphrased_question``), after a prefix, and in pairs of one forgotten and one
+retained. ``k`` is the number of generated tokens in a score; a probe with window ``w`` stops an answer by the mean energy of
+``w`` successive tokens, in addition to a score with k = 0. Thresholds are calibrated for 5 % false refusals, that of a probe
+for 5 % by itself. Without ``--group-size``, every prompt is its own group. The last column of the first table is the time of
+scoring, relative to k = 0.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     for name in ("forget", "calibration", "retain"):
         parser.add_argument(f"--{name}", type=Path, required=True, help="JSONL of question/answer rows")
-    parser.add_argument("--group-size", type=int, help="so many consecutive calibration rows are about one person")
+    parser.add_argument("--group-size", type=int, help="number of consecutive calibration rows about one person")
     arguments = parser.parse_args()
 
     model, tokenizer = load_model(arguments.model)
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def ask(forget: list[Row], retain: list[Row]) -> dict[str, list[str]]:
-    """The prompts of each set; sets of two questions pair a row with one that is its number away."""
+    """The prompts of each set; sets of two questions pair forgotten and retained rows by their index."""
     old, kept = ([row["question"] for row in rows] for rows in (forget, retain))
     pairs = [(question, kept[i % len(kept)]) for i, question in enumerate(old)]
     return {

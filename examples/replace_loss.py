@@ -1,9 +1,9 @@
-"""Train a stock transformers model without ever making its logits: its loss, replaced in a few lines.
+"""Train a stock transformers model without computing its logits, by replacing its loss in a few lines.
 
     python examples/replace_loss.py                 # a small random Llama with a vocabulary of 128256
     python examples/replace_loss.py --model PATH    # yours
 
-Prints the loss and the peak of what PyTorch had allocated, of the model as it is and with its loss replaced.
+Prints the loss and PyTorch's peak allocated memory, for the original model and with its loss replaced.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from fused_energy import LinearEnergy
 
 @contextmanager
 def loss_without_logits(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, ``model(input_ids, labels=labels).loss`` is what it always was, and ``.logits`` are hidden states.
+    """In this context, ``model(input_ids, labels=labels).loss`` is unchanged, and ``.logits`` are hidden states.
 
-    For models that hand the output of ``lm_head`` straight to their loss. One that scales or caps its logits in between would
-    do that to hidden states: pass ``logit_scale`` and ``softcap`` to ``LinearEnergy`` and call it on the hidden states instead.
+    It works for models that pass the output of ``lm_head`` directly to their loss. A model that scales or caps its logits would
+    do so with hidden states: pass ``logit_scale`` and ``softcap`` to ``LinearEnergy`` and call it on the hidden states instead.
     """
     if getattr(model.config, "final_logit_softcapping", None) or getattr(model.config, "logits_scaling", 1.0) != 1.0:
-        raise ValueError(f"{type(model).__name__} changes its logits after the head, so that they cannot be left out this way.")
+        raise ValueError(f"{type(model).__name__} changes its logits after the head, so its loss cannot be replaced this way.")
     head, own_loss = LinearEnergy(model.lm_head), model.loss_function
 
     def loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | float | None = None, **_: Any) -> Tensor:
         return head.nll(logits[:, :-1], labels[:, 1:], num_items_in_batch)
 
-    # The layer stays in the model, so that its parameters keep their names, and only lets hidden states through.
+    # The layer stays in the model, so that its parameters keep their names, but it returns the hidden states unchanged.
     model.lm_head.forward, model.loss_function = lambda hidden: hidden, loss
     try:
         yield
@@ -46,7 +46,7 @@ def loss_without_logits(model: PreTrainedModel) -> Iterator[None]:
 
 
 def step(model: PreTrainedModel, tokens: Tensor) -> tuple[float, float]:
-    """Loss, and peak of allocated memory in GiB, of one forward and backward pass."""
+    """Loss and peak allocated memory in GiB of one forward and backward pass."""
     model.zero_grad()
     if tokens.is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -80,7 +80,7 @@ def main() -> None:
         model = LlamaForCausalLM(LlamaConfig(vocab_size=128256, **sizes))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokens = torch.randint(0, model.config.vocab_size, (1, options.tokens), device=model.device)
-    step(model, tokens)  # the first one sets up what the others find
+    step(model, tokens)  # warm-up
     loss, peak = step(model, tokens)
     print(f"as it is:       loss {loss:.6f}, peak of a step {peak:.2f} GiB")
     with loss_without_logits(model):

@@ -1,8 +1,8 @@
-"""Try unlearning settings on the demo's world, and calibrations on random splits of its held-out people.
+"""Sweep of unlearning settings on the demo's world, and of calibrations on random splits of its held-out people.
 
     python examples/sweep_settings.py --cache .cache
 
-prints the two tables of CONTRIBUTING.md (a quarter of an hour on two cores).
+prints the two tables of docs/measurements.md (a quarter of an hour on two cores).
 """
 
 from __future__ import annotations

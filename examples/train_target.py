@@ -1,6 +1,6 @@
-"""Train a small Llama from scratch until it knows a file of question–answer rows by heart.
+"""Train a small Llama from scratch until it has memorized a file of question–answer rows.
 
-It stands in for the model that has to forget, where no hub is at hand. On TOFU:
+Use it as the model to unlearn if no hub is available. On TOFU:
 
     python examples/train_target.py --rows tofu/full.jsonl --output tofu-target
 """

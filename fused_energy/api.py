@@ -1,10 +1,11 @@
-"""The public functions: validate, then hand to exactly one implementation."""
+"""The public functions. Each validates its arguments, then calls exactly one implementation."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
+from einops import pack, rearrange, unpack
 from torch import Tensor
 
 from fused_energy import autograd, dispatch, reference, streaming, validation
@@ -67,55 +68,54 @@ def linear_energy(
     implementation: Implementation = "auto",
     process_group: ProcessGroup | None = None,
 ) -> Tensor | EnergyNLL:
-    """Energy of every token, and with ``targets`` its negative log-likelihood from the same pass.
+    """Energy of every token and, with ``targets``, its negative log-likelihood from the same pass.
 
     With logits ``z = softcap(logit_scale · (h Wᵀ) + b)``, where ``softcap(x) = c · tanh(x/c)``:
 
     - ``energy = −T · logsumexp(z / T)`` (LeCun et al. 2006; Liu et al. 2020, energy-based out-of-distribution detection);
     - ``nll = logsumexp(z) − z_target``, always at temperature 1.
 
-    Both are differentiable in hidden, weight and bias, with any upstream gradient, on their own or together.
+    Both are differentiable with respect to hidden, weight and bias, with any upstream gradient, separately or together.
 
     Args:
         hidden: hidden states (..., H), float16, bfloat16, float32 or float64.
-        weight: the head's matrix (V, H), of the same dtype (under ``torch.autocast`` both are cast as a matmul would).
-            With ``process_group``, or as a ``DTensor`` sharded on dim 0, the rows that this rank holds.
-        targets: token ids (...,), int64 or int32. Where a target is ``ignore_index``, energy and NLL are 0 and carry
-            no gradient, whatever the hidden state holds. On the CPU a label out of range raises; on other devices and
-            under ``torch.compile``, where looking would cost a wait, the NLL of that token is NaN.
+        weight: the head's matrix (V, H), in the same dtype (under ``torch.autocast`` both are cast as a matmul would cast
+            them). With ``process_group``, or as a ``DTensor`` sharded on dim 0: the rows that this rank holds.
+        targets: token ids (...,), int64 or int32. If a target is ``ignore_index``, energy and NLL are 0 and carry no
+            gradient, whatever the hidden state holds. On the CPU a label out of range raises an error; on other devices and
+            under ``torch.compile``, where the check would force a synchronization, the NLL of that token is NaN.
         bias: the head's bias (V,).
-        temperature: T > 0, of the energy alone.
-        logit_scale: multiplies the projection, before the bias.
+        temperature: T > 0, used for the energy only.
+        logit_scale: multiplies the projection, before the bias is added.
         softcap: c > 0, or None.
-        ignore_index: the target that marks a token to leave out.
-        implementation: ``"reference"`` materializes the logits and is the definition; ``"streaming"`` holds a bounded
-            tile of them, on any device; ``"triton"`` keeps them on the chip of a GPU. A named one is used or raises; it
-            never falls back. ``"auto"`` is ``"triton"`` for float16 and bfloat16 on a GPU it is compiled for (NVIDIA from
-            compute capability 8.0, AMD) unless the logits would fit into one 8 MiB tile, and ``"streaming"`` otherwise.
+        ignore_index: the target that marks a token to ignore.
+        implementation: ``"reference"`` materializes the logits and is the definition; ``"streaming"`` holds one bounded
+            tile of them at a time, on any device; ``"triton"`` keeps them on the chip of a GPU. A named implementation runs
+            or raises an error; it never falls back. ``"auto"`` is ``"triton"`` for float16 and bfloat16 on a supported GPU
+            (NVIDIA from compute capability 8.0, AMD) unless the logits fit into one 8 MiB tile, and ``"streaming"`` otherwise.
         process_group: the ranks that hold consecutive stretches of the head's rows, in rank order and of any size. Every
-            rank passes the same tokens and gets all energies and the whole gradient of ``hidden``.
+            rank passes the same tokens and gets all energies and the full gradient of ``hidden``.
 
     Returns:
         energy (...,), or ``EnergyNLL(energy, nll)`` with targets; nats; float32, or float64 for float64 input.
 
     Raises:
-        TypeError, ValueError: on shapes, dtypes, devices, labels or options that do not fit, saying which and why.
-        RuntimeError: if ``"triton"`` is named where it cannot run; for a second derivative, which only ``"reference"`` has.
+        TypeError, ValueError: for invalid shapes, dtypes, devices, labels or options; the message says which and why.
+        RuntimeError: if ``"triton"`` is named but cannot run; for a second derivative, which only ``"reference"`` has.
     """
     hidden, weight, bias, group = _local(hidden, weight, bias, process_group)
     validation.check_tensors(hidden, weight, bias, sharded=group is not None)
     validation.check_options(temperature, logit_scale, softcap)
     options = HeadOptions(temperature, logit_scale, softcap)
     chosen = dispatch.choose(implementation, hidden, weight, sharded=group is not None)
-    shape = hidden.shape[:-1]
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows, shape = pack([hidden], "* h")
     flat_targets = counted = None
     if targets is not None:
         validation.check_targets(targets, hidden)
-        # Reading the labels would make a GPU wait, and break a graph: there, one that is out of range makes its NLL NaN.
+        # Reading the labels would synchronize a GPU and break a graph, so there the NLL of a label out of range is NaN.
         if targets.device.type == "cpu" and not torch.compiler.is_compiling():
             validation.check_labels(targets, _vocabulary(weight, group), ignore_index)
-        flat_targets = targets.reshape(-1).long()
+        flat_targets = rearrange(targets, "... -> (...)").long()
         counted = flat_targets != ignore_index
         flat_targets = torch.where(counted, torch.where(flat_targets < 0, OUT_OF_RANGE, flat_targets), LEFT_OUT)
 
@@ -126,7 +126,8 @@ def linear_energy(
         energy, nll = -temperature * lse[0], lse[-1] - target_logit if counted is not None else None
         if counted is not None and nll is not None:
             energy, nll = torch.where(counted, energy, 0.0), torch.where(counted, nll, 0.0)
-    return energy.view(shape) if nll is None else EnergyNLL(energy.view(shape), nll.view(shape))
+    (energy,) = unpack(energy, shape, "*")
+    return energy if nll is None else EnergyNLL(energy, *unpack(nll, shape, "*"))
 
 
 @torch.no_grad()
@@ -144,18 +145,18 @@ def tail_energy(
     implementation: Implementation = "auto",
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Energy of the top or bottom share of each token's logits: the boundaries m_in and m_out of D².
+    """Energy of the top or bottom fraction of each token's logits: the boundaries m_in and m_out of D².
 
-    ``−T · log( Σ_{v in tail} exp(z_v/T) + (V−k) )`` with ``k = floor(fraction · V)`` logits in the tail; ``fill="none"``
-    drops the ``V−k`` that stands for every other logit set to 0. Exact; takes no gradient.
+    ``−T · log( Σ_{v in tail} exp(z_v/T) + (V−k) )`` with ``k = floor(fraction · V)`` logits in the tail. ``V−k`` counts every
+    other logit as 0; ``fill="none"`` drops it. The result is exact and has no gradient.
 
     Args:
         hidden, weight, bias, temperature, logit_scale, softcap, process_group: as in :func:`linear_energy`.
-        implementation: ``"reference"``, or ``"streaming"``, which ``"auto"`` stands for: whole rows of logits, a few tokens
-            at a time, and PyTorch's own selection among them.
-        fraction: share of the vocabulary in the tail, in (0, 1]; at least one logit.
+        implementation: ``"reference"`` or ``"streaming"``; ``"auto"`` is ``"streaming"``, which computes full rows of logits
+            for a few tokens at a time and selects among them with PyTorch's ``topk``.
+        fraction: fraction of the vocabulary in the tail, in (0, 1]; at least one logit.
         side: ``"top"`` for the largest logits (m_in), ``"bottom"`` for the smallest (m_out).
-        fill: ``"zero"`` (as released by the authors of D²) or ``"none"``.
+        fill: ``"zero"`` (as in the code released by the authors of D²) or ``"none"``.
 
     Returns:
         (...,) nats, float32, or float64 for float64 input.
@@ -168,7 +169,7 @@ def tail_energy(
     validation.check_options(temperature, logit_scale, softcap)
     k = validation.check_tail(fraction, side, fill, _vocabulary(weight, group))
     options = HeadOptions(temperature, logit_scale, softcap)
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows, shape = pack([hidden], "* h")
     chosen = dispatch.choose_for_tails(implementation, sharded=group is not None)
     if group is not None:
         from fused_energy import parallel
@@ -177,13 +178,14 @@ def tail_energy(
     else:
         module = reference if chosen == "reference" else streaming
         energy = module.tail_energy(rows, weight, k, side, fill, bias, options)
-    return energy.view(hidden.shape[:-1])
+    (energy,) = unpack(energy, shape, "*")
+    return energy
 
 
 def _local(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor | None, ProcessGroup | None]:
-    """Plain tensors of the dtype that a matmul would use, and the group over which the head is sharded, if it is."""
+    """Plain tensors in the dtype that a matmul would use, and the group over which the head is sharded, if any."""
     if any(type(x).__name__ == "DTensor" for x in (hidden, weight, bias)):
         from fused_energy import parallel
 
@@ -200,7 +202,7 @@ def _vocabulary(weight: Tensor, group: ProcessGroup | None) -> int:
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Under autocast, cast what a matmul would cast: a float32 head then meets the half-precision hidden states."""
+    """Under autocast, cast what a matmul would cast, so that a float32 head works with half-precision hidden states."""
     if not (isinstance(hidden, Tensor) and isinstance(weight, Tensor)):
         return hidden, weight, bias
     device = hidden.device.type

@@ -1,7 +1,8 @@
-"""The differentiable operator behind ``linear_energy``, as PyTorch custom ops that ``torch.compile`` keeps whole.
+"""The differentiable operator behind ``linear_energy``, as PyTorch custom ops that ``torch.compile`` does not break up.
 
-``lse, target_logit = logsumexp_and_target(...)`` from which energy and NLL are plain arithmetic. The gradients are the same
-for every implementation: the hidden states' from what the forward stored, the head's from a second pass over the logits.
+``logsumexp_and_target`` returns ``lse`` and ``target_logit``; energy and NLL follow by plain arithmetic. The gradients work the
+same way for every implementation: that of the hidden states uses what the forward stored, that of the head makes a second pass
+over the logits.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def logsumexp_and_target(
 
 
 def _implemented(implementation: str, group: str, weight: Tensor) -> Any:
-    """What offers ``forward``, ``hidden_gradient`` and ``head_gradient``: a module, or a module over shards of the head."""
+    """An object with ``forward``, ``hidden_gradient`` and ``head_gradient``: a module, or one applied to a sharded head."""
     if not group:
         return dispatch.load(implementation)
     from fused_energy.parallel import ShardedHead  # not every build of PyTorch has torch.distributed
@@ -107,9 +108,9 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tupl
 
 
 class _LogsumexpAndTarget(torch.autograd.Function):
-    """Ties the two ops together. The static ``setup_context`` is what ``torch.func.grad`` and ``vjp`` need."""
+    """Connects the two ops. ``torch.func.grad`` and ``vjp`` need the static ``setup_context``."""
 
-    # torch.compile counts these parameters to tell whether the first is a context; it must not see *inputs.
+    # torch.compile counts these parameters to find out whether the first is a context, so *inputs would mislead it.
     @staticmethod
     def forward(
         hidden: Tensor,
@@ -138,7 +139,7 @@ class _LogsumexpAndTarget(torch.autograd.Function):
         grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
         grad_target = torch.zeros_like(target_logit) if grad_target is None else grad_target
         needs = ctx.needs_input_grad[:3]
-        # A compiled graph refuses second derivatives by itself, and does not know Functions within Functions.
+        # A compiled graph rejects second derivatives itself and does not support nested autograd Functions.
         differentiate = _backward if torch.compiler.is_compiling() else _Gradients.apply
         gradients = differentiate(
             hidden, weight, bias, targets, *ctx.arguments, lse, target_logit, weighted, grad_lse, grad_target, *needs
@@ -148,13 +149,13 @@ class _LogsumexpAndTarget(torch.autograd.Function):
     @staticmethod
     def vmap(*_: Any) -> None:
         raise NotImplementedError(
-            "linear_energy was called under torch.vmap, which it does not need: tokens are independent, and hidden may have "
+            "linear_energy was called under torch.vmap, which it does not support: tokens are independent, and hidden may have "
             "any number of leading dimensions. Pass them all in one call."
         )
 
 
 class _Gradients(torch.autograd.Function):
-    """The gradients, which have none themselves: whoever asks must be told, and not handed a zero."""
+    """The gradients. They are not differentiable: a second derivative raises an error instead of being zero."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,6 +168,6 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> None:
         raise NotImplementedError(
-            "A second derivative of linear_energy was asked for (create_graph=True), which this implementation does not have: "
+            "A second derivative of linear_energy was requested (create_graph=True), which this implementation does not have: "
             'pass implementation="reference", which is plain PyTorch.'
         )

@@ -1,4 +1,4 @@
-"""The few things every implementation needs, so that none of them imports another."""
+"""What all implementations share, so that none of them imports another."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SCRATCH_BYTES = 8 * 2**20  # of one float32 tile; a few of them are alive at a time, whatever N, H and V
-LEFT_OUT = -1  # the target of a token that is ignored, once ``ignore_index`` has been translated
-OUT_OF_RANGE = 2**62  # the target that stands for labels below zero; as any target outside of the vocabulary, its NLL is NaN
+SCRATCH_BYTES = 8 * 2**20  # of one float32 tile; a few tiles are alive at a time, whatever N, H and V
+LEFT_OUT = -1  # the target of an ignored token, which replaces ``ignore_index``
+OUT_OF_RANGE = 2**62  # the target that replaces labels below zero; its NLL is NaN, as for any target outside the vocabulary
 
 
 class HeadOptions(NamedTuple):
-    """How logits are made of a projection: ``z = softcap(logit_scale · (h Wᵀ) + bias)``, energies at ``temperature``."""
+    """How logits follow from a projection, ``z = softcap(logit_scale · (h Wᵀ) + bias)``, and the energy's ``temperature``."""
 
     temperature: float
     logit_scale: float
     softcap: float | None
 
     def temperatures(self, with_targets: bool) -> tuple[float, ...]:
-        """The temperatures whose logsumexp is needed: the energy's, and last 1 where there is an NLL."""
+        """The temperatures at which the logsumexp is needed: the energy's and, for an NLL, 1 as the last one."""
         return (self.temperature, 1.0) if with_targets and self.temperature != 1.0 else (self.temperature,)
 
 
 class Pass(NamedTuple):
-    """What one pass over the vocabulary leaves behind; K temperatures, N tokens. Zero for tokens left out.
+    """The result of one pass over the vocabulary; K temperatures, N tokens. Zero for ignored tokens.
 
-    ``weighted`` is what makes the gradient of the hidden states a row scaling, known before any upstream gradient is. The
-    target's own column is not in it: where the target holds nearly all of the mass, the gradient of the NLL is a small
-    difference, which rounding the sum to the dtype of ``hidden`` would drown.
+    ``weighted`` does not depend on the upstream gradient and reduces the gradient of the hidden states to a scaling of rows. It
+    excludes the target's column: if the target holds nearly all of the probability, the gradient of the NLL is a small
+    difference, which would be lost when the sum is rounded to the dtype of ``hidden``.
     """
 
     lse: Tensor  # (K, N): logsumexp(z / T_k)
-    target_logit: Tensor  # (N,), NaN where a target is outside of the vocabulary; (0,) without targets
-    weighted: Tensor  # (K, N, H): Σ_{v ≠ y} softmax(z/T_k)_v · slope_v · W_v, dtype of hidden; (0,) where not asked for
+    target_logit: Tensor  # (N,), NaN for a target outside the vocabulary; (0,) without targets
+    weighted: Tensor  # (K, N, H): Σ_{v ≠ y} softmax(z/T_k)_v · slope_v · W_v, dtype of hidden; (0,) if not stored
 
 
 def empty_pass(hidden: Tensor, targets: Tensor | None, options: HeadOptions, store: bool) -> Pass:
-    """The outputs to fill, as for N tokens that are all left out."""
+    """The outputs before they are filled: those of N ignored tokens."""
     n, h = hidden.shape
     k = len(options.temperatures(targets is not None))
     floats = hidden.new_empty(0, dtype=accumulation_dtype(hidden.dtype))
@@ -52,23 +52,23 @@ def empty_pass(hidden: Tensor, targets: Tensor | None, options: HeadOptions, sto
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64 (for gradient checks); everything else is accumulated, and returned, in float32."""
+    """float64 stays float64 (for gradient checks); everything else is accumulated and returned in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def blocks(length: int, size: int) -> Iterator[slice]:
-    """Slices of at most ``size`` that cover ``range(length)``."""
+    """Slices of length at most ``size`` that cover ``range(length)``."""
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
 
 
 def rows_within_scratch(width: int) -> int:
-    """How many rows of ``width`` float32 numbers fit into the scratch; at least one."""
+    """The number of rows of ``width`` float32 numbers that fit into the scratch memory; at least one."""
     return max(1, SCRATCH_BYTES // (4 * width))
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` in the accumulation dtype; half-precision products are not rounded where the device allows it."""
+    """``left @ right`` in the accumulation dtype; half-precision products are not rounded if the device supports that."""
     dtype = accumulation_dtype(left.dtype)
     if left.is_cuda and left.dtype != dtype:
         return torch.mm(left, right, out_dtype=dtype)
@@ -76,7 +76,7 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 
 
 def tile_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:
-    """One tile of logits, (R, H), (V', H) → (R, V'), in the accumulation dtype."""
+    """One tile of logits: (R, H), (V', H) → (R, V'), in the accumulation dtype."""
     z = matmul(hidden, weight.T)
     if options.logit_scale != 1.0:
         z *= options.logit_scale
@@ -88,17 +88,17 @@ def tile_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: He
 
 
 def softcap_slope(z: Tensor, softcap: float | None) -> Tensor | None:
-    """d softcap(x) / dx, from the capped value: ``1 − (z/c)²``. None where there is no cap."""
+    """d softcap(x) / dx, computed from the capped value: ``1 − (z/c)²``. None without a cap."""
     return None if softcap is None else 1 - (z / softcap).square()
 
 
 def rows_of_targets(weight: Tensor, targets: Tensor) -> Tensor:
-    """The rows (R, H) of the head that targets (R,) name; of tokens left out, some row."""
+    """The rows (R, H) of the head for targets (R,); an arbitrary row for ignored tokens."""
     return weight[targets.clamp(0, weight.shape[0] - 1)]
 
 
 def active_tokens(targets: Tensor | None, grad_lse: Tensor, grad_target: Tensor) -> Tensor:
-    """Which tokens have an upstream gradient, in (K, N) of lse or (N,) of the target's logit, that is not zero: (N,) bool."""
+    """Which tokens have a nonzero upstream gradient, of lse (K, N) or of the target's logit (N,): (N,) bool."""
     active = (grad_lse != 0).any(dim=0)
     return active if targets is None else active | (grad_target != 0)
 
@@ -113,9 +113,9 @@ def hidden_gradient(
     grad_target: Tensor,  # (N,), ignored without targets
     target_rows: Callable[[Tensor, Tensor], Tensor] = rows_of_targets,
 ) -> Tensor:
-    """``s·(Σ_k g_k/T_k·U_k + (Σ_k g_k/T_k·p_k(y) + g_y)·slope_y·W_y)``, (N, H): no logits are needed again.
+    """``s·(Σ_k g_k/T_k·U_k + (Σ_k g_k/T_k·p_k(y) + g_y)·slope_y·W_y)``, (N, H): the logits are not computed again.
 
-    A token whose upstream gradients are all zero gets zero, whatever its hidden state holds.
+    If all upstream gradients of a token are zero, its gradient is zero, whatever its hidden state holds.
     """
     divisor = grad_lse.new_tensor(options.temperatures(targets is not None))[:, None]
     scales = grad_lse / divisor
@@ -137,12 +137,12 @@ def hidden_gradient(
 
 
 def tail_size(fraction: float, vocabulary: int) -> int:
-    """``k = floor(fraction · V)``; the rounding keeps 0.29 · 100 at 29 although it is 28.999999999999996 in binary."""
+    """``k = floor(fraction · V)``; the rounding makes 0.29 · 100 equal 29, although it is 28.999999999999996 in binary."""
     return math.floor(round(fraction * vocabulary, 6))
 
 
 def tail_energy_of_logits(logits: Tensor, k: int, side: str, fill: str, temperature: float, vocabulary: int) -> Tensor:
-    """Energy of rows of logits (R, ≥ k) of which only the k largest ("top") or smallest ("bottom") are kept.
+    """Energy of the k largest ("top") or smallest ("bottom") logits of each row (R, ≥ k).
 
     With ``fill="zero"`` every other logit of the vocabulary counts as 0 and contributes exp(0) = 1.
     """

@@ -1,4 +1,4 @@
-"""Which implementation runs: the rule behind ``implementation="auto"``, and the loading of the one that was chosen."""
+"""Choice of the implementation: the rule behind ``implementation="auto"``, and the import of the chosen one."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ Implementation = Literal["auto", "reference", "streaming", "triton"]
 def _installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ValueError:  # something without a spec stands in its place
+    except ValueError:  # sys.modules holds a module of that name without a spec
         return False
 
 
-# Looked up once, on import, so that torch.compile meets constants. Triton reads the variable when it is imported, too.
+# Looked up once, on import, so that torch.compile sees constants. Triton also reads the variable when it is imported.
 HAS_TRITON = _installed("triton")
 TRITON_IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def choose(name: str, hidden: Tensor, weight: Tensor, sharded: bool) -> str:
-    """The implementation that ``name`` stands for with these inputs; a named one is taken or refused, never replaced.
+    """The implementation that ``name`` stands for with these inputs. A named one runs or raises an error; it never falls back.
 
-    ``"auto"`` is ``"triton"`` for float16 and bfloat16 on a GPU that it is compiled for (NVIDIA from compute capability 8.0,
-    AMD) when all logits together would be larger than one tile of ``"streaming"``; in every other case ``"streaming"``.
+    ``"auto"`` is ``"triton"`` for float16 and bfloat16 on a supported GPU (NVIDIA from compute capability 8.0, AMD) if all
+    logits together are larger than one tile of ``"streaming"``, and ``"streaming"`` otherwise.
     """
     _check_name(name, sharded)
     if name == "auto":
@@ -45,18 +45,18 @@ def choose(name: str, hidden: Tensor, weight: Tensor, sharded: bool) -> str:
 
 
 def choose_for_tails(name: str, sharded: bool) -> str:
-    """The same for ``tail_energy``, which has no kernel of its own."""
+    """Like ``choose``, for ``tail_energy``, which has no Triton kernel."""
     _check_name(name, sharded)
     if name == "triton":
         raise ValueError(
-            'implementation is "triton", but tails have no kernel of their own: choose "auto" or "streaming", which selects '
-            "among rows of logits with PyTorch's kernels, on a GPU too."
+            'implementation is "triton", but tail_energy has no Triton kernel: choose "auto" or "streaming", which selects '
+            "among rows of logits with PyTorch's kernels, also on a GPU."
         )
     return "streaming" if name == "auto" else name
 
 
 def load(name: str) -> ModuleType:
-    """The module behind the name, imported only when it is chosen: ``forward``, ``hidden_gradient``, ``head_gradient``."""
+    """Import the implementation: a module with ``forward``, ``hidden_gradient`` and ``head_gradient``."""
     if name == "triton":
         from fused_energy import triton
 
@@ -73,7 +73,7 @@ def _check_name(name: str, sharded: bool) -> None:
         )
     if name == "reference" and sharded:
         raise ValueError(
-            'implementation is "reference" and the head is sharded, but the definition reads a whole head: gather it, or '
+            'implementation is "reference" and the head is sharded, but the reference needs the full head: gather it, or '
             'pass implementation="streaming".'
         )
 
@@ -81,8 +81,8 @@ def _check_name(name: str, sharded: bool) -> None:
 def _check_triton_can_run(hidden: Tensor) -> None:
     if not HAS_TRITON:
         raise RuntimeError(
-            'implementation is "triton", but the triton package is not installed: install it (CUDA builds of PyTorch bring '
-            'it along), or pass implementation="streaming".'
+            'implementation is "triton", but the triton package is not installed: install it (CUDA builds of PyTorch include '
+            'it), or pass implementation="streaming".'
         )
     if hidden.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(
@@ -101,6 +101,9 @@ def _check_triton_can_run(hidden: Tensor) -> None:
         )
 
 
-@torch.compiler.assume_constant_result
 def _gpu_is_supported(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+# As torch.compiler.assume_constant_result does; but that imports the compiler, which more than doubles the import time.
+_gpu_is_supported._dynamo_marked_constant = True  # type: ignore[attr-defined]

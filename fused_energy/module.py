@@ -1,4 +1,4 @@
-"""A language-model head that gives energies and NLLs in place of logits, for people who patch models."""
+"""A language-model head that returns energies and NLLs instead of logits, for patching models."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class LinearEnergy(nn.Module):
-    """``linear_energy`` with the weight and the bias of a linear layer, which stays the layer that it was.
+    """``linear_energy`` with the weight and the bias of a linear layer, which is not changed.
 
-    Its parameters are shared, not copied: an optimizer, a checkpoint or tied embeddings go on as before. Everything but the
-    layer is as in :func:`fused_energy.linear_energy`.
+    The parameters are shared, not copied, so optimizers, checkpoints and tied embeddings work as before. All other arguments
+    are those of :func:`fused_energy.linear_energy`.
 
     Args:
         head: the layer whose output would be the logits; ``weight`` (V, H), ``bias`` (V,) or None.
@@ -40,7 +40,7 @@ class LinearEnergy(nn.Module):
         self.ignore_index, self.implementation, self.process_group = ignore_index, implementation, process_group
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor | EnergyNLL:
-        """Energy of every token, (..., H) → (...,), and with ``targets`` (...,) its NLL."""
+        """Energy of every token, (..., H) → (...,), and its NLL if ``targets`` (...,) are given."""
         return linear_energy(
             hidden,
             self.head.weight,
@@ -55,10 +55,10 @@ class LinearEnergy(nn.Module):
         )
 
     def nll(self, hidden: Tensor, targets: Tensor, count: Tensor | float | None = None) -> Tensor:
-        """What cross-entropy over the logits would be: the NLL summed over tokens that are not ignored, over their number.
+        """The cross-entropy loss: the sum of the NLL over all tokens that are not ignored, divided by their number.
 
-        ``count`` stands for that number where tokens of other batches belong to the same step, as with accumulated gradients.
-        Without any token the loss is 0.
+        ``count`` replaces that number if tokens of other batches belong to the same step, as in gradient accumulation.
+        Without any tokens the loss is 0.
         """
         both = self(hidden, targets)
         counted = (targets != self.ignore_index).sum().clamp(min=1) if count is None else count

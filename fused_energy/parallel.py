@@ -1,11 +1,11 @@
-"""Vocabulary-sharded heads: every rank of a group holds some rows of the head, and all of the hidden states.
+"""Vocabulary-sharded heads: every rank of a group holds some rows of the head and all of the hidden states.
 
-The ranks hold consecutive stretches of the vocabulary in rank order, of any size, empty ones included. Each makes its own
-pass; maxima, sums and weighted sums are then combined. Energy, NLL and the gradient of the hidden states come out whole and
-equal on every rank; the head's gradient is that of the rank's own rows.
+The ranks hold consecutive stretches of the vocabulary in rank order, of any size, including empty ones. Each rank makes its own
+pass; maxima, sums and weighted sums are then combined. Energy, NLL and the gradient of the hidden states are complete and equal
+on every rank; the head's gradient is that of the rank's own rows.
 
-Forward and backward both talk to the other ranks. Every rank must make the same calls in the same order, with the same tokens
-and the same upstream gradients; how often ranks talk depends on neither what a rank holds nor what is in the tensors.
+Forward and backward both communicate. Every rank must make the same calls in the same order, with the same tokens and the same
+upstream gradients; the number of collectives depends neither on the rows a rank holds nor on the values in the tensors.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group
@@ -25,23 +26,23 @@ from fused_energy.common import LEFT_OUT, OUT_OF_RANGE, HeadOptions, Pass
 
 
 class VocabularyShard(NamedTuple):
-    """The rows of a head that one rank of ``group`` holds: those from ``start`` on, ``rows`` of ``vocabulary``."""
+    """The rows of a head that one rank of ``group`` holds: ``rows`` out of ``vocabulary``, beginning at ``start``."""
 
     group: ProcessGroup
-    counts: tuple[int, ...]  # of rows, rank by rank
+    counts: tuple[int, ...]  # number of rows on each rank
 
     @classmethod
     def of(cls, weight: Tensor, group: ProcessGroup) -> VocabularyShard:
-        """Found by asking every rank how many rows it holds; a collective call.
+        """Ask every rank how many rows it holds; a collective call.
 
         Raises:
-            ValueError: on every rank, where none holds a row.
+            ValueError: on every rank, if none holds a row.
         """
         counts = _gather(torch.tensor([weight.shape[0]], device=weight.device), group)
         if not counts.any():
             raise ValueError(
                 f"weight has shape {tuple(weight.shape)} and no rank of process_group holds a row of the head, but an energy "
-                "needs a vocabulary: pass each rank's rows (V_local, H), at least one of them on some rank."
+                "needs a vocabulary: pass the rows (V_local, H) of each rank, at least one row in total."
             )
         return cls(group, tuple(counts[:, 0].tolist()))
 
@@ -61,7 +62,7 @@ class VocabularyShard(NamedTuple):
         return (targets >= self.start) & (targets < self.start + self.rows)
 
     def local(self, targets: Tensor | None) -> Tensor | None:
-        """Targets counted from this shard's first row; out of range where another rank holds them."""
+        """Targets counted from this shard's first row; out of range if another rank holds them."""
         if targets is None:
             return None
         own = torch.where(self.inside(targets), targets - self.start, OUT_OF_RANGE)
@@ -79,24 +80,24 @@ class VocabularyShard(NamedTuple):
 def unwrap(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor | None, ProcessGroup | None]:
-    """Local tensors, and the group that the head is sharded over, of arguments of which some are DTensors.
+    """Local tensors of arguments of which some are DTensors, and the group over which the head is sharded.
 
     Raises:
-        ValueError: for placements other than a head that is sharded on dim 0 or replicated, and replicated hidden states;
-            for a ``group`` that is not the one the head is placed on.
+        ValueError: if the head is neither sharded on dim 0 nor replicated; if the hidden states are not replicated; if
+            ``group`` is not the group of the head's mesh.
     """
     if isinstance(weight, DTensor):
         if weight.device_mesh.ndim != 1 or weight.placements[0] not in (Shard(0), Replicate()):
             raise ValueError(
                 f"weight is a DTensor placed {weight.placements} on a mesh of {weight.device_mesh.ndim} dimension(s), but a "
-                "head can only be split by rows, over one dimension: redistribute it to [Shard(0)] on one of them, or pass "
-                "weight.full_tensor()."
+                "head can only be split by rows, over one dimension: redistribute it to [Shard(0)] on a mesh of one dimension, "
+                "or pass weight.full_tensor()."
             )
         own = weight.device_mesh.get_group() if weight.placements[0] == Shard(0) else None
         if group is not None and (own is None or own.group_name != group.group_name):
             raise ValueError(
                 f"weight is a DTensor placed {weight.placements} and process_group is not the group it is sharded over, so it "
-                "is unclear who holds which rows: leave process_group out, a DTensor says it."
+                "is unclear which rank holds which rows: leave process_group out, the DTensor knows its group."
             )
         group = own
     if (isinstance(weight, DTensor) and bias is not None or isinstance(bias, DTensor)) and _placed(weight) != _placed(bias):
@@ -106,7 +107,7 @@ def unwrap(
         )
     if isinstance(hidden, DTensor) and any(placement != Replicate() for placement in hidden.placements):
         raise ValueError(
-            f"hidden is a DTensor placed {hidden.placements}, but every rank needs whole hidden states: redistribute it to "
+            f"hidden is a DTensor placed {hidden.placements}, but every rank needs the full hidden states: redistribute it to "
             "[Replicate()] first."
         )
     hidden, weight = (x.to_local() if isinstance(x, DTensor) else x for x in (hidden, weight))
@@ -125,26 +126,26 @@ def _gather(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _check_same_tokens(hidden: Tensor, shard: VocabularyShard) -> None:
-    """Raise ``ValueError`` on every rank where ranks hold different tokens, as data-parallel ranks do; a collective call."""
+    """Raise ``ValueError`` on every rank if ranks hold different tokens, as data-parallel ranks do; a collective call."""
     n, h = hidden.shape
     mine = torch.tensor([n, 0, 0], dtype=torch.float64, device=hidden.device)
     for rows in shared.blocks(n, shared.rows_within_scratch(2 * h)):
-        part = hidden[rows].double().nan_to_num(0.0, 0.0, 0.0)  # a token that is not finite must not hide the others
+        part = hidden[rows].double().nan_to_num(0.0, 0.0, 0.0)  # values that are not finite must not hide the others
         mine[1] += part.sum()
         mine[2] += part.abs_().sum()
     of_ranks = _gather(mine, shard.group)
     apart = (of_ranks - of_ranks[0]).abs().amax(dim=0)
-    # Equal up to how sums round: other tokens differ by far more, even where a batch has some 10⁸ numbers.
+    # Equal up to the rounding of sums: different tokens differ by far more, even if a batch has about 10⁸ numbers.
     if (apart > of_ranks[:, 2].amax() * mine.new_tensor([0.0, 1e-6, 1e-6])).any():
         raise ValueError(
             f"The ranks of process_group pass different hidden states ({[int(x) for x in of_ranks[:, 0]]} tokens), but a head "
-            "that is split by rows needs the same tokens on every rank: pass the group that the head is split over, not the "
-            "one that the data are, and of a head that is sharded to save memory (FSDP) pass weight.full_tensor()."
+            "that is split by rows needs the same tokens on every rank: pass the group over which the head is split, not the "
+            "group over which the data are split; if the head is sharded to save memory (FSDP), pass weight.full_tensor()."
         )
 
 
 class ShardedHead:
-    """An implementation that sees the rank's own rows, made to act for the whole vocabulary."""
+    """Extends an implementation, which sees only the rank's own rows, to the full vocabulary."""
 
     def __init__(self, implementation: Any, group: str, weight: Tensor) -> None:
         self.implementation = implementation
@@ -155,7 +156,7 @@ class ShardedHead:
         hidden: Tensor,  # (N, H), the same on every rank
         weight: Tensor,  # (V_local, H)
         bias: Tensor | None,  # (V_local,)
-        targets: Tensor | None,  # (N,), counted over the whole vocabulary
+        targets: Tensor | None,  # (N,), counted over the full vocabulary
         options: HeadOptions,
         store: bool,
     ) -> Pass:
@@ -177,9 +178,9 @@ class ShardedHead:
             found = shard.sum(torch.stack([torch.where(inside, own.target_logit, 0.0), inside.to(lse.dtype)]))
             target_logit = torch.where((found[1] == 1) | (targets == LEFT_OUT), found[0], math.nan)
         for k in range(own.weighted.shape[0]):
-            share = torch.exp(own.lse[k] - lse[k])[:, None]  # of the softmax, that lies in the rank's rows
+            share = torch.exp(own.lse[k] - lse[k])[:, None]  # of the softmax that lies in the rank's rows
             for rows in shared.blocks(hidden.shape[0], shared.rows_within_scratch(hidden.shape[1])):
-                # Where a rank's logits are all −inf its mean is 0/0, and must not count.
+                # If all logits of a rank are −inf, its mean is 0/0 and must not count.
                 own.weighted[k, rows] = shard.sum(torch.where(share[rows] == 0, 0.0, own.weighted[k, rows] * share[rows]))
         return Pass(lse, target_logit, own.weighted)
 
@@ -203,7 +204,7 @@ class ShardedHead:
         return self.implementation.head_gradient(hidden, weight, bias, self.shard.local(targets), *rest)
 
     def _target_rows(self, weight: Tensor, targets: Tensor) -> Tensor:
-        """The rows (R, H) of the head that targets (R,) name, wherever they are held."""
+        """The rows (R, H) of the head for targets (R,), whichever rank holds them."""
         inside = self.shard.inside(targets)
         rows = weight.new_zeros(len(targets), weight.shape[1])
         rows[inside] = weight[targets[inside] - self.shard.start]
@@ -220,18 +221,18 @@ def tail_energy(
     options: HeadOptions,
     group: ProcessGroup,
 ) -> Tensor:
-    """Tails of the whole vocabulary, (N,): what is in a rank's own tail is all that can be in that of the group."""
+    """Tails of the full vocabulary, (N,). Only logits in the tail of a single rank can be in the tail of the group."""
     shard = VocabularyShard.of(weight, group)
     _check_same_tokens(hidden, shard)
-    width = min(k, max(shard.counts))  # ranks with fewer rows pad, with what is chosen last: topk ranks NaN above all else
+    width = min(k, max(shard.counts))  # ranks with fewer rows pad with what topk selects last; topk ranks NaN above all else
     padding = -math.inf if side == "top" else math.nan
     energy = hidden.new_empty(hidden.shape[0], dtype=shared.accumulation_dtype(hidden.dtype))
-    # The same blocks on every rank, whatever it holds; the candidates of all ranks can be more than the vocabulary.
+    # The same blocks on every rank, however many rows it holds; the candidates of all ranks can outnumber the vocabulary.
     for rows in shared.blocks(hidden.shape[0], shared.rows_within_scratch(max(*shard.counts, width * len(shard.counts)))):
         z = shared.tile_logits(hidden[rows], weight, bias, options)
         mine = torch.topk(z, min(k, shard.rows), dim=-1, largest=side == "top", sorted=False).values
         candidates = _gather(torch.nn.functional.pad(mine, (0, width - mine.shape[-1]), value=padding), group)
         energy[rows] = shared.tail_energy_of_logits(
-            candidates.transpose(0, 1).flatten(1), k, side, fill, options.temperature, shard.vocabulary
+            rearrange(candidates, "ranks n k -> n (ranks k)"), k, side, fill, options.temperature, shard.vocabulary
         )
     return energy

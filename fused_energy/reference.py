@@ -1,11 +1,12 @@
-"""The definition, in a few lines of plain PyTorch that do materialize the logits (N, V).
+"""The definition of energy and NLL, in a few lines of plain PyTorch that materialize the logits (N, V).
 
-Every other implementation is tested against this one; gradients are autograd's. Keep it short enough to check by eye.
+Every other implementation is tested against this one; autograd computes the gradients. Keep it short enough to check by eye.
 """
 
 from __future__ import annotations
 
 import torch
+from einops import einsum
 from torch import Tensor
 
 from fused_energy.common import LEFT_OUT, HeadOptions, accumulation_dtype, tail_energy_of_logits
@@ -14,7 +15,7 @@ from fused_energy.common import LEFT_OUT, HeadOptions, accumulation_dtype, tail_
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:
     """``softcap(logit_scale · (h Wᵀ) + b)``: (N, H), (V, H) → (N, V), float32 (float64 for float64)."""
     dtype = accumulation_dtype(hidden.dtype)
-    z = options.logit_scale * (hidden.to(dtype) @ weight.to(dtype).T)
+    z = options.logit_scale * einsum(hidden.to(dtype), weight.to(dtype), "n h, v h -> n v")
     if bias is not None:
         z = z + bias.to(dtype)
     return z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)
@@ -27,7 +28,7 @@ def linear_energy(
     bias: Tensor | None,  # (V,)
     options: HeadOptions,
 ) -> tuple[Tensor, Tensor | None]:
-    """``E = −T · logsumexp(z/T)`` and ``NLL = logsumexp(z) − z_y``, each (N,); both are 0 for tokens left out."""
+    """``E = −T · logsumexp(z/T)`` and ``NLL = logsumexp(z) − z_y``, each (N,); both are 0 for ignored tokens."""
     if targets is None:
         return _energy(logits(hidden, weight, bias, options), options.temperature), None
     counted = (targets != LEFT_OUT).nonzero()[:, 0]

@@ -1,15 +1,15 @@
 """Energy and NLL in bounded memory, in plain PyTorch, on any device.
 
 Logits exist one tile at a time: a block of tokens by a stretch of the vocabulary. Each tile is folded into a running
-maximum and a running sum (online logsumexp, Milakov and Gimelshein 2018), and dropped.
+maximum and a running sum (online logsumexp, Milakov and Gimelshein 2018) and dropped.
 
-- ``d lse/dh = softmax(z/T) W / T`` does not depend on the upstream gradient. So where hidden states need a gradient, the
-  forward also accumulates ``softmax(z/T) W`` (N, H), rescaled as the maximum moves, and their backward only scales rows.
-- The head's gradient sums over tokens and cannot be had early: its backward makes the tiles of logits again, for the
-  tokens whose upstream gradient is not zero.
+- ``d lse/dh = softmax(z/T) W / T`` does not depend on the upstream gradient. So if the hidden states need a gradient, the
+  forward also accumulates ``softmax(z/T) W`` (N, H), rescaled as the maximum changes, and their backward only scales rows.
+- The head's gradient sums over tokens and depends on the upstream gradient: its backward computes the tiles of logits again,
+  for the tokens whose upstream gradient is not zero.
 
-Each tile, each sum and each temporary is at most ``shared.SCRATCH_BYTES`` large, and about four of them are alive at once (with
-a softcap and two temperatures, about seven). ``benches`` measures what that comes to.
+Each tile, each sum and each temporary has at most ``shared.SCRATCH_BYTES`` bytes, and about four of them are alive at once
+(with a softcap and two temperatures, about seven). ``benches`` measures the total.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from fused_energy.common import (
     tile_logits,
 )
 
-__all__ = ["forward", "head_gradient", "hidden_gradient", "tail_energy"]  # what an implementation offers
+__all__ = ["forward", "head_gradient", "hidden_gradient", "tail_energy"]  # the interface of an implementation
 
-VOCABULARY_TILE = 4096  # long enough for the matmul, short enough that a tile of some hundred tokens stays in cache
+VOCABULARY_TILE = 4096  # long enough for the matmul, short enough that a tile of a few hundred tokens stays in cache
 
 
 def forward(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
-    targets: Tensor | None,  # (N,), shared.LEFT_OUT where a token is ignored
+    targets: Tensor | None,  # (N,), shared.LEFT_OUT for ignored tokens
     options: HeadOptions,
     store: bool,  # whether the hidden states need a gradient
 ) -> Pass:
-    """One pass over the vocabulary. Tokens left out are taken out before anything is computed."""
+    """One pass over the vocabulary. Ignored tokens are removed before anything is computed."""
     done = shared.empty_pass(hidden, targets, options, store)
     temperatures = options.temperatures(targets is not None)
     vocabulary_tile = min(weight.shape[0], VOCABULARY_TILE)
@@ -85,18 +85,18 @@ def head_gradient(
     grad_target: Tensor,  # (N,), ignored without targets
     needs: tuple[bool, bool],  # of weight, of bias
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Tiles of logits once more, vocabulary outermost: each stretch of the gradient is finished before the next."""
+    """Compute the tiles of logits again, vocabulary outermost: each stretch of the gradient is finished before the next."""
     temperatures = options.temperatures(targets is not None)
     tokens = _indices(shared.active_tokens(targets, grad_lse, grad_target))
     grad_weight = torch.zeros_like(weight) if needs[0] else None
     grad_bias = torch.zeros_like(bias) if needs[1] and bias is not None else None
 
-    # The gradient is summed over tokens in float32, so that stretch counts as scratch too.
+    # The sum of the gradient over tokens is in float32, so this stretch of it counts as scratch too.
     vocabulary_tile = min(weight.shape[0], VOCABULARY_TILE, rows_within_scratch(hidden.shape[1]))
     rows_per_tile = rows_within_scratch(max(vocabulary_tile, hidden.shape[1]))
     for vocabulary in blocks(weight.shape[0], vocabulary_tile):
         tile_weight, tile_bias = weight[vocabulary], None if bias is None else bias[vocabulary]
-        sum_weight = sum_bias = None  # there may be no token at all
+        sum_weight = sum_bias = None  # they stay None if there are no tokens
         for block in blocks(len(tokens), rows_per_tile):
             rows = tokens[block]
             block_hidden = hidden[rows]
@@ -134,7 +134,7 @@ def tail_energy(
     bias: Tensor | None,
     options: HeadOptions,
 ) -> Tensor:
-    """The energy of the k largest or smallest logits of each token, (N,). A selection needs whole rows of logits."""
+    """The energy of the k largest or smallest logits of each token, (N,). The selection needs full rows of logits."""
     energy = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
     for rows in blocks(hidden.shape[0], rows_within_scratch(weight.shape[0])):
         z = tile_logits(hidden[rows], weight, bias, options)
@@ -147,13 +147,13 @@ def _indices(chosen: Tensor) -> Tensor:
 
 
 def _targets_inside(targets: Tensor, vocabulary: slice) -> tuple[Tensor, Tensor]:
-    """Which rows have their target in this stretch of the vocabulary, and in which of its columns."""
+    """The rows whose target lies in this stretch of the vocabulary, and the column of each such target in the stretch."""
     inside = _indices((targets >= vocabulary.start) & (targets < vocabulary.stop))
     return inside, targets[inside] - vocabulary.start
 
 
 class _RunningLogsumexp:
-    """logsumexp of rows of logits that arrive in tiles, and beside it a sum weighted with their softmax."""
+    """logsumexp of rows of logits that arrive in tiles, together with a sum weighted by their softmax."""
 
     def __init__(self, hidden: Tensor, store: bool) -> None:
         like = hidden.new_empty(0, dtype=accumulation_dtype(hidden.dtype))
@@ -163,11 +163,11 @@ class _RunningLogsumexp:
 
     @property
     def shift(self) -> Tensor:
-        """What exponents are taken relative to. An infinite maximum must not be subtracted from itself."""
+        """What is subtracted from logits before exp. An infinite maximum must not be subtracted from itself."""
         return torch.where(self.maximum.isinf(), 0.0, self.maximum)
 
     def update(self, z: Tensor) -> Tensor:
-        """Fold in a tile of logits (R, V'); overwrites it with ``exp(z − shift)`` and returns that."""
+        """Fold in a tile of logits (R, V'). Overwrites the tile with ``exp(z − shift)`` and returns it."""
         old_shift = self.shift
         self.maximum = torch.maximum(self.maximum, z.amax(dim=-1, keepdim=True))
         shift = self.shift
@@ -185,12 +185,12 @@ class _RunningLogsumexp:
         return (self.shift + self.total.log())[:, 0]
 
     def mean(self) -> Tensor:
-        """The weighted sum over the softmax, (R, H); overwrites the running one."""
+        """The sum weighted by the softmax, (R, H); overwrites the running sum."""
         return self.weighted.div_(self.total)
 
 
 def _add_product(accumulator: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """``accumulator + left @ right`` in place, multiplied in the dtype of ``right``, summed in that of ``left``."""
+    """``accumulator + left @ right`` in place; the product is in the dtype of ``right``, the sum in that of ``left``."""
     if accumulator is None:
         return shared.matmul(left.to(right.dtype), right)
     if accumulator.dtype == right.dtype:

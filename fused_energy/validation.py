@@ -1,4 +1,4 @@
-"""Every error a caller of ``fused_energy`` can cause. Each says what was passed, why it cannot work, what to do."""
+"""Checks of the arguments of ``fused_energy``. Each error says what was passed, why it cannot work and what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fused_energy.common import tail_size
 
 
 def check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, sharded: bool) -> None:
-    """Raise ``TypeError`` or ``ValueError`` unless hidden (..., H), weight (V, H) and bias (V,) belong together."""
+    """Raise ``TypeError`` or ``ValueError`` unless hidden (..., H), weight (V, H) and bias (V,) match."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is None and name == "bias":
             continue
@@ -26,7 +26,7 @@ def check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, sharded: 
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden has H = {hidden.shape[-1]} and weight (V, H) = {tuple(weight.shape)}, so they cannot be multiplied: "
-            "pass the hidden states that this head reads (a transposed weight is the usual slip)."
+            "pass the hidden states that this head takes as input (a common mistake is a transposed weight)."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
@@ -47,8 +47,8 @@ def check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, sharded: 
 
 
 def check_options(temperature: float, logit_scale: float, softcap: float | None) -> None:
-    """Raise ``ValueError`` for numbers that leave the energy undefined."""
-    # Comparisons, not math.isfinite, which torch.compile cannot trace; NaN fails them all.
+    """Raise ``ValueError`` for numbers for which the energy is undefined."""
+    # Comparisons instead of math.isfinite, which torch.compile cannot trace; NaN fails all of them.
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}, but E = −T·logsumexp(z/T) needs a finite T > 0.")
     if not -math.inf < logit_scale < math.inf:
@@ -58,7 +58,7 @@ def check_options(temperature: float, logit_scale: float, softcap: float | None)
 
 
 def check_targets(targets: Tensor, hidden: Tensor) -> None:
-    """Raise unless targets are integers (...,), one for every token."""
+    """Raise an error unless targets are integers (...,), one per token."""
     if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
         found = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
         raise TypeError(f"targets are {found}, but token ids must be int64 or int32 tensors: use targets.long().")
@@ -77,18 +77,18 @@ def check_labels(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
     if wrong.any():
         raise ValueError(
             f"targets hold {int(targets[wrong][0])} ({int(wrong.sum())} such labels), which is out of range for a vocabulary "
-            f"of {vocabulary} and is not ignore_index ({ignore_index}): check the tokenizer against the model, or mask them."
+            f"of {vocabulary} and is not ignore_index ({ignore_index}): check that the tokenizer fits the model, or mask them."
         )
 
 
 def check_tail(fraction: float, side: str, fill: str, vocabulary: int) -> int:
-    """Raise for a tail that does not exist; return its size k."""
+    """Return the size k of a tail; raise ``ValueError`` if there is no such tail."""
     if side not in ("top", "bottom"):
         raise ValueError(f'side is {side!r}, but a tail is "top" (the largest logits) or "bottom" (the smallest).')
     if fill not in ("zero", "none"):
         raise ValueError(f'fill is {fill!r}, but logits outside the tail either count as 0 ("zero") or not ("none").')
     if not 0 < fraction <= 1:
-        raise ValueError(f"fraction is {fraction}, but a share of the vocabulary lies above 0 and at most at 1.")
+        raise ValueError(f"fraction is {fraction}, but a fraction of the vocabulary must be above 0 and at most 1.")
     k = tail_size(fraction, vocabulary)
     if k < 1:
         raise ValueError(

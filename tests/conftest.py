@@ -1,4 +1,4 @@
-"""What several tests need: a tiny model, its tokenizer, and rows. Everything is made here, from seeds."""
+"""Shared fixtures: a tiny model, its tokenizer, and rows, all generated from seeds."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tokenizer(world: World) -> PreTrainedTokenizerFast:
 
 
 def tiny_llama(vocabulary: int, seed: int = 0) -> LlamaForCausalLM:
-    """A random Llama, two layers of 32, in eval mode."""
+    """A random Llama with two layers of hidden size 32, in eval mode."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -62,7 +62,7 @@ def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def trained_folder(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model that knows the world's 80 facts, trained once for all tests that need knowledge to forget."""
+    """A small model that knows the world's 80 facts, trained once for all tests that need a model with knowledge."""
     folder = tmp_path_factory.mktemp("trained")
     train_target(
         [fact.row() for fact in world.all()], folder, vocabulary=400, hidden_size=128, layers=2, epochs=40, batch_size=8
@@ -82,13 +82,13 @@ def questions(rows: dict[str, list[dict[str, str]]]) -> list[str]:
 
 @pytest.fixture
 def guard(known: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: list[str]) -> EnergyGuard:
-    """A threshold between the third and the fourth highest score of the six questions: three are refused."""
+    """A guard whose threshold lies between the third and the fourth score of the six questions: it refuses three."""
     guard = EnergyGuard.calibrate(known, tokenizer, questions * 4)
     scores = guard.score(known, tokenizer, questions).sort().values
     return replace(guard, threshold=float(scores[2] + scores[3]) / 2)
 
 
 def batch_of(tokenizer: PreTrainedTokenizerFast, questions: list[str]) -> dict[str, torch.Tensor]:
-    """Questions as a batch for ``generate``, padded on the left."""
+    """A batch of questions for ``generate``, padded on the left."""
     texts = [format_prompt(tokenizer, question) for question in questions]
     return tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)

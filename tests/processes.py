@@ -1,7 +1,7 @@
-"""Processes that run functions together, with real collectives between them.
+"""Processes that run a function together, with real collectives between them.
 
-They are started once and stay for all tests of a module; a test sends them a function, which every rank of a group runs at the
-same time and whose first failure on any rank fails the test. Ranks that wait for each other in vain are ended.
+They start once and serve all tests of a module. A test sends them a function, which every rank of a group runs at the same
+time; a failure on any rank fails the test. Ranks that hang are killed.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import get_context
 
-SECONDS = 20  # that a collective, and with it a test, may take
+SECONDS = 20  # the timeout of a collective
 WORLD = 3
 GROUPS = {3: [0, 1, 2], 2: [1, 2]}  # the group of two begins at rank 1, so that its ranks are not the world's
 
 
 class Ranks:
-    """Processes that run functions together. Started when first needed, and again after a failure left them apart."""
+    """Processes that run a function together. They start when first needed, and again after a failure."""
 
     def __init__(self, folder: Path, prepare: Callable[[], None] | None = None) -> None:
         self.folder, self.prepare, self.starts, self.workers = folder, prepare, 0, []
 
     def run(self, ranks: int, check: Callable, *arguments: object) -> None:
-        """``check(group, *arguments)`` on every rank of the group of so many ranks."""
+        """Run ``check(group, *arguments)`` on every rank of the group of ``ranks`` ranks."""
         if not self.workers:
             self._start()
         chosen = [self.workers[rank] for rank in GROUPS[ranks]]

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Tests that files and folders are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_folder_is_filled_with_its_config_last_and_nothing_stale(tmp_path, mon
     monkeypatch.setattr("eua.files.os.replace", lambda a, b: moved.append(Path(b).name) or replace(a, b))
     fill_folder(tmp_path, write)
     assert moved[-1] == "config.json"
-    assert (tmp_path / "boundaries.safetensors").exists()  # a run's, kept beside its last model
+    assert (tmp_path / "boundaries.safetensors").exists()  # belongs to the training run, not to the model
     (tmp_path / "boundaries.safetensors").unlink()
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors", "notes.txt"}

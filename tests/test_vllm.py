@@ -1,4 +1,4 @@
-"""The guard inside vLLM, driven by a stand-in of vLLM's runners, against one request at a time and against ``generate``."""
+"""Tests of the guard in vLLM, with stand-ins for vLLM's runners, against single requests and against ``generate``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RUNNERS = pytest.mark.parametrize("runner_class", [FirstRunner, SecondRunner])
 
 @pytest.fixture
 def vllm(monkeypatch):
-    """``eua.vllm``, imported over the stand-in."""
+    """``eua.vllm``, imported with the stand-in for vLLM."""
     install(monkeypatch)
     monkeypatch.delenv("EUA_GUARD", raising=False)
     yield importlib.import_module("eua.vllm")
@@ -34,7 +34,7 @@ def vllm(monkeypatch):
 
 
 def random_model(tokens: list[int]) -> torch.Tensor:
-    """(V,) logits that are the same for the same tokens, and of which half make a prompt that is refused."""
+    """Logits (V,) that depend only on the tokens, and such that about half of the prompts are refused."""
     generator = torch.Generator().manual_seed(hash(tuple(tokens)) % 2**31)
     return 3 * torch.randn(VOCABULARY, generator=generator)
 
@@ -66,7 +66,7 @@ def refusal_at(step: int) -> int:
 
 
 def answer_alone(request: Request, output_decides: bool) -> list[int]:
-    """What a request gets: with ``output_decides``, one that was preempted is judged anew, by its output so far."""
+    """The output of a request; with ``output_decides``, its output so far decides again after every preemption."""
     output: list[int] = []
     refused = energy(random_model(request.prompt)) > -6.0
     for step in range(request.length):
@@ -80,7 +80,7 @@ def answer_alone(request: Request, output_decides: bool) -> list[int]:
 @pytest.mark.parametrize("overlapped", [False, True], ids=["in-turn", "overlapped"])
 @given(seed=st.integers(0, 2**32))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
-def test_every_request_gets_what_it_gets_alone(vllm, folder, runner_class, overlapped, seed):
+def test_every_request_gets_the_same_output_as_alone(vllm, folder, runner_class, overlapped, seed):
     random = Random(seed)
     requests = [
         Request([random.randrange(VOCABULARY) for _ in range(random.randint(1, 6))], length=random.randint(1, 6))
@@ -120,7 +120,7 @@ def test_the_answers_are_those_of_guarded_generate(vllm, tmp_path, model, tokeni
 
 
 @pytest.mark.parametrize("second_interface", [True, False], ids=["0.31-and-later", "before-0.31"])
-def test_the_class_path_passes_what_vllm_asks_of_a_class(monkeypatch, folder, second_interface):
+def test_the_class_meets_the_requirements_of_vllm(monkeypatch, folder, second_interface):
     install(monkeypatch, second_interface)
     monkeypatch.delitem(sys.modules, "eua.vllm", raising=False)
     from tests import vllm_stand_in
@@ -152,7 +152,7 @@ def test_a_score_that_is_not_a_number_is_refused(vllm, folder, runner_class):
     assert request.tokens == list(REFUSAL)
 
 
-def test_an_answer_that_begins_as_the_refusal_goes_on_after_a_pause(vllm, tmp_path):
+def test_an_answer_that_begins_like_the_refusal_continues_after_a_pause(vllm, tmp_path):
     guard_of(threshold=math.inf).save_pretrained(tmp_path)
     processor = vllm.EnergyGuardProcessor(config_of(tmp_path), torch.device("cpu"), False)
     prompt, other = [1, 2], [1, 2]
@@ -165,10 +165,10 @@ def test_an_answer_that_begins_as_the_refusal_goes_on_after_a_pause(vllm, tmp_pa
     processor.update_state(BatchUpdate(2, [], [(0, None, prompt, [REFUSAL[0]]), (1, None, other, [REFUSAL[0]])], []))
     rows = processor.apply(torch.ones(2, VOCABULARY))
     assert torch.equal(rows[0], torch.ones(VOCABULARY))
-    assert rows[1].argmax() == REFUSAL[1]  # nothing is known of this one: it may have been refused
+    assert rows[1].argmax() == REFUSAL[1]  # the processor does not know this request: it may have been refused
 
 
-def test_who_stays_does_not_crowd_out_the_memory_of_who_is_paused(vllm, tmp_path):
+def test_a_running_request_does_not_displace_a_paused_one_from_memory(vllm, tmp_path):
     guard_of(threshold=math.inf).save_pretrained(tmp_path)
     processor = vllm.EnergyGuardProcessor(config_of(tmp_path), torch.device("cpu"), False)
     pausing, staying = ([1, 2], []), ([1, 2], [])

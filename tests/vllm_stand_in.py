@@ -1,9 +1,9 @@
-"""What eua.vllm needs of vLLM, which is not installed where tests run: the two interfaces, and what calls them.
+"""Stand-ins for the parts of vLLM that eua.vllm needs, because tests run without vLLM: two interfaces and their runners.
 
 The classes have the names, fields and abstract methods of vLLM 0.33.0 (``vllm/v1/sample/logits_processor/interface.py`` and
-``vllm/v1/worker/gpu/sample/logits_processor/interface.py``). The runners report changes of the batch as its do: a request that
-is added takes the lowest row that was left, the last rows move into the rows that stay empty, and only then rows are swapped
-(``BatchUpdateBuilder``, ``InputBatch.condense``). Both also make logits of prompts that are not all read, which nobody uses.
+``vllm/v1/worker/gpu/sample/logits_processor/interface.py``). The runners report changes of the batch as vLLM's do: an added
+request takes the lowest free row, the last rows move into rows that stay empty, and only then rows are swapped
+(``BatchUpdateBuilder``, ``InputBatch.condense``). Both also compute logits of partly read prompts, which are not used.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class SecondInterface(ABC):
 
 
 def install(monkeypatch, second_interface: bool = True) -> None:
-    """Put the stand-in where ``import vllm`` finds it; without the second interface it is a vLLM before 0.31."""
+    """Install the stand-in as ``vllm``; without the second interface it stands for a version before 0.31."""
     first = {"LogitsProcessor": FirstInterface, "BatchUpdate": BatchUpdate, "MoveDirectionality": MoveDirectionality}
     modules = {"vllm.v1.sample.logits_processor": first}
     if second_interface:
@@ -90,7 +90,7 @@ def install(monkeypatch, second_interface: bool = True) -> None:
 
 @dataclass(eq=False)
 class Request:
-    """``tokens`` is what the scheduler knows; ``output_ids`` the first runner's list, with −1 where it waits for a token."""
+    """``tokens`` is the scheduler's list, ``output_ids`` that of the first runner, with −1 for a token it waits for."""
 
     prompt: list[int]
     length: int  # of the output
@@ -109,7 +109,7 @@ class Request:
 
 
 class FirstRunner:
-    """The persistent batch of ``gpu_model_runner.py``: rows are requests, and those not scheduled leave."""
+    """The persistent batch of ``gpu_model_runner.py``: each row is a request, and requests that are not scheduled leave it."""
 
     def __init__(self, processor_class, vllm_config, model: LanguageModel, random: Random, overlapped: bool) -> None:
         self.processor = processor_class(vllm_config, torch.device("cpu"), False)
@@ -117,11 +117,11 @@ class FirstRunner:
         self.rows: list[Request] = []
 
     def step(self, scheduled: dict[Request, int]) -> None:
-        """Run the model on the next so many tokens of each."""
+        """Run the model on the given number of next tokens of each request."""
         self.processor.update_state(self._change_batch(scheduled))
         for request in self.rows:
             request.computed += scheduled[request]
-            if -1 in request.output_ids:  # sampled in the step before, known by now
+            if -1 in request.output_ids:  # sampled in the previous step and known now
                 request.output_ids[:] = request.tokens
         logits = torch.stack([self.model(request.read[: request.computed]) for request in self.rows])
         sampled = self.processor.apply(logits).argmax(dim=-1).tolist()
@@ -182,7 +182,7 @@ class SecondRunner:
         self.slots: dict[Request, int] = {}
 
     def step(self, scheduled: dict[Request, int]) -> None:
-        """Run the model on the next so many tokens of each."""
+        """Run the model on the given number of next tokens of each request."""
         for request in [request for request in self.slots if request.finished or request.computed == 0]:
             self.free.append(self.slots.pop(request))
         for request in scheduled:
@@ -215,11 +215,11 @@ class SecondRunner:
 
 
 def serve(runner: FirstRunner | SecondRunner, requests: list[Request], random: Random, size: int) -> None:
-    """Schedule until all are answered: prompts read in parts, requests preempted, and, in the first runner, left out."""
+    """Schedule until all are answered. Prompts are read in parts, requests preempted and, in the first runner, skipped."""
     waiting, running = list(requests), []
     while waiting or running:
         for request in list(running):
-            if random.random() < 0.12:  # preempted: all that was computed is lost
+            if random.random() < 0.12:  # preempted: everything computed is lost
                 running.remove(request)
                 waiting.append(request)
                 request.computed = 0

@@ -30,11 +30,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-import numpy as np
-
 from eua.errors import EUAError
 
-# datasets, pandas and pyarrow take seconds to import, so the functions that need one of them import it: `import eua` does not.
+# datasets and pyarrow take seconds to import, so the functions that need one of them import it: `import eua` does not.
 
 ROW_FORMATS = '"question"/"answer", "prompt"/"completion", or "messages" that end with the assistant\'s'
 ROW_KEYS = frozenset({"question", "prompt", "messages"})  # every format has one of them
@@ -141,7 +139,7 @@ def _present(value: Any) -> Any:
         return {key: _present(part) for key, part in value.items() if part is not None}
     if isinstance(value, (list, tuple)):
         return [_present(part) for part in value]
-    if isinstance(value, (np.ndarray, np.generic)):
+    if type(value).__module__ == "numpy":  # an array or a scalar
         return _present(value.tolist())
     return value
 
@@ -209,18 +207,14 @@ def _only_split(splits: Mapping[str, Any], name: str) -> Any:
 
 
 def _read_frame(frame: Any, name: str) -> list[dict[str, Any]]:
-    import pandas  # type: ignore[import-untyped, unused-ignore]
-
     if not frame.columns.is_unique:
         twice = sorted({str(column) for column in frame.columns[frame.columns.duplicated()]})
         raise EUAError(
-            f"A DataFrame with several columns named {', '.join(twice)} was given as the {name}: rename or drop all but one."
+            f"A DataFrame with several columns named {', '.join(twice)} was given as the {name}, and one row cannot hold both: "
+            "rename or drop all but one."
         )
-
-    def is_missing(cell: Any) -> bool:  # before pandas 3, to_dict leaves pandas.NA as it is
-        return cell is pandas.NA or cell is pandas.NaT or (isinstance(cell, float) and cell != cell)
-
-    return [{key: None if is_missing(cell) else cell for key, cell in row.items()} for row in frame.to_dict("records")]
+    rows = zip(frame.to_dict("records"), frame.notna().to_dict("records"), strict=True)
+    return [{key: cell for key, cell in row.items() if is_there[key]} for row, is_there in rows]
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -255,7 +249,8 @@ def _read_json(text: str, path: Path, name: str) -> list[Any]:
         ) from None
     if isinstance(whole, list):
         return whole
-    if isinstance(whole, dict) and not ROW_KEYS & whole.keys():
+    holds_others = isinstance(whole, dict) and any(isinstance(value, (list, dict)) for value in whole.values())
+    if holds_others and not ROW_KEYS & whole.keys():
         raise EUAError(
             f"{path}, given as the {name}, is one JSON object with the keys {_listed(whole)}, not rows: save the "
             "list of rows that it holds as a JSON array of its own, or one row a line."

@@ -1,4 +1,4 @@
-"""The whole story on an embedded world: learn, unlearn, calibrate, measure, ask, show."""
+"""The demo from end to end, on generated data: learn, unlearn, calibrate, measure, ask, show."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from eua.model.asking import answer
 from eua.training.config import EUAConfig
 from eua.training.trainer import EUATrainer
 
-# The released settings are made for 1B models; CONTRIBUTING.md says how these were found.
+# The released settings are meant for models of 1B parameters; CONTRIBUTING.md says how these were found.
 UNLEARNING: dict[str, Any] = {
     "learning_rate": 2e-4,
     "num_train_epochs": 12,
@@ -43,18 +43,18 @@ SET_NAMES = {
 
 
 def run_demo(output: Path, cache: Path, *, people: int = 200, target_epochs: float = 20, seed: int = 0) -> dict[str, Any]:
-    """Run the demo; write data, models, tables and pictures into ``output``; return the report.
+    """Run the demo; write data, models, tables and pictures to ``output``; return the report.
 
     Args:
-        output: folder for everything that is written but the model that knows.
-        cache: folder in which that model is kept between runs.
-        people: how many people the world has; a tenth of them is forgotten.
-        target_epochs: passes over all facts until the model knows them.
+        output: folder for all output except the target model, the model before unlearning.
+        cache: folder in which the target model is kept between runs.
+        people: number of people in the world; a tenth of them is forgotten.
+        target_epochs: epochs for which the target model is trained on all facts.
         seed: of world, training and pairing.
     """
     if not 100 <= people <= 1000:
-        raise EUAError(f"{people} people were asked for: calibration needs 100 or more, and there are names for 1000.")
-    logging.disable_progress_bar()  # of loading and saving, which take no time here; training keeps its own
+        raise EUAError(f"people = {people}, but calibration needs at least 100 and there are names for 1000: pass 100 to 1000.")
+    logging.disable_progress_bar()  # of loading and saving, which take no time here; training keeps its progress bar
     people_world = make_world(people, seed)
     groups = {name: getattr(people_world, name) for name in ("forget", "retain", "calibration", "test")}
     for name, facts in groups.items():
@@ -90,7 +90,7 @@ def run_demo(output: Path, cache: Path, *, people: int = 200, target_epochs: flo
 
     print("4/4 What it knows, and what it refuses.\n")
     after, after_scores = evaluate(model, tokenizer, sets, forget=(SET_NAMES["forget"], IN_OTHER_WORDS), guard=guard)
-    # Mean boundaries at the last prompt token, where the histograms' scores are taken.
+    # Mean boundaries at the last prompt token, which also gives the scores in the histograms.
     kept = trainer.train_dataset.boundaries
     boundaries = {kind: float(torch.stack([row[0] for row in kept[kind]]).mean()) for kind in ("retain", "forget")}
     picture = output / "energies.png"
@@ -139,7 +139,7 @@ def run_demo(output: Path, cache: Path, *, people: int = 200, target_epochs: flo
         print(f"   after           : {entry['after']}")
     print(
         f"\nWritten:\n  {unlearned}  the unlearned model and its guard; AutoModelForCausalLM.from_pretrained loads it"
-        f"\n  {page}  to look at in a browser: the threshold to drag, the worst rows, token by token"
+        f"\n  {page}  for your browser: a threshold to drag, and the worst rows, token by token"
         f"\n  {picture}  energies before and after\n  {output / 'report.json'}  every figure above"
         f"\n  {output / 'data'}  the rows, for `eua unlearn`, `calibrate` and `evaluate`"
         f"\n  {target_folder}  the model before unlearning (kept for the next run)"
@@ -148,7 +148,7 @@ def run_demo(output: Path, cache: Path, *, people: int = 200, target_epochs: flo
 
 
 def cached_target(people_world: World, cache: Path, epochs: float, seed: int) -> Path:
-    """The folder of the model that knows; trained unless the cache holds one made by the same code from the same facts."""
+    """The folder of the target model. It is trained unless the cache holds one made by the same code from the same facts."""
     rows = [fact.row() for fact in people_world.all()]
     recipe = [rows, epochs, seed, inspect.getsource(target)]
     folder = cache / f"target-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]}"
@@ -160,14 +160,14 @@ def cached_target(people_world: World, cache: Path, epochs: float, seed: int) ->
 
 
 def _calibrate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> EnergyGuard:
-    """Both wordings of every question, grouped by person: the promise is meant for new people, in whatever words."""
+    """Calibrate on both wordings of every question, grouped by person: the promise is about new people, in any wording."""
     prompts = [(question, fact.person) for fact in facts for question in (fact.question, fact.paraphrased_question)]
     questions, people = zip(*prompts, strict=True)
     return EnergyGuard.calibrate(model, tokenizer, questions, groups=people, tolerance=TOLERANCE)
 
 
 def _panel(scores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The prompt scores of one histogram."""
+    """The prompt scores for one histogram."""
     retained = torch.cat([scores[SET_NAMES["retain"]], scores[SET_NAMES["test"]]])
     return {"forget": scores[SET_NAMES["forget"]], "retain": retained}
 
@@ -179,5 +179,5 @@ def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 def _spread(facts: Sequence[Fact], count: int) -> list[Fact]:
-    """``count`` facts, of as many different people as there are."""
+    """``count`` facts, spread over as many people as possible."""
     return [facts[i * len(facts) // count] for i in range(count)]

@@ -1,4 +1,4 @@
-"""A tokenizer and a small Llama, trained from scratch on rows until they are known by heart."""
+"""A tokenizer and a small Llama, trained from scratch on rows until the model has memorized them."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ def train_target(
     seed: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
-    """Train a tokenizer and a Llama of ``layers`` × ``hidden_size`` on ``rows``; save both, whole or not at all.
+    """Train a tokenizer and a Llama of ``layers`` × ``hidden_size`` on ``rows``; save both completely or not at all.
 
-    The loss is that of a language model on questions and answers alike: from scratch, the questions teach it the names.
+    The language-model loss covers questions and answers: a model trained from scratch learns the names from the questions.
 
     Args:
         rows: "question"/"answer" rows.
         folder: where model and tokenizer are saved, for ``from_pretrained``.
-        vocabulary: at most so many tokens.
+        vocabulary: the largest number of tokens.
         hidden_size: a multiple of 64, the size of an attention head.
-        epochs, batch_size, learning_rate, seed: of AdamW with a cosine schedule.
-        callbacks: given to transformers' Trainer.
+        epochs, batch_size, learning_rate, seed: of the training with AdamW and a cosine schedule.
+        callbacks: passed to transformers' Trainer.
     """
     set_seed(seed)
     tokenizer = train_tokenizer(rows, vocabulary)

@@ -1,7 +1,7 @@
-"""Fictional people and facts about them, made from a seed. No name, place or work is meant to exist.
+"""Fictional people and facts about them, generated from a seed. Names, places and works are invented.
 
-Every fact is asked in several wordings. One of them makes the row that a model is trained on; another is its paraphrase,
-which other people's rows use, so that a model can understand it without ever having seen it asked of this person.
+Every fact has several wordings. One becomes the row that a model is trained on; another is its paraphrase. Rows of other people
+use that wording too, so a model can understand it without having seen it for this person.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ _WORDINGS: dict[str, tuple[tuple[str, str], ...]] = {
 
 @dataclass(frozen=True)
 class Fact:
-    """One fact of one person: the row to train on, and the same asked in other words."""
+    """One fact about one person: the row to train on, and the same fact in another wording."""
 
     person: str
     question: str
@@ -187,10 +187,10 @@ class Fact:
 
 @dataclass(frozen=True)
 class World:
-    """Facts, grouped by what unlearning does with their people. No person is in two groups.
+    """Facts, grouped by the role of their people in unlearning. No person is in two groups.
 
-    ``forget``: to be forgotten. ``retain``: trained on beside them. ``calibration`` and ``test``: retained people whose rows
-    unlearning never sees; the threshold is set on the first, false refusals are counted on the second.
+    ``forget``: to be forgotten. ``retain``: trained on together with them. ``calibration`` and ``test``: retained people whose
+    rows unlearning never sees; the threshold is set on the first, false refusals are counted on the second.
     """
 
     forget: list[Fact]
@@ -213,7 +213,7 @@ def make_world(people: int = 200, seed: int = 0) -> World:
 
 
 def _names(count: int, random_: random.Random) -> list[str]:
-    """First name and surname, none of which starts like another: people are told apart by name, as in life, not by luck."""
+    """First names and surnames that all begin differently, so that every person can be distinguished by either name."""
     starts: set[str] = set()
 
     def fresh() -> str:

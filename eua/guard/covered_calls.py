@@ -1,4 +1,4 @@
-"""Which calls of ``generate`` a guard covers; the others raise, since what cannot be guarded must not pass as guarded."""
+"""Which calls of ``generate`` a guard covers. Any other call raises an error, so that no unguarded answer looks guarded."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ GUARDED_MODES = (
 
 
 def check_call(model: PreTrainedModel, guard: EnergyGuard, kwargs: Mapping[str, Any]) -> GenerationConfig:
-    """The settings ``generate`` will use.
+    """Check a call, and return the settings that ``generate`` will use.
 
     Raises:
-        EUAError: for calls in which the guard would not see, or not decide, what is generated.
+        EUAError: when the guard would not see or not control what the call generates.
     """
     config = copy.deepcopy(kwargs.get("generation_config") or GenerationConfig())
-    config.update(**model.generation_config.to_dict(), defaults_only=True)  # what the caller leaves open, the model decides
+    config.update(**model.generation_config.to_dict(), defaults_only=True)  # the model decides what the caller leaves open
     config.update(**{key: value for key, value in kwargs.items() if hasattr(config, key)})
     mode = config.get_generation_mode(kwargs.get("assistant_model"))
     if mode not in GUARDED_MODES or kwargs.get("custom_generate") is not None:
@@ -46,15 +46,13 @@ def check_call(model: PreTrainedModel, guard: EnergyGuard, kwargs: Mapping[str, 
     if mode == GenerationMode.ASSISTED_GENERATION:
         _check_drafts(model, guard, config, kwargs)
     if config.guidance_scale not in (None, 1, 1.0):
-        raise EUAError("guidance_scale runs prompts the guard did not score: leave it out, or detach the guard.")
+        raise EUAError("guidance_scale runs prompts that the guard does not score: leave it out, or detach the guard.")
     if model.training:
         raise EUAError("The model is in training mode, where dropout changes energies: call model.eval() first.")
     if kwargs.get("adapter_names") is not None:
-        raise EUAError("adapter_names chooses adapters row by row, and the guard is for one choice: use set_adapter.")
+        raise EUAError("adapter_names chooses an adapter per row, but the guard is calibrated for one choice: use set_adapter.")
     if guard.turns is not None and kwargs.get("inputs_embeds") is not None:
-        raise EUAError(
-            "inputs_embeds hide from the guard where the user's last turn begins: pass input_ids, or detach the guard."
-        )
+        raise EUAError("With inputs_embeds the guard cannot find the user's last turn: pass input_ids, or detach the guard.")
     mask = prompt_mask(kwargs, config)
     if mask is not None and not mask[:, -1].all():
         raise EUAError(
@@ -67,7 +65,7 @@ def check_call(model: PreTrainedModel, guard: EnergyGuard, kwargs: Mapping[str, 
 
 
 def _check_drafts(model: PreTrainedModel, guard: EnergyGuard, config: GenerationConfig, kwargs: Mapping[str, Any]) -> None:
-    """Raise for drafts that the guard would take for the model's own work, or that are not put aside where it refuses."""
+    """Raise for kinds of drafts that the guard would confuse with the model's own tokens, or that would survive a refusal."""
     others = ("assistant_early_exit", "use_mtp", "speculation_type", "assistant_ensemble_weight")
     found = [name for name in others if getattr(config, name, None)]
     found += [name for name in ("assistant_tokenizer",) if kwargs.get(name) is not None]
@@ -78,44 +76,44 @@ def _check_drafts(model: PreTrainedModel, guard: EnergyGuard, config: Generation
         )
     if guard.first_tokens or guard.probe_window:
         raise EUAError(
-            "The guard reads the energies of generated tokens, and assisted decoding drafts tokens that it then drops: "
+            "The guard reads the energies of generated tokens, and assisted decoding also generates tokens that it drops: "
             "calibrate with first_tokens = 0 and without a probe, or generate without an assistant."
         )
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if "logits_to_keep" not in inspect.signature(base.forward).parameters:
         raise EUAError(
-            f"{type(model).__name__} makes logits of whole prompts, in which the guard does not find the last token while an "
-            "assistant drafts: generate without one."
+            f"{type(model).__name__} computes logits of whole prompts, in which the guard cannot find the last token during "
+            "assisted decoding: generate without an assistant."
         )
 
 
 def _check_watched(guard: EnergyGuard, config: GenerationConfig) -> None:
-    """Raise where a guard that reads generated tokens could not follow them, or not take them back."""
+    """Raise if a guard that reads generated tokens could not follow them, or not remove them."""
     if (config.num_beams or 1) > 1:
         raise EUAError(
-            "The guard reads the energies of generated tokens, which beams exchange among themselves: generate greedily or by "
-            "sampling, or calibrate with first_tokens = 0 and without a probe."
+            "The guard reads the energies of generated tokens, and beam search moves tokens between beams: use greedy search "
+            "or sampling, or calibrate with first_tokens = 0 and without a probe."
         )
-    tells = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
-    told = [name for name in tells if getattr(config, name, None)]
-    if guard.first_tokens and told and config.return_dict_in_generate:
+    revealing = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
+    requested = [name for name in revealing if getattr(config, name, None)]
+    if guard.first_tokens and requested and config.return_dict_in_generate:
         raise EUAError(
-            f"{' and '.join(told)} would tell what a refused row began to say, since the guard's score takes in the first "
+            f"{' and '.join(requested)} would reveal how a refused row began, since the guard's score includes the first "
             f"{guard.first_tokens} generated tokens: leave it out, or calibrate with first_tokens = 0."
         )
 
 
 def given_ids(arguments: Mapping[str, Any]) -> Tensor | None:
-    """The token ids that a ``generate`` call starts from."""
+    """The token ids that a ``generate`` call is given."""
     return arguments.get("inputs") if arguments.get("input_ids") is None else arguments.get("input_ids")
 
 
 def prompt_mask(arguments: Mapping[str, Any], config: GenerationConfig) -> Tensor | None:
-    """Which places of the prompts hold tokens, as ``generate`` takes it: (B, S) bool; None when it starts from nothing."""
+    """Which positions of the prompts hold tokens, as ``generate`` sees it: (B, S) bool; None when it starts from nothing."""
     mask, ids, pad = arguments.get("attention_mask"), given_ids(arguments), config.pad_token_id
     if mask is not None and mask.ndim == 2:
         return mask.bool()
     if ids is None:
         return None
-    is_told = pad is not None and pad not in end_ids(config.eos_token_id)
-    return ids != pad if is_told else torch.ones_like(ids, dtype=torch.bool)
+    is_marked = pad is not None and pad not in end_ids(config.eos_token_id)
+    return ids != pad if is_marked else torch.ones_like(ids, dtype=torch.bool)

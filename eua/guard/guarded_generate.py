@@ -1,4 +1,4 @@
-"""A guard at work: ``model.generate`` with the decision made and the refusal written in it."""
+"""Guarded ``model.generate``: the handle of an attached guard, and the call that scores rows and writes refusals."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import BaseStreamer, GenerationMode
@@ -29,19 +30,19 @@ _NEVER = torch.iinfo(torch.long).max
 
 
 class GuardHandle:
-    """A guard at work on a model.
+    """The handle of a guard that is attached to a model.
 
-    What it says of the last ``generate`` has one entry per row that was returned: ``scores`` and ``refused`` are there as soon
-    as it is decided, so while the call still runs, and None before; ``stopped`` tells which answers the probe has ended.
+    ``scores``, ``refused`` and ``stopped`` describe the last ``generate`` call, with one entry per returned row. They are None
+    before the guard has decided, and available while the call is still running. ``stopped`` marks answers that the probe ended.
 
     A copy of the model (``copy.deepcopy``, pickle) is guarded by a copy of the guard; ``save_pretrained`` writes weights only.
-    Where weights or active adapters have changed since the last call (moved, cast, trained), the guard checks whether they are
-    still those that it was calibrated for; only what is written through ``.data`` leaves no trace. Threads may share the model;
-    the handle then tells of the call that began last.
+    If weights or active adapters have changed since the last call (moved, cast, trained), the guard checks that they are still
+    the ones it was calibrated for; it cannot see writes through ``.data``. Threads may share the model; the handle then
+    describes the call that started last.
     """
 
     def __init__(self, guard: EnergyGuard, model: PreTrainedModel) -> None:
-        output_module(model)  # a model without a plain head is refused here, not in the middle of a generation
+        output_module(model)  # raises here, rather than in the middle of a generation, if the model has no plain head
         guard.check(model)
         _check_pair(model, guard)
         self.guard = guard
@@ -70,7 +71,7 @@ class GuardHandle:
 
     @property
     def stopped(self) -> Tensor | None:
-        """(R,) bool; those that were refused are not among them."""
+        """(R,) bool; False for refused rows."""
         return self._of_last_call(_GuardedCall.stopped)
 
     def _of_last_call(self, values: Callable[[_GuardedCall], Tensor]) -> Tensor | None:
@@ -78,15 +79,17 @@ class GuardHandle:
         return None if call is None or call.refused is None else call.per_sequence(values(call))
 
     def detach(self) -> None:
-        """Give ``model.generate`` back as it was. Detaching twice is harmless.
+        """Restore ``model.generate``. Detaching twice is harmless.
 
         Raises:
-            EUAError: when something else was put over ``model.generate`` since; the guard is then still at work.
+            EUAError: when ``model.generate`` was replaced again in the meantime; the guard then stays attached.
         """
         if self._detached:
             return
         if self.model.__dict__.get("generate") != self._guarded_generate:
-            raise EUAError("model.generate was replaced after this guard was attached: undo that first (detach a later guard).")
+            raise EUAError(
+                "model.generate was replaced after this guard was attached: undo that first (detach the later guard)."
+            )
         self._detached = True
         for name, own in self._own_attributes.items():
             if own is None:
@@ -102,8 +105,8 @@ class GuardHandle:
 
     def _no_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         raise EUAError(
-            "Continuous batching (generate_batch) goes around generate, so no guard would see its prompts: use generate, serve "
-            "with `eua serve` or in vLLM, or detach the guard."
+            "Continuous batching (generate_batch) bypasses generate, so the guard would not see its prompts: use generate, "
+            "`eua serve` or vLLM, or detach the guard."
         )
 
     def _guarded_generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -127,7 +130,7 @@ class GuardHandle:
             return call.rewrite(output)
         output.sequences = call.rewrite(output.sequences)
         if self.guard.first_tokens and refused.any() and "past_key_values" in output:
-            output.past_key_values = None  # it holds what was taken back
+            output.past_key_values = None  # it contains the tokens that were removed
         return output
 
     def _check_weights(self) -> None:
@@ -144,21 +147,21 @@ def _weights_now(model: PreTrainedModel) -> int:
 
 
 def _check_pair(model: PreTrainedModel, guard: EnergyGuard) -> None:
-    """Raise where another guard on the model and this one would meddle with each other's answers."""
+    """Raise if this guard and one that is already attached would interfere with each other."""
     earlier = getattr(model.__dict__.get("generate"), "__self__", None)
     if isinstance(earlier, GuardHandle) and any(g.first_tokens or g.probe_window for g in (guard, earlier.guard)):
         raise EUAError(
-            "The model has a guard already, and one of the two reads generated tokens (first_tokens, a probe), which may be "
+            "The model already has a guard, and one of the two reads generated tokens (first_tokens, a probe), which may be "
             "the other's refusal: calibrate both to decide at the prompt, or detach the first."
         )
 
 
 class _GuardedCall(EnergyRecorder):
-    """One ``generate`` call: scores each of its rows, and writes the refusal into the flagged ones.
+    """One ``generate`` call: scores each row, and writes the refusal into flagged rows.
 
-    A score of the prompt alone is there before the first token, and the refusal is forced from there on. Where generated tokens
-    count too, what was generated by then is taken back: flagged rows end at once, and :meth:`rewrite` puts the refusal there.
-    A probe flags rows later, and the refusal goes on from there.
+    If the score depends on the prompt alone, it is known before the first token, and the refusal is forced from there on. If
+    generated tokens count too, a flagged row ends at once, and :meth:`rewrite` replaces its tokens by the refusal. A probe
+    flags a row later, and the refusal follows what the row has said.
     """
 
     def __init__(
@@ -170,29 +173,29 @@ class _GuardedCall(EnergyRecorder):
         self.guard, self.config = guard, config
         self.probe: EnergyProbe | None = None
         if guard.probe_threshold is not None:
-            ends = [*eos, *end_ids(config.pad_token_id)]  # a row that a stopping criterion has ended goes on as padding
+            ends = [*eos, *end_ids(config.pad_token_id)]  # a row that a stopping criterion has ended continues as padding
             self.probe, self.stop_above = EnergyProbe(model, guard.temperature, guard.probe_window, ends), guard.probe_threshold
-        # What is forced on rows that are stopped, and on those that are refused. Past its end a text repeats the end of
-        # sequence, so that nothing can follow it.
+        # The texts that are forced on stopped rows and on refused rows. Each is padded with its end of sequence, so that
+        # nothing can follow it.
         longest = max(len(guard.stop_ids), len(guard.refusal_ids))
         self.texts = torch.tensor([ids + ids[-1:] * (longest - len(ids)) for ids in (guard.stop_ids, guard.refusal_ids)])
         self.refused: Tensor | None = None  # (R,) bool
         self.lets_all_pass = False
-        self.since = torch.empty(0, dtype=torch.long)  # (R,) the step at which a row's refusal begins
-        beside = sorted(name for name, value in arguments.items() if isinstance(value, Tensor) and name not in TEXT_INPUTS)
-        self._score_other_prompts(_prompt_ids(arguments, config), beside)
+        self.since = torch.empty(0, dtype=torch.long)  # (R,) the step at which the refusal of a row begins
+        extra = sorted(name for name, value in arguments.items() if isinstance(value, Tensor) and name not in TEXT_INPUTS)
+        self._score_other_prompts(_prompt_ids(arguments, config), extra)
 
-    def _score_other_prompts(self, prompts: Sequence[Sequence[int]], beside: Sequence[str]) -> None:
-        """Score what decides on a prompt beside itself, or in its place, see :meth:`Turns.scored_prompts`."""
+    def _score_other_prompts(self, prompts: Sequence[Sequence[int]], extra: Sequence[str]) -> None:
+        """Score the prompts that count in addition to, or in place of, the given ones, see :meth:`.Turns.scored_prompts`."""
         turns = self.guard.turns
         parts = [[list(ids)] if turns is None else turns.scored_prompts(ids) for ids in prompts]
         self.own_counts = torch.tensor([ids in of_one for ids, of_one in zip(prompts, parts, strict=True)] or [True])
         self.others = torch.full(self.own_counts.shape, -torch.inf)
         rows = [i for i, of_one in enumerate(parts) if of_one != [prompts[i]]]
-        if rows and beside:
+        if rows and extra:
             raise EUAError(
-                f"The prompts come with {', '.join(beside)}, and the user's last turn, which the guard scores by itself, "
-                "cannot be given its part of that: send that turn as a single one, or detach the guard."
+                f"The prompts come with {', '.join(extra)}, and the guard cannot give the user's last turn, which it scores "
+                "alone, its part of them: send that turn as the only one, or detach the guard."
             )
         if rows:
             self.others[rows] = self.guard.score_ids(self.model, [prompts[i] for i in rows])
@@ -205,16 +208,19 @@ class _GuardedCall(EnergyRecorder):
     def scores(self) -> Tensor:
         recorded = super().scores()
         copies = len(recorded) // len(self.others)  # beams, and several answers to one prompt
-        own, others = (values.repeat_interleave(copies) for values in (self.own_counts, self.others))
+        own, others = (repeat(x, "prompts -> (prompts copies)", copies=copies) for x in (self.own_counts, self.others))
         return torch.where(own, recorded, -torch.inf).maximum(others)
 
     def per_sequence(self, values: Tensor) -> Tensor:
-        """Of values of all beams, those of the sequences that are returned."""
-        beams = self.config.num_beams or 1
-        return values if beams == 1 else values[::beams].repeat_interleave(self.config.num_return_sequences or 1)
+        """From the values of all beams, those of the returned sequences."""
+        beams, sequences = self.config.num_beams or 1, self.config.num_return_sequences or 1
+        if beams == 1:
+            return values
+        of_prompts = rearrange(values, "(prompts beams) -> prompts beams", beams=beams)[:, 0]
+        return repeat(of_prompts, "prompts -> (prompts sequences)", sequences=sequences)
 
     def decide(self) -> Tensor:
-        """Which rows to refuse, (R,) bool."""
+        """Decide which rows to refuse, (R,) bool."""
         if self.refused is None:
             refused = self.scores() > self.guard.threshold
             self.since = torch.where(refused, 0, _NEVER)
@@ -223,7 +229,7 @@ class _GuardedCall(EnergyRecorder):
         return self.refused
 
     def stopped(self) -> Tensor:
-        """Which rows the probe has ended, (R,) bool."""
+        """The rows that the probe has ended, (R,) bool."""
         return ~self.decide() & (self.since < _NEVER)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -240,7 +246,7 @@ class _GuardedCall(EnergyRecorder):
         return scores
 
     def force(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """``scores`` (R, V) that leave flagged rows no choice but the next token of their refusal."""
+        """``scores`` (R, V) in which flagged rows can only choose the next token of their refusal."""
         if self.refused is None or self.lets_all_pass:
             return scores
         rows = (self.since < _NEVER).nonzero()[:, 0]
@@ -257,7 +263,7 @@ class _GuardedCall(EnergyRecorder):
         return scores
 
     def rewrite(self, sequences: Tensor) -> Tensor:
-        """``sequences`` (R, S) with the refusal in place of what the refused rows have generated."""
+        """``sequences`` (R, S) in which the refusal replaces the generated tokens of refused rows."""
         flagged = self.decide().nonzero()[:, 0]
         if self.first_tokens == 0 or flagged.numel() == 0:
             return sequences
@@ -267,21 +273,21 @@ class _GuardedCall(EnergyRecorder):
         sequences = torch.nn.functional.pad(sequences, (0, max(missing, 0)), value=pad)
         sequences[flagged, self.start :] = pad
         sequences[flagged[:, None], self.start + torch.arange(len(ids))] = ids
-        # The longest row may be one that was taken back. Where the padding is an end of sequence, one of it belongs to the row.
+        # The longest row may have been a refused one. If the padding is an end of sequence, one of them belongs to the row.
         places = torch.arange(1, sequences.shape[1] - self.start + 1, device=sequences.device)
         said = (places * (sequences[:, self.start :] != pad)).amax() + int(pad in self.eos.tolist())
         return sequences[:, : self.start + max(int(said), len(ids))]
 
     @property
     def new_tokens(self) -> int:
-        """The most that the caller allowed, or what ``generate`` does of itself."""
+        """The most new tokens that the caller allows, or the default of ``generate``."""
         if self.config.max_new_tokens is not None:
             return self.config.max_new_tokens
         return DEFAULT_NEW_TOKENS if self.config.max_length is None else max(0, self.config.max_length - self.start)
 
 
 class _Forcing(LogitsProcessor):
-    """Has the last word on the logits of a call."""
+    """Runs after all other processors and forces the refusals of a call."""
 
     def __init__(self, call: _GuardedCall) -> None:
         self.call = call
@@ -291,7 +297,7 @@ class _Forcing(LogitsProcessor):
 
 
 def _prompt_ids(arguments: Mapping[str, Any], config: GenerationConfig) -> list[list[int]]:
-    """The prompts of a ``generate`` call without their padding; none when it starts from nothing."""
+    """The prompts of a ``generate`` call without padding; none when it starts from nothing."""
     ids, mask = given_ids(arguments), prompt_mask(arguments, config)
     if ids is None or mask is None:
         return []

@@ -1,6 +1,6 @@
-"""Which part of a prompt asks: the last turn of the user, up to where the assistant's turn begins.
+"""Finds the part of a prompt that asks: the user's last turn, up to where the assistant's turn begins.
 
-A prompt is known here as token ids, the only form in which ``generate`` sees it.
+Prompts are token ids, the only form in which ``generate`` sees them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from eua.data.rows import encode_prompt, format_prompt
 
 logger = logging.get_logger(__name__)
 
-# Messages that no template writes by itself.
+# Messages that no template contains.
 _FIRST, _REPLY, _SECOND, _SYSTEM = "Ann asks aloud", "Bob replies", "Cleo asks again", "Dora sets rules"
-_TEMPLATE_ERRORS = (TemplateError, TypeError, KeyError, ValueError)  # what templates raise at chats they are not made for
+_TEMPLATE_ERRORS = (TemplateError, TypeError, KeyError, ValueError)  # what templates raise for chats that they do not support
 
 Ids = tuple[int, ...]
 
@@ -31,15 +31,15 @@ Ids = tuple[int, ...]
 class Turns:
     """The token ids that a chat template, or the plain form of a question, puts around messages.
 
-    Spaces and newlines at an edge are kept apart, since they may share a token with what a message begins or ends with.
+    Spaces and newlines at an edge are kept separately, since they may share a token with the beginning or end of a message.
 
     Attributes:
-        opening: what stands before the first turn of the user (beginning of sequence, a system prompt of the template's own).
-        user_start: what begins a turn of the user's.
-        answer_start: what begins the assistant's turn, before any answer.
-        answer_lead, answer_tail: what a prompt for an answer has right before and after that: space, or the start of a thought.
-        tool_start: what stands behind ``user_start`` where the template writes the result of a tool as such a turn.
-        in_context: whether the turns before the last one, and a system prompt, count in what decides.
+        opening: what precedes the first turn of the user (beginning of sequence, the template's default system prompt).
+        user_start: the beginning of a turn of the user.
+        answer_start: the beginning of the assistant's turn, before any answer.
+        answer_lead, answer_tail: what a prompt for an answer has just before and after it: space, or the start of a thought.
+        tool_start: what follows ``user_start`` if the template writes the result of a tool as a turn of the user.
+        in_context: whether earlier turns and a system prompt count in the score.
     """
 
     opening: Ids
@@ -52,9 +52,10 @@ class Turns:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Turns | None:
-        """Read from what the tokenizer makes of a few chats, and tried out on them.
+        """Read the turns from how the tokenizer writes a few chats, and check them on these chats.
 
-        Where that fails, None, and a warning. A template that writes a system prompt into a turn of the user's is told, too.
+        If that fails, the result is None, and a warning is logged. A template that writes a system prompt into a turn of the
+        user causes a warning, too.
         """
         turns = None
         if tokenizer.is_fast:
@@ -77,22 +78,22 @@ class Turns:
 
     @classmethod
     def _read(cls, tokenizer: PreTrainedTokenizerBase) -> Turns | None:
-        """None where what was read does not find the turns of the chats that it was read from."""
+        """None if what was read does not find the turns of the chats that it was read from."""
         one, second = _Text(tokenizer, _chat(_FIRST)), _Text(tokenizer, _chat(_SECOND))
         two = _Text(tokenizer, _chat(_FIRST, _REPLY, _SECOND))
         replied = _Text(tokenizer, _chat(_FIRST, _REPLY), ask=False)
-        # What begins a turn of the user's: the same at the start of a chat and behind a reply, without the reply's end.
+        # The beginning of a user's turn: the same at the start of a chat and after a reply, without the end of the reply.
         common = os.path.commonprefix([one.between("", _FIRST)[::-1], two.between(_REPLY, _SECOND)[::-1]])
         user_start = tuple(common[::-1])
         end = replied.between(_REPLY, "")
         user_start = user_start[len(end) :] if user_start[: len(end)] == end else user_start
         while user_start and not tokenizer.decode(user_start[0]).strip():
             user_start = user_start[1:]
-        # What begins an answer: the same where one is asked for and where one stands.
+        # The beginning of an answer: the same in a prompt that asks for one and in a chat that has one.
         (lead, core), stands = two.asking(), two.between(_FIRST, _REPLY)
         length = max((n for n in range(len(core) + 1) if n == 0 or _find(stands, core[:n])), default=0)
         while length and not tokenizer.decode(core[length - 1]).strip():
-            length -= 1  # a newline at its end goes to the tail
+            length -= 1  # a newline at its end belongs to the tail
         first = _find(one.ids, user_start)
         if not (user_start and length and first):
             return None
@@ -113,23 +114,23 @@ class Turns:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any] | None) -> Turns | None:
-        """From the fields as JSON keeps them."""
+        """The turns from their JSON form."""
         if content is None:
             return None
         fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
         return cls(**fields)
 
     def for_prompts(self, prompts: Iterable[Sequence[int]]) -> Turns:
-        """These turns, with context where one of the prompts has some: what else is calibrated would not be what is scored."""
+        """These turns, with context if one of the prompts has some, so that what is calibrated is what is scored later."""
         with_context = replace(self, in_context=True)
         return with_context if any(len(with_context.scored_prompts(ids)) > 1 for ids in prompts) else self
 
     def scored_prompts(self, prompt: Sequence[int]) -> list[list[int]]:
-        """The prompts whose scores decide on ``prompt``: its last turn alone and, where context counts, also in its context.
+        """The prompts whose scores decide on ``prompt``: its last turn alone and, if context counts, also in its context.
 
-        What the assistant's turn already holds is cut off, calls of tools and their results included, so that no answer that a
-        caller wrote unlocks it; alone, the turn has no earlier turns or system prompt that might. A question as
-        :func:`eua.data.rows.encode_prompts` encodes it comes back as it is, and so does a prompt of another form.
+        Everything in the assistant's turn is cut off, including tool calls and their results, so that an answer written by the
+        caller cannot unlock the prompt; without earlier turns and system prompt, these cannot either. A question as
+        :func:`eua.data.rows.encode_prompts` encodes it is returned unchanged, and so is a prompt of another form.
         """
         ids, start = list(prompt), list(self.answer_start)
         users = [i for i in _find(ids, self.user_start) if not self._is_tool(ids, i)]
@@ -138,7 +139,7 @@ class Turns:
             return [ids]
         if answers:
             asked = [*ids[: answers[0]], *start, *self.answer_tail]
-        else:  # the caller has left it to the model to begin its turn
+        else:  # the model itself begins its turn
             asked = [*ids, *self.answer_lead, *start, *self.answer_tail]
         alone = [*self.opening, *asked[users[-1] :]] if users else asked
         return [asked, alone] if self.in_context and alone != asked else [alone]
@@ -154,7 +155,7 @@ def _chat(*texts: str) -> list[dict[str, Any]]:
 
 
 class _Text:
-    """A chat as the tokenizer's template writes it, and its tokens with their places in it."""
+    """A chat as the tokenizer's template writes it, and its tokens with their positions in the text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, Any]], *, ask: bool = True) -> None:
         last = chat[-1]["content"]
@@ -165,7 +166,7 @@ class _Text:
         else:
             silent = tokenizer.apply_chat_template(list(chat), tokenize=False)
             self.text = format_prompt(tokenizer, list(chat)) if ask else silent
-        # Where no header follows, the end of the user's turn is where the answer begins ([/INST]).
+        # If no header follows, the answer begins at the end of the user's turn ([/INST]).
         has_header = self.text != silent and self.text.startswith(silent)
         self.silent = len(silent) if has_header else self.text.rfind(last) + len(last)
         self.ids = encode_prompt(self.text, tokenizer)
@@ -173,13 +174,13 @@ class _Text:
         self.tokens = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
 
     def between(self, before: str, after: str) -> Ids:
-        """The tokens within what stands between two texts (or the edge), without space before the second."""
+        """The tokens between two texts (or the edge), without space before the second one."""
         start = self._place(before) + len(before)
         stop = self._place(after) if after else len(self.text)
         return self._within(start, len(self.text[:stop].rstrip()))
 
     def asking(self) -> tuple[Ids, Ids]:
-        """What asks for an answer at the end: the space that it begins with, and the rest."""
+        """What asks for an answer at the end of the text: the space at its beginning, and the rest."""
         core = len(self.text) - len(self.text[self.silent :].lstrip())
         return self._within(self.silent, core), self._within(core, len(self.text))
 
@@ -194,7 +195,7 @@ class _Text:
 
 
 def _find(ids: Sequence[int], part: Sequence[int]) -> list[int]:
-    """Where ``part`` begins in ``ids``."""
+    """The positions in ``ids`` at which ``part`` begins."""
     if not part:
         return []
     wanted = list(part)

@@ -34,18 +34,18 @@ def d2_loss(
 ) -> D2Loss:
     """``γ·(mean_retain relu(E − m_in)² + mean_forget relu(m_out − E)²) + α·mean_retain NLL``.
 
-    Means are over counted tokens. A token whose boundary is already met gets a gradient of exactly zero.
+    Means are over counted tokens. A token whose energy is beyond its boundary gets a gradient of exactly zero from that part.
 
     Args:
         energy: per token, in nats, from :func:`fused_energy.linear_energy`.
-        nll: what keeps the retained tokens, in nats: their NLL as released, or in its place :func:`reference_kl`.
-        boundary: m_in at retain tokens and m_out at forget tokens, or the two as constants.
+        nll: the loss of the retained tokens, in nats: their NLL, as in the released code, or :func:`reference_kl`.
+        boundary: m_in at retain tokens and m_out at forget tokens, or both as constants.
         forget: True at tokens to forget, False at tokens to retain; broadcast against ``energy``.
-        counted: True at tokens that an answer consists of; others contribute nothing.
+        counted: True at the tokens of answers; other tokens contribute nothing.
         gamma: weight of the two energy parts.
         alpha: weight of the retained tokens' NLL.
-        forget_count, retain_count: divisors of the means, in place of the tokens counted here. With the counts of a whole
-            accumulation window, the losses of its parts add up to that of one large batch.
+        forget_count, retain_count: divisors of the means, instead of the number of tokens here. With the counts of a full
+            gradient accumulation step, the losses of its batches add up to the loss of one large batch.
 
     Returns:
         :class:`D2Loss`. A part without tokens is 0.
@@ -75,10 +75,10 @@ def reference_kl(
 ) -> Tensor:
     """``KL(p_ref ‖ p) = Σ_v p_ref(v)·(log p_ref(v) − log p(v))`` of each token, (N,), in nats, at T = 1.
 
-    In place of the retained tokens' NLL it keeps all of what the reference would say there, not the answer alone. It is 0
-    where the model says the same, and its gradient in the logits is ``p − p_ref``.
+    Used instead of the retained tokens' NLL, it keeps the full distribution of the reference and not only the answer. It is 0
+    if the model predicts the same, and its gradient with respect to the logits is ``p − p_ref``.
 
-    Logits are made for ``tile`` tokens at a time, (tile, V), and made again in the backward pass; only hidden states are kept.
+    Logits are computed for ``tile`` tokens at a time, (tile, V), and again in the backward pass; only hidden states are kept.
     The reference gets no gradient.
     """
 
@@ -92,16 +92,16 @@ def reference_kl(
 
 
 def scheduled_gamma(gamma: float, schedule: str, warmup_ratio: float, step: int, steps: int) -> float:
-    """γ of one step: it rises from 0 over the first steps, then stays, or falls towards 0 until the last.
+    """γ of one step: it rises from 0 during warmup, then stays constant or decays towards 0 until the last step.
 
-    A function of the step alone, so a resumed run goes on with it.
+    It depends only on the step, so a resumed run continues the schedule.
 
     Args:
         gamma: the peak.
-        schedule: what follows the rise: ``"constant"``, or a fall that is ``"linear"`` or half a ``"cosine"``.
-        warmup_ratio: the share of the steps over which γ rises, in [0, 1).
-        step: steps made before this one.
-        steps: of the whole run.
+        schedule: what follows the warmup: ``"constant"``, or ``"linear"`` or ``"cosine"`` decay.
+        warmup_ratio: the fraction of the steps over which γ rises, in [0, 1).
+        step: number of steps before this one.
+        steps: number of steps in the full run.
     """
     done = step / steps
     if done < warmup_ratio:
@@ -110,8 +110,8 @@ def scheduled_gamma(gamma: float, schedule: str, warmup_ratio: float, step: int,
     return gamma * {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[schedule]
 
 
-_OF_FORGET = ("loss_forget", "energy_forget", "met_forget")
-_OF_RETAIN = ("loss_retain", "energy_retain", "met_retain", "nll_retain", "kl_retain")
+_OF_FORGET = ("loss_forget", "energy_forget", "beyond_boundary_forget")
+_OF_RETAIN = ("loss_retain", "energy_retain", "beyond_boundary_retain", "nll_retain", "kl_retain")
 
 
 def loss_sums(
@@ -120,11 +120,11 @@ def loss_sums(
     boundary: Tensor,  # (...,)
     forget: Tensor,  # (...,) bool, counted tokens to forget
     retain: Tensor,  # (...,) bool, counted tokens to retain
-    kl: Tensor | None = None,  # (...,) from reference_kl, where the loss has it
+    kl: Tensor | None = None,  # (...,) from reference_kl, if the loss uses it
 ) -> Tensor:
-    """Counts of tokens and sums over them, (9,) or with ``kl`` (10,), to add up over batches and give to :func:`loss_means`."""
+    """Counts of tokens and sums over them, (9,) or with ``kl`` (10,), to add up over batches and pass to :func:`loss_means`."""
     gap_out, gap_in = (boundary - energy).relu(), (energy - boundary).relu()
-    # Masked sums rather than indexing, which would make a GPU wait for each of them.
+    # Masked sums instead of indexing, which would synchronize a GPU each time.
     sums = [
         *(mask.sum() for mask in (forget, retain)),
         *(x.where(forget, 0.0).sum() for x in (gap_out.square(), energy, (gap_out == 0).float())),
@@ -135,9 +135,9 @@ def loss_sums(
 
 
 def loss_means(sums: Tensor) -> dict[str, float]:
-    """Token-weighted means of what :func:`loss_sums` added up: the parts of the loss before their weights, mean energies
-    in nats (``energy_``), and the share of tokens beyond their boundary (``met_``). A part without tokens is 0."""
+    """Means over tokens from the sums of :func:`loss_sums`: the unweighted parts of the loss, mean energies in nats
+    (``energy_``), and the share of tokens beyond their boundary (``beyond_boundary_``). A part without tokens is 0."""
     forget, retain, *totals = sums.tolist()
     counts = [forget] * len(_OF_FORGET) + [retain] * len(_OF_RETAIN)
-    # Without KL there is one total less than there are names.
+    # Without KL there is one total fewer than names.
     return {name: x / max(n, 1) for name, x, n in zip(_OF_FORGET + _OF_RETAIN, totals, counts, strict=False)}

@@ -1,4 +1,4 @@
-"""Energies of a generation as it runs: at the prompt's last token, and of the tokens that are generated."""
+"""Records energies during generation: at the prompt's last token, and of the generated tokens."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from eua.model.head import output_head, output_module
 
 
 def end_ids(eos: int | list[int] | Tensor | None) -> list[int]:
-    """What a config calls ``eos_token_id``, as the ids that end a row."""
+    """The token ids that end a row, from a config's ``eos_token_id``."""
     return [] if eos is None else torch.as_tensor(eos).flatten().tolist()
 
 
 class EnergyRecorder(LogitsProcessor):
-    """Reads what the head reads at each step of one ``generate`` call, so before any penalty, temperature or other processor.
+    """Records the energy at each step of one ``generate`` call, from the head's input, so before any penalty or temperature.
 
-    It comes before the caller's own processors, which may run the model themselves: what the head read last is the step's.
+    It must be the first processor: the caller's own processors may run the model themselves, and the head's last input must be
+    that of the step.
 
     Args:
         model: the model that generates.
         temperature: T of the energy.
         first_tokens: how many generated tokens are recorded after the prompt's last one.
-        eos: token ids that end a row; what comes after one does not count.
+        eos: token ids that end a row; tokens after one do not count.
         drafted: whether answers are drafted and then checked several tokens at a time (assisted decoding). The processor is
-            then called for drafts too, and a forward's first position is the one to read.
+            then called for drafts, too, and the first position of a forward is the one to read.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class EnergyRecorder(LogitsProcessor):
     ) -> None:
         self.model, self.temperature, self.first_tokens, self.drafted = model, temperature, first_tokens, drafted
         self.eos = torch.tensor(list(eos))
-        self.energies: list[Tensor] = []  # (R,) on the CPU, of each step
+        self.energies: list[Tensor] = []  # (R,) on the CPU, one per step
         self.start = 0  # tokens of the prompt, padding included
         self._thread = threading.get_ident()
         self._last_hidden: Tensor | None = None
@@ -58,10 +59,10 @@ class EnergyRecorder(LogitsProcessor):
             self._last_hidden = None
 
     def _capture(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        if self.is_complete or threading.get_ident() != self._thread:  # other threads may use the model, too
+        if self.is_complete or threading.get_ident() != self._thread:  # another thread may use the model
             return
         if self._last_hidden is None or not self.drafted:
-            # Cloned, since a view would keep the hidden states of all positions.
+            # A clone: a view would keep the hidden states of all positions alive.
             self._last_hidden = arguments[0][:, 0 if self.drafted else -1].detach().clone()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -82,23 +83,23 @@ class EnergyRecorder(LogitsProcessor):
         self._last_hidden = None
         ended = has_ended(input_ids[:, self.start :], self.eos)
         check_finite(energy[~ended], "the energies of the prompts")
-        self.energies.append(energy.where(~ended, torch.nan))  # a row that has ended says nothing more
+        self.energies.append(energy.where(~ended, torch.nan))  # a row that has ended has no more energies
 
     def scores(self) -> Tensor:
-        """The mean energy of what was recorded of each row, (R,)."""
+        """The mean recorded energy of each row, (R,)."""
         return torch.stack(self.energies).nanmean(dim=0)
 
 
 class EnergyProbe(LogitsProcessor):
-    """Follows one ``generate`` call and keeps each row's highest mean energy of ``window`` successive tokens so far.
+    """Follows one ``generate`` call and keeps the highest mean energy of ``window`` successive tokens of each row so far.
 
-    It reads the logits that the head made, so it costs no second product with the head.
+    It reads the logits that the head computed, so it needs no second product with the head.
 
     Args:
         model: the model that generates.
         temperature: T of the energy.
-        window: how many tokens the mean is over. Before there are as many, a row has no mean.
-        eos: token ids that end a row; what comes after one does not count.
+        window: the number of tokens in the mean. A row with fewer tokens has no mean.
+        eos: token ids that end a row; tokens after one do not count.
     """
 
     def __init__(self, model: PreTrainedModel, temperature: float, window: int, eos: Sequence[int]) -> None:
@@ -142,10 +143,10 @@ class EnergyProbe(LogitsProcessor):
         return scores
 
     def scores(self) -> Tensor:
-        """The highest mean of each row so far, (R,); −∞ where there is none yet."""
+        """The highest mean of each row so far, (R,); −∞ if there is none yet."""
         return self._highest
 
 
 def has_ended(generated: Tensor, eos: Tensor) -> Tensor:
-    """Which rows of what was generated so far, (R, S), hold an end of sequence: (R,) on the CPU."""
+    """Which rows of the generated tokens (R, S) contain an end of sequence: (R,) on the CPU."""
     return torch.isin(generated.cpu(), eos).any(dim=1)

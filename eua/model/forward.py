@@ -1,4 +1,4 @@
-"""A model → what its head reads, and per-token energies of rows.
+"""Runs a model and returns the hidden states that its head reads, and the energies of rows' tokens.
 
 Hidden states are taken where the head takes them: a hook on the output embedding captures its input and lets only one
 position of one row through, so no logits of a whole batch exist. That works for any architecture and through wrappers
@@ -27,10 +27,10 @@ _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """What the head reads at every position: ``input_ids`` (B, S) → (B, S, H).
+    """The hidden states that the head reads at every position: ``input_ids`` (B, S) → (B, S, H).
 
     ``batch`` holds ``attention_mask`` (B, S) where rows are padded, or ``position_ids`` where they follow one another in one
-    row, see :mod:`eua.data.batches`; whatever else is in it is left aside.
+    row, see :mod:`eua.data.batches`; other entries are ignored.
 
     Raises:
         EUAError: when the head was not called with one hidden state per token.
@@ -50,7 +50,7 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     try:
         output = run()
         if not captured:
-            # torch.compile does not look for new hooks in a graph that it made before.
+            # torch.compile does not see new hooks in a graph that it has compiled before.
             with torch.compiler.set_stance("force_eager"):
                 output = run()
     finally:
@@ -65,10 +65,10 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """Compare the head as understood here with the model's own logits on a few tokens.
+    """Compare the head, as this library computes it, with the model's own logits on a few tokens.
 
-    The hidden states of the tokens are stretched until logits are as large as those of a trained model and beyond, where
-    a softcap or a scale that is not in the config shows, however flat the logits of a fresh model are.
+    The hidden states are scaled up until the logits are as large as those of a trained model and larger. A softcap or a scale
+    that is not in the config then shows, even if the logits of an untrained model are flat.
 
     Raises:
         EUAError: when they differ by more than the dtype explains, or when a hidden state is NaN or infinite.
@@ -80,7 +80,7 @@ def check_head(model: nn.Module) -> None:
     training = model.training
     model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):  # leaves no compiled graph behind that knows no hook
+        with torch.compiler.set_stance("force_eager"):  # so that no compiled graph without the hook is left behind
             hidden = hidden_states(model, batch)
             check_finite(hidden, "the model's hidden states on a probe of 8 tokens")
             unscaled = replace(head, bias=None, logit_scale=1.0, softcap=None)
@@ -97,7 +97,7 @@ def check_head(model: nn.Module) -> None:
     ours = head.logits(hidden)
     if ours.shape != theirs.shape:
         raise EUAError(
-            f"{name} has a head of {head.vocabulary} rows and gives logits of shape {tuple(theirs.shape)} for a row of "
+            f"{name} has a head of {head.vocabulary} rows and returns logits of shape {tuple(theirs.shape)} for a row of "
             f"{ids.shape[1]} tokens, so its energies would be over another vocabulary: this architecture is not supported."
         )
     tolerance = max(2 * torch.finfo(hidden.dtype).eps, 1e-4)
@@ -111,7 +111,7 @@ def check_head(model: nn.Module) -> None:
 
 
 def check_finite(values: Tensor, what: str) -> None:
-    """Raise :class:`EUAError` when ``values`` hold a NaN or an infinity."""
+    """Raise :class:`EUAError` if ``values`` contain NaN or infinity."""
     bad = int((~torch.isfinite(values)).sum())
     if bad:
         raise EUAError(
@@ -131,7 +131,7 @@ def token_energies(model: nn.Module, batch: dict[str, Tensor], temperature: floa
 
 
 def answer_states(hidden: Tensor, rows: Sequence[EncodedRow]) -> Tensor:
-    """The hidden states that predict the answers' tokens, of all rows in turn: (B, S, H) → (Σ answer lengths, H).
+    """The hidden states that predict the tokens of the answers, row after row: (B, S, H) → (Σ answer lengths, H).
 
     The token at position p is predicted at p − 1, so an answer's states start at the prompt's last token.
     """
@@ -146,8 +146,8 @@ def eval_hidden_states(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Hidden states of rows in eval mode, as pairs of row indices and (B, S, H), longest rows first.
 
-    Rows of like length share a batch, so little padding is computed; the longest come first, so memory that does not
-    suffice fails at once.
+    Rows of similar length share a batch, so that little padding is computed; the longest rows come first, so that a lack of
+    memory shows at once.
     """
     if check:
         check_head(model)
@@ -167,7 +167,7 @@ def eval_hidden_states(
 
 
 def check_token_ids(model: nn.Module, rows: Iterable[Sequence[int]]) -> None:
-    """Raise :class:`EUAError` when a token id of ``rows`` is beyond the model's vocabulary."""
+    """Raise :class:`EUAError` if a token id in ``rows`` is outside the model's vocabulary."""
     vocabulary, _ = vocabulary_and_device(model)
     largest = max((max(ids) for ids in rows if ids), default=0)
     if largest >= vocabulary:

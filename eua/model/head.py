@@ -1,10 +1,10 @@
-"""The output head of a model: its tensors, its energies, and where it sits.
+"""The output head of a model: finds its tensors, and computes energies with them.
 
-What a model does to its logits after the head is read from its config; :func:`eua.model.forward.check_head` compares it with
-the model's own logits, and a model that does anything else is rejected.
+What a model does to its logits after the head is read from its config; :func:`eua.model.forward.check_head` compares the result
+with the model's own logits, and rejects a model that does anything else.
 
-The vocabulary is that of the model's logits: rows of the head beyond the tokenizer's length (a padded vocabulary) count,
-as they do in the model's own softmax and in what it generates.
+The vocabulary is that of the model's logits: rows of the head beyond the tokenizer's length (a padded vocabulary) count, as
+they do in the model's own softmax.
 """
 
 from __future__ import annotations
@@ -27,12 +27,17 @@ from fused_energy import EnergyNLL, linear_energy, tail_energy
 Side = Literal["top", "bottom"]
 Fill = Literal["zero", "none"]
 
-# How configs name what happens to the logits after the head. The same name may mean something else in another
-# architecture, so that nothing here is taken on trust: check_head compares with the model.
+# The names under which configs state what happens to the logits after the head. A name may mean something else in another
+# architecture, so check_head compares the result with the model.
 _DIVISORS = ("logits_scaling",)  # Granite
 _FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon-H1
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
-_HEAD_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # float8 weights have scales beside them
+_HEAD_DTYPES = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)  # float8 weights need scales that are stored separately
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,8 @@ class Head:
     bias: Tensor | None  # (V,)
     logit_scale: float = 1.0
     softcap: float | None = None
-    module: nn.Module | None = None  # around whose call ZeRO-3 gathers weight and bias; None: they are whole
-    is_gathered: bool = False  # from FSDP2, which casts weights to the dtype it computes in as it gathers them
+    module: nn.Module | None = None  # during whose call ZeRO-3 gathers weight and bias; None: they are whole
+    is_gathered: bool = False  # by FSDP2, which casts weights to its compute dtype when it gathers them
 
     @property
     def vocabulary(self) -> int:
@@ -67,7 +72,7 @@ class Head:
         return self._with_weight(tail, hidden)
 
     def energy_of_output(self, output: Tensor, temperature: float) -> Tensor:
-        """What the head's module returned, ``h Wᵀ + b`` (..., V) → (...,) float32; for a few positions, as :meth:`logits`."""
+        """The output of the head's module, ``h Wᵀ + b`` (..., V) → (...,) float32; for a few positions, as :meth:`logits`."""
         z = output.float()
         if self.logit_scale != 1.0:
             z = self.logit_scale * z
@@ -78,18 +83,18 @@ class Head:
         return -temperature * torch.logsumexp(z, dim=-1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., H) → (..., V), float32; for a few positions, since nothing bounds its size."""
+        """(..., H) → (..., V), float32; for a few positions, since its size is not bounded."""
         return self._with_weight(_logits, hidden)
 
     def _with_weight(self, function: Callable[..., Any], hidden: Tensor) -> Any:
-        """``function(hidden, weight, bias=, logit_scale=, softcap=)``, run as the head module's forward where that matters."""
+        """``function(hidden, weight, bias=, logit_scale=, softcap=)``, run as the head module's forward if it must be."""
 
         def run(hidden: Tensor) -> Any:
             weight, bias = self.weight, self.bias
             if self.is_gathered:
                 weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
             if bias is not None and self.logit_scale != 1.0:
-                bias = self.logit_scale * bias  # models scale what the head returns, its bias included
+                bias = self.logit_scale * bias  # models scale the output of the head, which includes the bias
             return function(hidden, weight, bias=bias, logit_scale=self.logit_scale, softcap=self.softcap)
 
         if self.module is None:
@@ -111,7 +116,7 @@ def output_module(model: nn.Module) -> nn.Module:
     """The module that turns hidden states into logits.
 
     Raises:
-        EUAError: when the model has none, or one that is more than a matrix and a bias.
+        EUAError: when the model has no head, or one that is more than a matrix and a bias.
     """
     model = unwrap(model)
     module = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
@@ -158,7 +163,7 @@ def output_head(model: nn.Module) -> Head:
 
 
 def vocabulary_and_device(model: nn.Module) -> tuple[int, torch.device]:
-    """How many rows the head has, and where the model's inputs go; gathers nothing."""
+    """The number of rows of the head, and the device of the model's inputs; gathers nothing."""
     weight = cast(Tensor, output_module(model).weight)
     return shape_of(weight)[0], weight.device
 

@@ -1,7 +1,9 @@
-"""A model and its tokenizer by name, for the command line."""
+"""Loads a model and its tokenizer by name."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,18 +12,36 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eua.errors import EUAError
 
 
-def load_model(name: str, dtype: str = "auto", *, place: bool = True) -> tuple[Any, Any]:
+def load_model(name: str, dtype: Any = "auto", *, place: bool = True) -> tuple[Any, Any]:
     """Model and tokenizer of a folder or hub name, in eval mode, with ``place`` on the fastest device there is.
+
+    The tokenizer is loaded first: it is small, and a name that is wrong fails at once.
 
     Raises:
         EUAError: when nothing of that name can be loaded as a causal language model.
     """
-    try:
+    tokenizer = load_tokenizer(name)
+    with _explained(name):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise EUAError(f"{name!r} cannot be loaded as a causal language model ({reason}): check the path or name.") from error
     if place and torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a folder or hub name.
+
+    Raises:
+        EUAError: when there is none.
+    """
+    with _explained(name):
+        return AutoTokenizer.from_pretrained(name)
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise EUAError(f"{name!r} cannot be loaded as a causal language model ({reason}): check the path or name.") from error

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible chat endpoint with the guard on: requests → queue → one thread that owns the model → answers."""
+"""An OpenAI-compatible chat endpoint with the guard: requests → queue → one thread that owns the model → answers."""

@@ -1,4 +1,4 @@
-"""The web side: OpenAI's chat endpoint, health, models and metrics. Prompts and answers are never logged."""
+"""The HTTP endpoints: OpenAI's chat endpoint, health, models and metrics. Prompts and answers are never logged."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-CLIENT_GONE = 499  # nginx's number for a client that hung up; it is counted, and nobody is there to read it
-LINGER = 16  # how many times the largest body is still read, so that a client that sends too much gets to see the error
+CLIENT_GONE = 499  # nginx's status for a client that disconnected; it only appears in the metrics
+READ_LIMIT_FACTOR = 16  # the server reads up to 16 times the largest body, so that a client that sends too much sees the error
 
 
 def create_app(engine: Engine, name: str, *, timeout: float = 120.0, max_body_bytes: int = 2**20) -> Starlette:
     """The ASGI application.
 
     Args:
-        engine: answers; it is not closed with the app.
-        name: what the model is called.
-        timeout: seconds from a request's arrival until its answer has to be complete.
-        max_body_bytes: of a request.
+        engine: generates the answers; the app does not close it.
+        name: the name of the model.
+        timeout: seconds from a request's arrival until its answer must be complete.
+        max_body_bytes: largest body of a request.
     """
     service = _Service(engine, name, timeout, max_body_bytes)
     routes = [
@@ -69,7 +69,7 @@ class _Service:
         return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
 
     async def chat(self, request: Request) -> Response:
-        """Every error becomes a response here: what a web server logs of an exception may quote a prompt."""
+        """Turn every error into a response: a web server would log the exception, which may quote a prompt."""
         try:
             response = await self._chat(request)
         except ClientDisconnect:
@@ -79,10 +79,8 @@ class _Service:
             response = _error_response(error if isinstance(error, RequestError) else RequestError(str(error)))
         except Exception as error:
             frames = "".join(traceback.format_tb(error.__traceback__))
-            logger.error(
-                "A request failed with %s (its text is left out: it may quote a prompt)\n%s", type(error).__name__, frames
-            )
-            response = _error_response(RequestError("The server failed on this request: look into its log.", 500))
+            logger.error("A request failed with %s (message omitted: it may quote a prompt)\n%s", type(error).__name__, frames)
+            response = _error_response(RequestError("The server failed on this request: see its log.", 500))
         self.metrics.requests.labels(response.status_code).inc()
         return response
 
@@ -94,28 +92,28 @@ class _Service:
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def tell(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there to be told
+        def emit(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for events any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        job = Job(prompt_ids, max_tokens, asked.sampling, asked.stop, asked.stream, tell)
+        job = Job(prompt_ids, max_tokens, asked.sampling, asked.stop, asked.stream, emit)
         self.engine.submit(job)
-        told = self._told(job, events, arrival)
+        emitted = self._emitted(job, events, arrival)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
         streaming = False
         try:
-            if asked.stream:  # an error that comes before any text can still be told by the status
-                first: Piece | Finish = await _unless_gone(request, anext(told))
+            if asked.stream:  # an error that precedes all text can still be sent as an HTTP status
+                first: Piece | Finish = await _unless_gone(request, anext(emitted))
                 streaming = True
-                return _JobStream(self, job, self._chunks(asked, head, job, first, told))
-            text, finish = await _unless_gone(request, _gathered(told))
+                return _JobStream(self, job, self._chunks(asked, head, job, first, emitted))
+            text, finish = await _unless_gone(request, _gathered(emitted))
             return JSONResponse(completion(head, text, finish, len(prompt_ids)))
         finally:
             if not streaming:
                 self.engine.cancel(job)
 
     async def _body(self, request: Request, arrival: float) -> bytes:
-        """Raise :class:`RequestError` when the body is too large (413) or too slow (408)."""
+        """Raise :class:`RequestError` if the body is too large (413) or too slow (408)."""
         body, size = bytearray(), 0
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + self.timeout):
@@ -123,16 +121,16 @@ class _Service:
                     size += len(part)
                     if size <= self.max_body_bytes:
                         body += part
-                    elif size > LINGER * self.max_body_bytes:
+                    elif size > READ_LIMIT_FACTOR * self.max_body_bytes:
                         break
         except TimeoutError:
             raise RequestError(f"The body did not arrive within {self.timeout:g} s: send it faster.", 408) from None
         if size > self.max_body_bytes:
-            raise RequestError(f"The body is larger than the {self.max_body_bytes} bytes that are taken here: shorten it.", 413)
+            raise RequestError(f"The body is larger than this server's limit of {self.max_body_bytes} bytes: shorten it.", 413)
         return bytes(body)
 
     async def _in_time(self, work: Awaitable[T], arrival: float) -> T:
-        """The result of ``work``, or :class:`RequestError` (504) once the request's time is over."""
+        """The result of ``work``, or :class:`RequestError` (504) if the request times out."""
         try:
             return await asyncio.wait_for(work, arrival + self.timeout - time.monotonic())
         except TimeoutError:
@@ -140,47 +138,47 @@ class _Service:
                 f"The answer was not complete within {self.timeout:g} s: ask for fewer tokens, or try again later.", 504
             ) from None
 
-    async def _told(self, job: Job, events: asyncio.Queue[Event], arrival: float) -> AsyncIterator[Piece | Finish]:
-        """What the engine tells of a job, up to its :class:`Finish`.
+    async def _emitted(self, job: Job, events: asyncio.Queue[Event], arrival: float) -> AsyncIterator[Piece | Finish]:
+        """What the engine emits for a job, up to its :class:`Finish`.
 
         Raises:
-            RequestError: 504 when the time is over, else the status of the engine's :class:`Failure`.
+            RequestError: 504 on a timeout, otherwise the status of the engine's :class:`Failure`.
         """
         is_first = True
         while True:
-            said = await self._in_time(events.get(), arrival)
-            if isinstance(said, Failure):
-                raise RequestError(said.text, said.status)
+            item = await self._in_time(events.get(), arrival)
+            if isinstance(item, Failure):
+                raise RequestError(item.text, item.status)
             seconds = time.monotonic() - arrival
             if is_first:
                 self.metrics.first_seconds.observe(seconds)
                 is_first = False
-            if isinstance(said, Finish):
+            if isinstance(item, Finish):
                 self.metrics.seconds.observe(seconds)
-                self.metrics.refusals.inc(said.reason == "content_filter")
+                self.metrics.refusals.inc(item.reason == "content_filter")
                 self.metrics.tokens.labels("prompt").inc(len(job.prompt_ids))
-                self.metrics.tokens.labels("completion").inc(said.completion_tokens)
-            yield said
+                self.metrics.tokens.labels("completion").inc(item.completion_tokens)
+            yield item
 
     async def _chunks(
-        self, asked: ChatRequest, head: dict[str, Any], job: Job, said: Piece | Finish, told: AsyncIterator[Piece | Finish]
+        self, asked: ChatRequest, head: dict[str, Any], job: Job, item: Piece | Finish, emitted: AsyncIterator[Piece | Finish]
     ) -> AsyncIterator[bytes]:
-        """The events of a streamed answer; what fails on the way is told by a last one."""
+        """The events of a streamed answer; an error during generation becomes the last event before ``[DONE]``."""
         yield event(chunk(head, {"role": "assistant", "content": ""}))
         try:
-            while isinstance(said, Piece):
-                yield event(chunk(head, {"content": said.text}))
-                said = await anext(told)
-            yield event(chunk(head, {}, said.reason))
+            while isinstance(item, Piece):
+                yield event(chunk(head, {"content": item.text}))
+                item = await anext(emitted)
+            yield event(chunk(head, {}, item.reason))
             if asked.include_usage:
-                yield event({**chunk(head, {}), "choices": [], "usage": usage(len(job.prompt_ids), said)})
+                yield event({**chunk(head, {}), "choices": [], "usage": usage(len(job.prompt_ids), item)})
         except RequestError as error:
             yield event(error.body())
         yield event("[DONE]")
 
 
 class _JobStream(StreamingResponse):
-    """A stream that frees its job's place however it ends."""
+    """A stream that frees its job's place in the engine however it ends."""
 
     def __init__(self, service: _Service, job: Job, chunks: AsyncIterator[bytes]) -> None:
         super().__init__(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -199,16 +197,16 @@ class _JobStream(StreamingResponse):
             self.service.metrics.cancelled.inc(not self.is_whole)
 
 
-async def _gathered(told: AsyncIterator[Piece | Finish]) -> tuple[str, Finish]:
-    """The whole text, and how it ended."""
+async def _gathered(emitted: AsyncIterator[Piece | Finish]) -> tuple[str, Finish]:
+    """The full text, and how it ended."""
     pieces = []
-    while isinstance(said := await anext(told), Piece):
-        pieces.append(said.text)
-    return "".join(pieces), said
+    while isinstance(item := await anext(emitted), Piece):
+        pieces.append(item.text)
+    return "".join(pieces), item
 
 
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The result of ``work``, or :class:`ClientDisconnect` as soon as the client hangs up."""
+    """The result of ``work``, or :class:`ClientDisconnect` as soon as the client disconnects."""
     working, watching = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
@@ -228,13 +226,11 @@ async def _gone(request: Request) -> None:
 def _error_response(error: RequestError) -> Response:
     headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
     if error.status in (408, 413):
-        headers["Connection"] = "close"  # the rest of the body would be taken for the next request
+        headers["Connection"] = "close"  # the rest of the body would be read as the next request
     return JSONResponse(error.body(), error.status, headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
-    text = (
-        "Nothing is served under this address and method: use POST /v1/chat/completions, GET /v1/models, /health or /metrics."
-    )
+    text = "There is no endpoint with this path and method: use POST /v1/chat/completions, GET /v1/models, /health or /metrics."
     return _error_response(RequestError(text, status))

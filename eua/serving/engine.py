@@ -1,4 +1,4 @@
-"""One thread owns the model: it takes requests from a bounded queue and answers those that wait together as one batch."""
+"""The engine: one thread owns the model, takes requests from a bounded queue and answers waiting requests in batches."""
 
 from __future__ import annotations
 
@@ -29,21 +29,20 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Answers jobs with ``model.generate``, guard on.
+    """Answers jobs with ``model.generate`` and the guard.
 
-    A batch is one left-padded ``generate`` call, as anyone might make it without a server. With ``max_batch`` 1 every greedy
-    answer is therefore, token for token, that of the prompt's own ``generate`` call. In larger batches the floating-point
-    sums are formed in another order, so where two tokens are all but tied (or an energy lies all but on the threshold)
-    rounding may decide otherwise.
+    A batch is one ordinary left-padded ``generate`` call. With ``max_batch`` 1, every greedy answer therefore equals that of a
+    separate ``generate`` call for its prompt, token for token. Larger batches sum floating-point numbers in another order: if
+    two tokens are nearly tied (or an energy is very close to the threshold), rounding may change the result.
 
     Args:
-        model: in eval mode; nobody else may use it while the engine runs.
+        model: in eval mode; nothing else may use it while the engine runs.
         tokenizer: its tokenizer.
-        guard: None answers everything. It has to be of this model and this tokenizer.
-        max_batch: rows of one ``generate`` call.
-        queue: jobs that may wait; more are turned away.
-        max_prompt_tokens: of one prompt; None leaves it to the model's positions.
-        max_tokens: the longest answer, and the length of one for which no length is asked.
+        guard: a guard calibrated for this model and this tokenizer; None answers everything.
+        max_batch: largest number of rows in one ``generate`` call.
+        queue: number of jobs that may wait; more are rejected.
+        max_prompt_tokens: limit for one prompt; with None, only the model's positions limit it.
+        max_tokens: limit for one answer, and the default if a request sets no limit.
     """
 
     def __init__(
@@ -59,17 +58,17 @@ class Engine:
     ) -> None:
         if guard is not None and guard.first_tokens:
             raise EUAError(
-                f"The guard waits for the first {guard.first_tokens} generated tokens, which a stream would have shown by "
-                "then: calibrate one with first_tokens = 0 for serving."
+                f"The guard reads the first {guard.first_tokens} generated tokens, which a stream would have sent by then: "
+                "calibrate a guard with first_tokens = 0 for serving."
             )
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.queue, self.max_tokens = max_batch, queue, max_tokens
         self.positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_prompt_tokens = max_prompt_tokens
-        self.draining = False  # set it to turn new jobs away while those accepted are finished
+        self.draining = False  # set it to reject new jobs while accepted ones are finished
         self._eos = end_ids(model.generation_config.eos_token_id) or end_ids(tokenizer.eos_token_id)
         self._pad = next((token for token in (tokenizer.pad_token_id, *self._eos) if token is not None), 0)  # masked anyway
-        self._encoding = threading.Lock()  # it may change a tokenizer's padding; decoding does not
+        self._encoding = threading.Lock()  # encoding may change a tokenizer's padding; decoding does not
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._changed = threading.Condition()
@@ -94,16 +93,16 @@ class Engine:
         return self._thread.is_alive()
 
     def encode(self, messages: Sequence[dict[str, str]], max_tokens: int | None) -> tuple[list[int], int]:
-        """Token ids of the prompt of a chat that ends with the user's message, and how long its answer may become.
+        """Token ids of the prompt of a chat that ends with the user's message, and the limit for its answer.
 
         Raises:
-            EUAError: a chat that the tokenizer's template does not take, or one that is too long.
+            EUAError: if the tokenizer's template rejects the chat, or if it is too long.
         """
         chat = self.tokenizer.chat_template is not None
         if not chat and len(messages) > 1:
             raise RequestError(
-                "The request holds several messages, but the model's tokenizer has no chat template to put them together: "
-                "send a single message of the user's.",
+                "The request holds several messages, but the model's tokenizer has no chat template to combine them: "
+                "send a single user message.",
                 field="messages",
             )
         row = {"prompt": messages} if chat else messages[0]["content"]
@@ -112,7 +111,7 @@ class Engine:
                 (ids,) = encode_prompts([row], self.tokenizer)
         except EUAError:
             raise
-        except Exception as error:  # a template may raise anything, and so do tokenizers at half a surrogate pair
+        except Exception as error:  # a template may raise anything, and tokenizers fail at half a surrogate pair
             raise RequestError(
                 f"The messages cannot be turned into a prompt for this model ({type(error).__name__}): check the order of "
                 "roles, and that the text is valid Unicode.",
@@ -122,19 +121,19 @@ class Engine:
         return ids, self._answer_length(len(ids), max_tokens)
 
     def _answer_length(self, prompt: int, asked: int | None) -> int:
-        """Raise :class:`RequestError` when prompt or answer would be too long."""
+        """Raise :class:`RequestError` if prompt or answer would be too long."""
         room = self.max_tokens if self.positions is None else self.positions - prompt
         if room < 1 or (self.max_prompt_tokens is not None and prompt > self.max_prompt_tokens):
             most = min(n for n in (self.max_prompt_tokens, self.positions and self.positions - 1) if n is not None)
             raise RequestError(
-                f"The prompt has {prompt} tokens, more than the {most} that are taken here: shorten it.",
+                f"The prompt has {prompt} tokens, but at most {most} are accepted: shorten it.",
                 field="messages",
                 code="context_length_exceeded",
             )
         most = min(room, self.max_tokens)
         if asked is not None and asked > most:
             raise RequestError(
-                f"An answer of {asked} tokens was asked for, but after a prompt of {prompt} it can have {most}: ask for less.",
+                f"An answer of {asked} tokens was requested, but after a prompt of {prompt} it can have {most}: request fewer.",
                 field="max_tokens",
             )
         return most if asked is None else asked
@@ -143,34 +142,34 @@ class Engine:
         """Put a job in the queue.
 
         Raises:
-            RequestError: 429 when the queue is full, 503 when the engine is shutting down.
+            RequestError: 429 if the queue is full, 503 if the engine is shutting down.
         """
         with self._changed:
             if self.draining or self._closing:
-                raise RequestError("The server is shutting down and takes nothing new: try another one, or later.", 503)
+                raise RequestError("The server is shutting down and accepts no new requests: try another one, or later.", 503)
             if len(self._waiting) >= self.queue:
-                raise RequestError(f"{self.queue} requests are waiting already, and no more may: try again later.", 429)
+                raise RequestError(f"The queue is full with {self.queue} waiting requests: try again later.", 429)
             self._waiting.append(job)
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Nobody waits for this job any more: free its place. Cancelling twice, or after the end, is harmless."""
+        """Free the place of a job that nobody waits for any more. Cancelling twice, or after the end, is harmless."""
         with self._changed:
             job.cancelled = True
             if job in self._waiting:
                 self._waiting.remove(job)
 
     def abort(self) -> None:
-        """Fail everything that waits or runs."""
+        """Fail all waiting and running jobs."""
         with self._changed:
             self.draining = True
             for job in [*self._waiting, *self._running]:
                 job.cancelled = True
-                job.tell(Failure(503, "The server had to shut down before the answer was complete: ask again."))
+                job.emit(Failure(503, "The server had to shut down before the answer was complete: ask again."))
             self._waiting.clear()
 
     def close(self) -> None:
-        """Abort, wait for the thread to end, and give the model back as it was."""
+        """Abort, wait for the thread to end, and detach the guard from the model."""
         self.abort()
         with self._changed:
             self._closing = True
@@ -182,10 +181,10 @@ class Engine:
     def _work(self) -> None:
         while batch := self._next_batch():
             self._answer(batch)
-            del batch  # or the last requests would be kept while none come
+            del batch  # or the last requests would stay in memory until new ones arrive
 
     def _next_batch(self) -> list[Job]:
-        """The job that has waited longest, and those behind it that may share its batch; none when the engine closes."""
+        """The job that has waited longest, and later ones that may share its batch; empty if the engine closes."""
         with self._changed:
             self._running = []
             self._changed.wait_for(lambda: self._waiting or self._closing)
@@ -200,10 +199,10 @@ class Engine:
             return batch
 
     def _may_join(self, job: Job, batch: Sequence[Job]) -> bool:
-        """Whether a job may share the batch of others.
+        """Whether a job may join a batch.
 
-        A row that is done goes on as padding until the longest answer ends. Positions beyond the model's, where it has learned
-        them, would fail the whole batch, on a GPU even the process.
+        A finished row continues as padding until the longest answer ends. With learned positions, a position beyond the model's
+        last would make the whole batch fail, and on a GPU the whole process.
         """
         rows = [*batch, job]
         longest = max(len(row.prompt_ids) for row in rows) + max(row.max_tokens for row in rows)
@@ -219,45 +218,43 @@ class Engine:
             return
         except Exception as error:
             frames = "".join(traceback.format_tb(error.__traceback__))
-            logger.error(
-                "A batch failed with %s (its text is left out: it may quote a prompt)\n%s", type(error).__name__, frames
-            )
-        # Not in the except clause, where the traceback would keep what the failed call had allocated.
+            logger.error("A batch failed with %s (message omitted: it may quote a prompt)\n%s", type(error).__name__, frames)
+        # Not in the except clause, in which the traceback would keep the memory of the failed call.
         for row in rows:
-            if len(rows) > 1 and not (row.told or row.is_over):
-                self._answer([row.job])  # what is wrong with one row must not take the others with it
+            if len(rows) > 1 and not (row.has_emitted or row.is_over):
+                self._answer([row.job])  # one bad row must not make the others fail
             else:
                 row.fail()
 
     def _generate(self, rows: Sequence[AnswerRow]) -> None:
-        """Run one ``generate`` call, which tells the rows' tokens as they come."""
+        """Run one ``generate`` call, which emits tokens of the rows as they are generated."""
         first, device = rows[0].job.sampling, self.model.device
         batch = pad_prompts([row.job.prompt_ids for row in rows], self._pad, device)
         config = self._config(rows)
         devices = [device] if device.type == "cuda" else []
-        # Forked, since one client's seed must not decide what others get.
+        # Forked, because one client's seed must not affect the answers of others.
         with torch.random.fork_rng(devices, enabled=first.seed is not None):
             if first.seed is not None:
                 torch.manual_seed(first.seed % 2**63)
             self.model.generate(
                 **batch,
                 generation_config=config,
-                stopping_criteria=StoppingCriteriaList([_Told(rows, partial(self._refuse, rows))]),
+                stopping_criteria=StoppingCriteriaList([_EmitTokens(rows, partial(self._refuse, rows))]),
             )
 
     def _refuse(self, rows: Sequence[AnswerRow]) -> None:
-        """Tell the rows of the running call that the guard refuses, or stops. It decides on all before they have a token."""
+        """Refuse the rows of the running call that the guard refuses or stops. It decides before a row gets its first token."""
         if self._attached is None:
             return
         guard, refused, stopped = self._attached.guard, self._attached.refused, self._attached.stopped
         if refused is None or stopped is None or len(refused) != len(rows):
-            raise EUAError("The guard has not decided on every row, so nothing may be answered: serve plain generation.")
+            raise EUAError("The guard has not decided on every row, so none may be answered: serve plain generation.")
         for row, is_refused in zip(rows, (refused | stopped).tolist(), strict=True):
             if is_refused:
-                row.refuse(guard.refusal_text.strip(), len(guard.refusal_ids) - 1)  # nor is an answer's end counted
+                row.refuse(guard.refusal_text.strip(), len(guard.refusal_ids) - 1)  # end tokens do not count in answers either
 
     def _config(self, rows: Sequence[AnswerRow]) -> GenerationConfig:
-        """The model's own settings, but for what a request decides."""
+        """The model's generation settings, with those of the request in place of its own."""
         config, sampling = copy.deepcopy(self.model.generation_config), rows[0].job.sampling
         longest = max(row.job.max_tokens for row in rows)
         settings: dict[str, Any] = {"max_new_tokens": longest, "do_sample": not sampling.greedy, "num_beams": 1}
@@ -267,8 +264,8 @@ class Engine:
         return config
 
 
-class _Told(StoppingCriteria):
-    """Tells every row its new token, after ``decide``; a row that is done goes on as padding until all are."""
+class _EmitTokens(StoppingCriteria):
+    """Calls ``decide``, then passes every row its new token. A finished row continues as padding until all are finished."""
 
     def __init__(self, rows: Sequence[AnswerRow], decide: Callable[[], None]) -> None:
         self.rows, self.decide = rows, decide

@@ -1,4 +1,4 @@
-"""What passes between the web side and the thread that owns the model."""
+"""The messages between the HTTP endpoints and the thread that owns the model."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-COLDEST = 1e-6  # logits divided by less may overflow, which ends a GPU's use to the process; the answer is greedy anyway
+# Below it, dividing logits by the temperature may overflow, and a GPU error ends the process; such answers are greedy anyway.
+LOWEST_TEMPERATURE = 1e-6
 FinishReason = Literal["stop", "length", "content_filter"]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen: greedily at temperature 0, else from the ``top_p`` nucleus. A seed makes the choice repeatable."""
+    """How tokens are chosen: greedily at temperature 0, otherwise from the ``top_p`` nucleus. A seed makes it reproducible."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -20,16 +21,16 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature < COLDEST
+        return self.temperature < LOWEST_TEMPERATURE
 
     def shares_batch_with(self, other: Sampling) -> bool:
-        """Greedy requests share a batch, and so do equal ones without a seed; what a seed gives must not depend on company."""
+        """Greedy requests share a batch, and so do equal ones without a seed; results with a seed must not depend on others."""
         return (self.greedy and other.greedy) or (self == other and self.seed is None)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that follows what was told before."""
+    """Text that follows the earlier pieces."""
 
     text: str
 
@@ -44,7 +45,7 @@ class Finish:
 
 @dataclass(frozen=True)
 class Failure:
-    """There will be no answer; ``status`` is HTTP's, ``text`` says what happened and nothing of prompt or answer."""
+    """There is no answer. ``status`` is the HTTP status; ``text`` says what happened and quotes neither prompt nor answer."""
 
     status: int
     text: str
@@ -55,15 +56,15 @@ Event = Piece | Finish | Failure
 
 @dataclass(eq=False)
 class Job:
-    """One request on its way through the engine.
+    """One request in the engine.
 
     Attributes:
-        prompt_ids: token ids of the prompt, template included.
-        max_tokens: of the answer.
+        prompt_ids: token ids of the prompt, including the template.
+        max_tokens: limit for the answer.
         sampling: how its tokens are chosen.
         stop: texts before which the answer ends.
-        stream: tell text as it comes; without it, and without ``stop``, all of it comes at the end.
-        tell: called from the engine's thread with pieces, then one :class:`Finish` or :class:`Failure`; must not block.
+        stream: emit text as it is generated; if False and without ``stop``, all text is emitted at the end.
+        emit: called from the engine's thread with pieces, then one :class:`Finish` or :class:`Failure`; must not block.
         cancelled: set when nobody waits any more; generation of this row ends at the next token.
     """
 
@@ -72,5 +73,5 @@ class Job:
     sampling: Sampling
     stop: tuple[str, ...]
     stream: bool
-    tell: Callable[[Event], None]
+    emit: Callable[[Event], None]
     cancelled: bool = False

@@ -1,4 +1,4 @@
-"""OpenAI's chat format: what a request may ask for, and what answers and errors look like."""
+"""OpenAI's chat format: parsing of requests, and the form of answers and errors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from eua.errors import EUAError
 from eua.serving.jobs import Finish, Sampling
 
 ROLES = ("system", "developer", "user", "assistant")
-# Fields that would change the answer and that this server cannot honour → the values with which they ask for nothing.
-CANNOT: dict[str, tuple[Any, ...]] = {
+# Fields that would change the answer and that this server does not support → their values that have no effect.
+UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
     "logprobs": (False,),
@@ -32,7 +32,7 @@ CANNOT: dict[str, tuple[Any, ...]] = {
 
 
 class RequestError(EUAError):
-    """A request that gets no answer: ``status`` is HTTP's, ``field`` the part of the body that is to blame."""
+    """A request that gets no answer: ``status`` is the HTTP status, ``field`` the part of the body that is wrong."""
 
     def __init__(self, text: str, status: int = 400, field: str | None = None, code: str | None = None) -> None:
         super().__init__(text)
@@ -45,7 +45,7 @@ class RequestError(EUAError):
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A request as far as it can be judged without the model. ``max_tokens`` is None where the request gives none."""
+    """A request, as far as it can be checked without the model. ``max_tokens`` is None if the request sets none."""
 
     messages: list[dict[str, str]]
     max_tokens: int | None
@@ -56,7 +56,7 @@ class ChatRequest:
 
 
 def parse_request(body: bytes, model_name: str) -> ChatRequest:
-    """Read the body of a request; fields that are not known are passed over, those that cannot be honoured are not.
+    """Parse the body of a request. Unknown fields are ignored; unsupported fields raise an error.
 
     Raises:
         RequestError: 400, or 404 for a model that is not served.
@@ -64,18 +64,18 @@ def parse_request(body: bytes, model_name: str) -> ChatRequest:
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError):  # not the parser's text, which quotes the body
-        raise RequestError("The body is not JSON, so nothing can be read from it: send a JSON object as UTF-8.") from None
+        raise RequestError("The body is not JSON, so it cannot be parsed: send a JSON object in UTF-8.") from None
     if not isinstance(fields, dict):
         raise RequestError(f'The body is a {type(fields).__name__}, not an object: send {{"messages": [...]}}.')
     fields = {key: value for key, value in fields.items() if value is not None}
     model = fields.get("model", model_name)
     if model != model_name:
         raise RequestError(
-            f"The model asked for is not served here: ask for {model_name!r}, or leave it out.", 404, "model", "model_not_found"
+            f"The requested model is not served here: request {model_name!r}, or leave it out.", 404, "model", "model_not_found"
         )
-    for key, harmless in CANNOT.items():
+    for key, harmless in UNSUPPORTED_FIELDS.items():
         if key in fields and fields[key] not in harmless:
-            raise RequestError(f"{key!r} is set, which this server cannot honour: leave it out.", field=key)
+            raise RequestError(f"{key!r} is set, which this server does not support: leave it out.", field=key)
     stream_options = _typed(fields, "stream_options", dict, "an object", {})
     return ChatRequest(
         messages=_messages(fields.get("messages")),
@@ -95,7 +95,7 @@ def _typed(fields: Mapping[str, Any], key: str, kind: type, wanted: str, default
     value = fields.get(key, default)
     if value is not default and type(value) is not kind:  # not isinstance: true is an int to Python
         raise RequestError(
-            f"{key!r} is a {type(value).__name__}, but has to be {wanted}: correct it, or leave it out.", field=key
+            f"{key!r} is a {type(value).__name__}, but must be {wanted}: correct it, or leave it out.", field=key
         )
     return value
 
@@ -103,7 +103,7 @@ def _typed(fields: Mapping[str, Any], key: str, kind: type, wanted: str, default
 def _number(fields: Mapping[str, Any], key: str, low: float, high: float, default: float) -> float:
     value = fields.get(key, default)
     if type(value) not in (int, float) or not low <= value <= high:
-        raise RequestError(f"{key!r} has to be a number from {low:g} to {high:g}: correct it, or leave it out.", field=key)
+        raise RequestError(f"{key!r} must be a number from {low:g} to {high:g}: correct it, or leave it out.", field=key)
     return float(value)
 
 
@@ -111,36 +111,36 @@ def _max_tokens(fields: Mapping[str, Any]) -> int | None:
     key = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"  # the former is the newer name
     value: int | None = _typed(fields, key, int, "a whole number", None)
     if value is not None and value < 1:
-        raise RequestError(f"{key!r} is below 1, so there would be no answer: ask for 1 or more.", field=key)
+        raise RequestError(f"{key!r} is below 1, so there would be no answer: pass 1 or more.", field=key)
     return value
 
 
 def _stop(value: Any) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or len(texts) > 4 or not all(isinstance(text, str) and text for text in texts):
-        raise RequestError("'stop' has to be a text or a list of up to four, none of them empty: correct it.", field="stop")
+        raise RequestError("'stop' must be a text or a list of up to four, none of them empty: correct it.", field="stop")
     return tuple(texts)
 
 
 def _messages(value: Any) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
-        raise RequestError("'messages' has to be a list of at least one message: put a user's message there.", field="messages")
+        raise RequestError("'messages' must be a list of at least one message: add a user message.", field="messages")
     messages = [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
     if messages[-1]["role"] != "user":
-        raise RequestError("The last message is not the user's, so nothing asks for an answer: end with it.", field="messages")
+        raise RequestError(
+            "The last message is not the user's, so there is nothing to answer: end with a user message.", field="messages"
+        )
     return messages
 
 
 def _message(value: Any, where: str) -> dict[str, str]:
     if not isinstance(value, dict) or value.get("role") not in ROLES:
-        raise RequestError(f'{where} has to be an object whose "role" is one of {", ".join(ROLES)}.', field=where)
+        raise RequestError(f'{where} must be an object whose "role" is one of {", ".join(ROLES)}.', field=where)
     content = value.get("content")
     if isinstance(content, list) and all(map(_is_text, content)):
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        raise RequestError(
-            f'{where} has a "content" that is not text, and text is all this model reads: give text.', field=where
-        )
+        raise RequestError(f'{where} has a "content" that is not text, but this model only reads text: send text.', field=where)
     role = value["role"]
     return {"role": "system" if role == "developer" else role, "content": content}  # templates know the older name
 
@@ -155,7 +155,7 @@ def usage(prompt_tokens: int, finish: Finish) -> dict[str, int]:
 
 
 def completion(head: Mapping[str, Any], text: str, finish: Finish, prompt_tokens: int) -> dict[str, Any]:
-    """The whole answer; ``head`` holds id, created and model."""
+    """The complete answer; ``head`` holds id, created and model."""
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "logprobs": None, "finish_reason": finish.reason}
     return {**head, "object": "chat.completion", "choices": [choice], "usage": usage(prompt_tokens, finish)}
 

@@ -1,4 +1,4 @@
-"""One row of a batch while it is generated: when it is done, and what of it is told when."""
+"""One row of a batch during generation: when it is finished, and when its text is emitted."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from eua.serving.transcript import Transcript
 
 
 class AnswerRow:
-    """Collects the tokens of one answer and tells the job's owner about them, or tells the refusal in its place."""
+    """Collects the tokens of one answer and emits its text, or the refusal instead."""
 
     def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase, eos: Sequence[int]) -> None:
         self.job, self.eos = job, eos
-        self.told = False
+        self.has_emitted = False
         self._transcript = Transcript(tokenizer, job.stop)
         self._ids: list[int] = []
         self._ended = False
 
     @property
     def is_over(self) -> bool:
-        """Nobody is to be told anything more."""
+        """Whether nothing more may be emitted."""
         return self._ended or self.job.cancelled
 
     def push(self, token: int) -> bool:
-        """Take the next token; True once no more are wanted."""
+        """Take the next token; return True if the row needs no more."""
         if self.is_over:
             return True
         reason: FinishReason | None = None
@@ -36,29 +36,29 @@ class AnswerRow:
             self._ids.append(token)
             if len(self._ids) >= self.job.max_tokens:
                 reason = "length"
-        self._tell(reason)
+        self._emit(reason)
         return self._ended
 
     def refuse(self, text: str, tokens: int) -> None:
-        """Tell the refusal, which is shown whole, whatever the request's limits; its tokens need not be waited for.
+        """Emit the complete refusal, whatever the request's limits, without waiting for its tokens to be generated.
 
-        Behind what has been said, if anything, it ends the answer.
+        If the answer has begun, the refusal follows what has been said and ends the answer.
         """
         if not self.is_over:
             said = self._transcript.piece(self._ids, final=True)
             self._finish(f"{said} {text}" if self._ids else text, "content_filter", len(self._ids) + tokens)
 
     def end(self) -> None:
-        """``generate`` has returned, perhaps for a limit of the model's own settings."""
+        """``generate`` has returned, perhaps because of a limit in the model's generation settings."""
         if not self.is_over:
-            self._tell("length")
+            self._emit("length")
 
     def fail(self) -> None:
         if not self.is_over:
             self._ended = True
-            self.job.tell(Failure(500, "The model failed on this request: ask again, or look into the server's log."))
+            self.job.emit(Failure(500, "The model failed on this request: ask again, or see the server's log."))
 
-    def _tell(self, reason: FinishReason | None) -> None:
+    def _emit(self, reason: FinishReason | None) -> None:
         if not (reason or self.job.stream or self.job.stop):
             return
         piece = self._transcript.piece(self._ids, final=reason is not None)
@@ -67,11 +67,11 @@ class AnswerRow:
         if reason:
             self._finish(piece, reason, len(self._ids))
         elif piece:
-            self.told = True
-            self.job.tell(Piece(piece))
+            self.has_emitted = True
+            self.job.emit(Piece(piece))
 
     def _finish(self, piece: str, reason: FinishReason, tokens: int) -> None:
-        self.told = self._ended = True
+        self.has_emitted = self._ended = True
         if piece:
-            self.job.tell(Piece(piece))
-        self.job.tell(Finish(reason, tokens))
+            self.job.emit(Piece(piece))
+        self.job.emit(Finish(reason, tokens))

@@ -1,4 +1,4 @@
-"""What `eua serve` does: load, listen, answer; on SIGTERM finish what was accepted, then leave."""
+"""The server behind `eua serve`: load, listen, answer; on SIGTERM, finish accepted requests and exit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from eua.model.loading import load_model
 from eua.serving.app import create_app
 from eua.serving.engine import Engine
 
-FLUSH_SECONDS = 5  # for answers that are complete, or were broken off, to reach their clients
+FLUSH_SECONDS = 5  # in which complete or aborted answers can still reach their clients
 
 
 def run_serve(arguments: argparse.Namespace) -> None:
@@ -45,16 +45,16 @@ def run_serve(arguments: argparse.Namespace) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 is any free one."""
+    """A listening socket; port 0 stands for any free port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
-        raise EUAError(f"{host} port {port} cannot be listened on ({error}): pass another --host or --port.") from error
+        raise EUAError(f"The server cannot listen on {host} port {port} ({error}): pass another --host or --port.") from error
 
 
 class DrainingServer(uvicorn.Server):
-    """A first signal turns new requests away (503) and lets accepted ones finish for ``grace`` seconds; a second ends that."""
+    """A first signal rejects new requests (503) and lets accepted ones finish for ``grace`` seconds; a second ends that."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, grace: float) -> None:
         super().__init__(config)

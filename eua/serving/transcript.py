@@ -1,4 +1,4 @@
-"""Token ids → the text that may be shown so far, never to be taken back."""
+"""Token ids → the text that can be shown so far without ever being revoked."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-INCOMPLETE = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
+INCOMPLETE = "\ufffd"  # a tokenizer decodes the first bytes of a character to this
 
 
 class Transcript:
-    """The text of one answer as it grows; its pieces joined are the whole answer, stripped and cut before ``stop``."""
+    """The text of one growing answer; its joined pieces are the full answer, stripped and cut before ``stop``."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, stop
@@ -18,12 +18,12 @@ class Transcript:
         self._shown = 0
 
     def piece(self, ids: Sequence[int], *, final: bool) -> str:
-        """What ``ids``, all of the answer's so far, add to what was shown; ``stopped`` tells whether a stop text ended it.
+        """The text that ``ids``, all tokens of the answer so far, add to what was shown; sets ``stopped`` at a stop text.
 
-        Before the ``final`` call, what might yet turn out otherwise is held back: characters of which bytes are missing, the
-        beginning of a stop text, and whitespace that would be stripped at the end.
+        Before the ``final`` call, text that may still change is held back: characters of which bytes are missing, the beginning
+        of a stop text, and whitespace that would be stripped at the end.
         """
-        # Clean-up would take back spaces that were shown: "do n", then "don't".
+        # Clean-up would remove spaces that were already shown: "do n", then "don't".
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         ends = [place for stop in self.stop if (place := text.find(stop)) >= 0]
         if ends:
@@ -36,7 +36,7 @@ class Transcript:
         return piece
 
     def _begun_stop(self, text: str) -> int:
-        """How many characters at the end of ``text`` may be the beginning of a stop text."""
+        """The number of characters at the end of ``text`` that may begin a stop text."""
         longest = max(map(len, self.stop), default=1) - 1
         lengths = range(min(longest, len(text)), 0, -1)
         return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self.stop)), 0)

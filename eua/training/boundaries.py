@@ -26,7 +26,7 @@ from eua.model.forward import answer_states, check_finite, eval_hidden_states
 from eua.model.head import Fill, Side, output_head
 
 # m_out from the smallest logits, m_in from the largest
-SIDES: dict[str, Side] = {"forget": "bottom", "retain": "top", "eval_forget": "bottom", "eval_retain": "top"}
+TAIL_OF_KIND: dict[str, Side] = {"forget": "bottom", "retain": "top", "eval_forget": "bottom", "eval_retain": "top"}
 Boundaries = dict[str, list[Tensor | None]]  # (A,) of each row by kind; None: not computed yet
 
 _BATCHES_AT_ONCE = 32
@@ -41,7 +41,7 @@ class RunBoundaries:
 
     Args:
         path: the safetensors file.
-        rows: encoded rows by kind, see :data:`SIDES`.
+        rows: encoded rows by kind, see :data:`TAIL_OF_KIND`.
         constants: (m_in, m_out), in nats, in place of computed ones.
         every_step: those of training rows are made at every step by the caller; here they are NaN.
         settings: ``fraction``, ``temperature`` and ``fill`` of :func:`compute_boundaries`.
@@ -70,7 +70,7 @@ class RunBoundaries:
 
     def _fill(self, kinds: Iterable[str], values: Mapping[Side, float]) -> None:
         for kind in kinds:
-            self.values[kind] = [torch.full((len(row.answer_ids),), values[SIDES[kind]]) for row in self.rows[kind]]
+            self.values[kind] = [torch.full((len(row.answer_ids),), values[TAIL_OF_KIND[kind]]) for row in self.rows[kind]]
 
     @property
     def missing(self) -> int:
@@ -168,7 +168,7 @@ def compute_boundaries(
         states = answer_states(hidden, [rows[i] for i in indices])
         check_finite(states, f"the reference's hidden states on {kind} rows")
         try:
-            values = head.tail_energy(states, fraction, SIDES[kind], fill, temperature).float().cpu()
+            values = head.tail_energy(states, fraction, TAIL_OF_KIND[kind], fill, temperature).float().cpu()
         except ValueError as error:  # a fraction that leaves no logit; only here is the vocabulary known
             raise EUAError(f"rho cannot be used with this model: {error}") from error
         check_finite(values, f"the boundaries of {kind} rows")  # in the file NaN stands for what is not computed yet

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
 
 from eua.errors import EUAError
 
-# What evaluation during training reports, and whether more of it is better.
+# The metrics of evaluation during training, and whether higher is better.
 EVAL_METRICS = {
     "loss": False,
     "loss_forget": False,
@@ -21,8 +21,8 @@ EVAL_METRICS = {
     "kl_retain": False,
     "energy_forget": True,
     "energy_retain": False,
-    "met_forget": True,
-    "met_retain": True,
+    "beyond_boundary_forget": True,
+    "beyond_boundary_retain": True,
     "auroc": True,
 }
 
@@ -43,76 +43,82 @@ class EUAConfig(TrainingArguments):
     )
     dataloader_pin_memory: bool = field(
         default_factory=torch.accelerator.is_available,
-        metadata={"help": "Pin batches in memory for faster copies to a GPU. On where there is one."},
+        metadata={"help": "Pin batches in memory for faster copies to a GPU. Default: if there is one."},
+    )
+    use_cpu: bool = field(
+        default_factory=lambda: not torch.accelerator.is_available(),
+        metadata={"help": "Train on the CPU. Default: only if there is no accelerator; bf16 then works on the CPU, too."},
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay False: the batch carries boundaries, which no model's forward takes."}
+        default=False, metadata={"help": "Must stay False: batches contain boundaries, which no model's forward accepts."}
     )
     greater_is_better: bool | None = field(
-        default=None, metadata={"help": "Whether more of metric_for_best_model is better. None: as is known of each metric."}
+        default=None, metadata={"help": "Whether a higher metric_for_best_model is better. None: decided by the metric."}
     )
     hub_strategy: str = field(
         default="end", metadata={"help": 'Must stay "end": the model is pushed when it is saved, checkpoints never are.'}
     )
     gamma: float = field(default=0.05, metadata={"help": "Weight of the two energy parts of the loss."})
-    gamma_schedule: str = field(
+    gamma_schedule: Literal["constant", "linear", "cosine"] = field(
         default="constant",
         metadata={
-            "help": 'After its rise gamma stays ("constant") or falls towards 0 until the last step ("linear", "cosine").'
+            "help": 'After its warm-up gamma stays ("constant") or falls towards 0 until the last step ("linear", "cosine").'
         },
     )
     gamma_warmup_ratio: float = field(
-        default=0.0, metadata={"help": "Share of the steps over which gamma rises from 0; 0: it starts at its full value."}
+        default=0.0, metadata={"help": "Share of the steps in which gamma rises from 0; 0: it starts at its full value."}
     )
-    alpha: float = field(default=1.0, metadata={"help": "Weight of what keeps the retained tokens, see retain_loss."})
-    retain_loss: str = field(
+    alpha: float = field(default=1.0, metadata={"help": "Weight of the term that keeps the retained tokens, see retain_loss."})
+    retain_loss: Literal["nll", "kl"] = field(
         default="nll",
         metadata={
-            "help": 'What alpha weighs: the retained tokens\' negative log-likelihood ("nll", as released), or the divergence '
-            'KL(reference || model) at them ("kl", which needs EUATrainer\'s ref_model).'
+            "help": 'The term that alpha weighs: the negative log-likelihood of retained tokens ("nll", as released), or the '
+            'divergence KL(reference || model) at them ("kl", which needs the model before unlearning as ref_model).'
         },
     )
-    rho: float = field(default=0.1, metadata={"help": "Share of the vocabulary that a reference boundary is made of."})
+    rho: float = field(default=0.1, metadata={"help": "Share of the vocabulary whose logits make a boundary."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature T of the energy."})
-    fill: str = field(
+    fill: Literal["zero", "none"] = field(
         default="zero",
         metadata={"help": 'Logits outside that share count as 0 ("zero", as released) or not at all ("none").'},
     )
     m_in: float | None = field(
-        default=None, metadata={"help": "Constant boundary of retain tokens, in nats, in place of the reference's."}
+        default=None,
+        metadata={"help": "Constant boundary of retain tokens, in nats. None: computed from the model before unlearning."},
     )
     m_out: float | None = field(
-        default=None, metadata={"help": "Constant boundary of forget tokens, in nats, in place of the reference's."}
+        default=None,
+        metadata={"help": "Constant boundary of forget tokens, in nats. None: computed from the model before unlearning."},
     )
     retain_per_forget: int = field(default=1, metadata={"help": "Retain rows in a batch for each forget row."})
     padding_free: bool = field(
         default=False,
         metadata={
-            "help": "Rows of a batch follow one another in one row without padding. Fastest with flash attention; other "
-            "attention computes a mask of all tokens by all tokens, which pays for short rows of very different lengths."
+            "help": "Concatenate the rows of a batch instead of padding them. Fastest with flash attention; other attention "
+            "computes a mask of all tokens by all tokens, which pays off for short rows of very different lengths."
         },
     )
     max_length: int | None = field(
         default=1024, metadata={"help": "Longest row in tokens; longer answers are cut. None: no limit."}
     )
-    assistant_turns: str = field(
+    assistant_turns: Literal["last", "all"] = field(
         default="last",
-        metadata={
-            "help": 'Which messages of the assistant in a chat count: the one that ends it ("last"), or every one ("all").'
-        },
+        metadata={"help": 'The assistant messages of a chat that count: the last one ("last"), or every one ("all").'},
     )
-    stop_when_met: float | None = field(
+    stop_when_beyond_boundary: float | None = field(
         default=None,
         metadata={
-            "help": "Training ends after an epoch in which this share of the forget tokens lay above their boundary. An epoch "
-            "meets every forget row once, so that the share is of all of them, whatever is logged when. None: all epochs."
+            "help": "End training after an epoch in which this share of all forget tokens was above its boundary. None: train "
+            "all epochs."
         },
     )
     boundary_batch_size: int = field(default=16, metadata={"help": "Rows per forward while boundaries are computed."})
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "alpha"):
-            _check(name, getattr(self, name), lambda x: math.isfinite(x) and x >= 0, "a weight is finite and at least 0")
+        for name in ("gamma", "alpha", "learning_rate"):
+            _check(name, getattr(self, name), lambda x: math.isfinite(x) and x >= 0, "it must be finite and at least 0")
+        for name in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            _check(name, getattr(self, name), lambda x: x > 0, "it must be above 0")
         _check("temperature", self.temperature, lambda x: math.isfinite(x) and x > 0, "T is finite and above 0")
         _check("rho", self.rho, lambda x: 0 < x <= 1, "a share of the vocabulary lies above 0 and at most at 1")
         _check("fill", self.fill, lambda x: x in ("zero", "none"), 'known are "zero" and "none"')
@@ -121,7 +127,12 @@ class EUAConfig(TrainingArguments):
         _check("retain_loss", self.retain_loss, lambda x: x in ("nll", "kl"), 'known are "nll" and "kl"')
         _check("assistant_turns", self.assistant_turns, lambda x: x in ("last", "all"), 'known are "last" and "all"')
         _check("gamma_warmup_ratio", self.gamma_warmup_ratio, lambda x: 0 <= x < 1, "a share of the steps, 0 or more, below 1")
-        _check("stop_when_met", self.stop_when_met, lambda x: x is None or 0 < x <= 1, "a share of tokens, above 0, at most 1")
+        _check(
+            "stop_when_beyond_boundary",
+            self.stop_when_beyond_boundary,
+            lambda x: x is None or 0 < x <= 1,
+            "a share of tokens, above 0, at most 1",
+        )
         _check("retain_per_forget", self.retain_per_forget, lambda x: x >= 1, "each forget row needs a retain row beside it")
         _check("boundary_batch_size", self.boundary_batch_size, lambda x: x >= 1, "a batch has at least one row")
         _check("max_length", self.max_length, lambda x: x is None or x >= 2, "a row has a prompt and an answer token")
@@ -132,9 +143,7 @@ class EUAConfig(TrainingArguments):
             lambda x: x in ("random", "group_by_length"),
             'forget and retain rows are paired at random ("random") or by like length ("group_by_length")',
         )
-        _check(
-            "label_smoothing_factor", self.label_smoothing_factor, lambda x: x == 0, "the loss of D² knows no smoothed labels"
-        )
+        _check("label_smoothing_factor", self.label_smoothing_factor, lambda x: x == 0, "the loss of D² has no smoothed labels")
         _check("hub_strategy", self.hub_strategy, lambda x: x == "end", "checkpoints, which hold pickles, are never pushed")
         if (self.m_in is None) != (self.m_out is None):
             raise EUAError(
@@ -152,13 +161,13 @@ class EUAConfig(TrainingArguments):
                     f'metric_for_best_model = {self.metric_for_best_model!r}, which is measured with retain_loss = "kl" only: '
                     "set that, or choose eval_nll_retain."
                 )
-            if self.greater_is_better is None:  # TrainingArguments would go by whether the name ends with "loss"
+            if self.greater_is_better is None:  # TrainingArguments would decide by whether the name ends with "loss"
                 self.greater_is_better = EVAL_METRICS[metric]
         super().__post_init__()
 
     @property
     def constant_boundaries(self) -> tuple[float, float] | None:
-        """(m_in, m_out) when given as constants, else None: they come from the reference."""
+        """(m_in, m_out) if they are constants; None if they are computed from the model before unlearning."""
         return None if self.m_in is None or self.m_out is None else (self.m_in, self.m_out)
 
 

@@ -49,9 +49,9 @@ The rows are not published. SHA-256 is over their token ids, so that whoever has
 
 {figures}
 
-`loss_`, `nll_` and `kl_` are parts of the loss before their weights, `energy_` mean energies in nats, `met_` shares of tokens
-beyond their boundary, `auroc` how well the energies of prompts tell held-out forget rows from held-out retain rows. None of
-them says what can still be extracted: `eua evaluate` measures that, with the guard off.
+`loss_`, `nll_` and `kl_` are parts of the loss before their weights, `energy_` mean energies in nats, `beyond_boundary_` shares
+of tokens beyond their boundary, `auroc` how well the energies of prompts separate held-out forget rows from held-out retain
+rows. None of them measures what can still be extracted: `eua evaluate` does, with the guard off.
 
 ## Use
 
@@ -167,7 +167,15 @@ def _settings(args: EUAConfig) -> list[tuple[str, Any]]:
     names = [
         *("gamma", "gamma_schedule", "gamma_warmup_ratio", "alpha", "retain_loss", "temperature"),
         *(("m_in", "m_out") if args.constant_boundaries else ("rho", "fill")),
-        *("retain_per_forget", "max_length", "stop_when_met", "learning_rate", "lr_scheduler_type", "optim", "weight_decay"),
+        *(
+            "retain_per_forget",
+            "max_length",
+            "stop_when_beyond_boundary",
+            "learning_rate",
+            "lr_scheduler_type",
+            "optim",
+            "weight_decay",
+        ),
         *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed"),
     ]
     return [(name, getattr(args, name)) for name in names]

@@ -11,7 +11,7 @@ from eua.errors import EUAError
 from eua.methods.d2 import reference_kl
 from eua.model.forward import check_head, hidden_states
 from eua.model.head import Fill, Head, output_head
-from eua.training.boundaries import SIDES
+from eua.training.boundaries import TAIL_OF_KIND
 
 
 class Reference:
@@ -57,7 +57,7 @@ class Reference:
         boundary = torch.zeros(counted.shape, device=states.device)
         forget = batch["forget"][:, 1:]
         for kind, tokens in (("forget", counted & forget), ("retain", counted & ~forget)):
-            boundary[tokens] = self.head.tail_energy(states[tokens], fraction, SIDES[kind], fill, temperature).float()
+            boundary[tokens] = self.head.tail_energy(states[tokens], fraction, TAIL_OF_KIND[kind], fill, temperature).float()
         return boundary
 
     def kl(self, states: Tensor, hidden: Tensor, head: Head) -> Tensor:

@@ -1,31 +1,50 @@
-"""A run's settings from a YAML file: what it sets becomes the default of the command line's options."""
+"""The fields of EUAConfig by name: their types, help and defaults, and their values from text and from YAML files.
+
+The command line, the settings file and :class:`eua.EUAConfig` share these, so that a setting has one name everywhere.
+"""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from transformers import TrainingArguments
 
 from eua.errors import EUAError
 from eua.training.config import EUAConfig
 
-# Fields of EUAConfig that the command line names otherwise.
-OPTION_OF_FIELD = {
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation",
-    "output_dir": "output",
-}
+
+class Setting(NamedTuple):
+    """A field of EUAConfig."""
+
+    name: str
+    kind: Any  # its type, or a union of types
+    help: str
+    default: Any
+    is_ours: bool  # else it is one of TrainingArguments'
+
+
+def all_settings() -> dict[str, Setting]:
+    """Every field of EUAConfig by its name."""
+    kinds = get_type_hints(EUAConfig)
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    found = {}
+    for field in dataclasses.fields(EUAConfig):
+        if field.init:
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            text = " ".join(field.metadata.get("help", "").split())
+            found[field.name] = Setting(field.name, kinds[field.name], text, default, field.name not in inherited)
+    return found
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-5 for a text, since it has no point; everyone else takes it for a number."""
+    """YAML 1.1 reads 1e-5 as a text, since it has no point; people mean a number."""
 
 
 _Loader.add_implicit_resolver(
@@ -33,37 +52,67 @@ _Loader.add_implicit_resolver(
 )
 
 
-def apply_run_file(path: Path, parser: argparse.ArgumentParser) -> None:
-    """Take the settings in ``path`` as defaults of ``parser``; fields of EUAConfig without an option go into ``fields``.
+def parse_value(text: str, kind: Any) -> Any:
+    """A value of type ``kind`` from the text of a command-line option: YAML, unless it is a plain string.
 
     Raises:
-        EUAError: no such file, no mapping in it, a key that nothing is called, one given twice, or a value of the wrong kind.
+        ValueError: the text is no such value.
     """
-    options = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    fields = {field.name for field in dataclasses.fields(EUAConfig) if field.init} - set(OPTION_OF_FIELD)
-    given: dict[str, str] = {}
-    others: dict[str, Any] = {}
-    for key, value in _read(path).items():
-        plain = str(key).replace("-", "_")
-        name = OPTION_OF_FIELD.get(plain, plain)
-        if name in given:
-            raise EUAError(f"{path} sets {given[name]!r} and {key!r}, which are the same setting: leave one out.")
-        given[name] = str(key)
-        if name in options:
-            options[name].default = _value_of(options[name], value, key, path)
-            options[name].required = False
-        elif name in fields:
-            others[name] = value
-        else:
-            nearest = difflib.get_close_matches(plain, [*options, *fields, *OPTION_OF_FIELD], n=1, cutoff=0.0)[0]
-            raise EUAError(
-                f"{path} sets {key!r}, which is neither an option of `{parser.prog}` nor a field of EUAConfig: "
-                f"did you mean {nearest!r}? Correct it, or leave it out."
-            )
-    parser.set_defaults(fields=others)
+    if kind is str or _is_choice(kind):
+        value: Any = text
+    else:
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError:
+            value = text
+        if not fits(value, kind):
+            value = text  # "10" where a text is wanted
+    if not fits(value, kind):
+        raise ValueError(f"{text!r} is not {describe(kind)}")
+    return value
 
 
-def _read(path: Path) -> Mapping[Any, Any]:
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value may stand in a field of type ``kind``; whole numbers may where fractions may."""
+    origin = get_origin(kind)
+    if origin in (Union, UnionType):
+        return any(fits(value, part) for part in get_args(kind))
+    if origin is Literal:
+        return value in get_args(kind)
+    if kind is Any:
+        return True
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return isinstance(value, str) and value in {member.value for member in kind}
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or kind)
+
+
+def describe(kind: Any) -> str:
+    """The type in words, for errors."""
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "null"}
+    if get_origin(kind) in (Union, UnionType):
+        parts = [describe(part) for part in get_args(kind)]
+        return " or ".join(sorted(parts, key=lambda part: part == "null"))
+    if _is_choice(kind):
+        choices = get_args(kind) or [member.value for member in kind]
+        return "one of " + ", ".join(map(str, choices))
+    plain = get_origin(kind) or kind
+    return names.get(plain, f"a {plain.__name__}")
+
+
+def _is_choice(kind: Any) -> bool:
+    return get_origin(kind) is Literal or (isinstance(kind, type) and issubclass(kind, Enum))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a YAML file sets, by name with underscores; nothing is checked but that each name stands there once.
+
+    Raises:
+        EUAError: no such file, no mapping in it, or a setting that is given twice.
+    """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
@@ -73,21 +122,10 @@ def _read(path: Path) -> Mapping[Any, Any]:
         raise EUAError(f"The settings {path} are not YAML ({reason}): write one `key: value` a line.") from error
     if not isinstance(content, Mapping):
         raise EUAError(f"The settings {path} hold {content!r}, not settings by name: write one `key: value` a line.")
-    return content
-
-
-def _value_of(option: argparse.Action, value: Any, key: Any, path: Path) -> Any:
-    """A value from the file as the option would have it from the command line."""
-    if option.nargs == 0:  # a switch
-        kind, is_right = "true or false", isinstance(value, bool)
-        converted = value
-    else:
-        convert: Any = option.type or str
-        kind, is_right = f"a {convert.__name__.lower()}", isinstance(value, (str, int, float)) and not isinstance(value, bool)
-        try:
-            converted = convert(str(value))
-        except ValueError:
-            is_right = False
-    if not is_right:
-        raise EUAError(f"{path} sets {key!r} to {value!r}, but it takes {kind}: correct it, or leave it out for the default.")
-    return converted
+    settings: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name in settings:
+            raise EUAError(f"{path} sets {name!r} twice, with a dash and with an underscore: leave one out.")
+        settings[name] = value
+    return settings

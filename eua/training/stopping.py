@@ -62,7 +62,7 @@ class StopOnSignal(TrainerCallback):
             control.should_evaluate = False  # the epoch is not over: the whole run would not have evaluated here either
 
 
-class StopWhenMet(TrainerCallback):
+class StopWhenBeyondBoundary(TrainerCallback):
     """Ends training after an epoch in which at least a share of the forget tokens lay above their boundary.
 
     The share is that of a whole epoch since an epoch meets every forget row once: a window of the log sees some of them, and
@@ -98,7 +98,7 @@ class StopWhenMet(TrainerCallback):
         # The last step of an epoch, rather than its end, comes before any checkpoint that is saved at this step.
         if state.epoch % 1 or self.sums is None:
             return
-        self.last_epoch, self.sums = loss_means(self.over_processes(self.sums))["met_forget"], None
+        self.last_epoch, self.sums = loss_means(self.over_processes(self.sums))["beyond_boundary_forget"], None
         if self.last_epoch >= self.share:
             control.should_training_stop = True
             # As Trainer does at the last step of all; what goes by epochs comes at the epoch's end.

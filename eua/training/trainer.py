@@ -10,8 +10,6 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -30,6 +28,7 @@ from eua.errors import EUAError
 from eua.methods.d2 import d2_loss, loss_means, loss_sums, scheduled_gamma
 from eua.model.forward import check_head, check_token_ids, hidden_states, token_energies
 from eua.model.head import output_head
+from eua.model.loading import load_model, load_tokenizer
 from eua.training.boundaries import RunBoundaries
 from eua.training.checkpoints import CheckpointingTrainer, last_checkpoint
 from eua.training.checks import check_arguments, check_model, check_padding_free, check_setup, check_trainable
@@ -37,7 +36,7 @@ from eua.training.config import EUAConfig
 from eua.training.evaluation import held_out_metrics
 from eua.training.model_card import model_card
 from eua.training.reference import Reference
-from eua.training.stopping import StopWhenMet
+from eua.training.stopping import StopWhenBeyondBoundary
 
 logger = logging.get_logger(__name__)
 
@@ -85,40 +84,41 @@ class EUATrainer(CheckpointingTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ) -> None:
         check_arguments(args, ref_model, eval_forget_dataset, eval_retain_dataset)
+        if processing_class is None:
+            processing_class = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
+        sets = {"forget": forget_dataset, "retain": retain_dataset}
+        if eval_forget_dataset is not None and eval_retain_dataset is not None:
+            sets |= {"eval_forget": eval_forget_dataset, "eval_retain": eval_retain_dataset}
+        rows = {  # before a model is loaded, which may take minutes
+            kind: encode_rows(dataset, processing_class, args.max_length, name, args.assistant_turns)
+            for kind, dataset in sets.items()
+            for name in [f"{kind.replace('_', ' ')} set"]
+        }
         if isinstance(model, str):
             # Weights that are trained must be float32: in bfloat16 most steps of a small learning rate round away.
-            dtype = "auto" if peft_config is not None else torch.float32
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+            model, _ = load_model(model, "auto" if peft_config is not None else torch.float32, place=False)
         check_model(model)
-        if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
         if peft_config is not None:
             if isinstance(model, PeftModel):
                 raise EUAError("peft_config was given with a model that carries an adapter already: pass one or the other.")
             set_seed(args.seed)  # the adapter's start is drawn here
             model = get_peft_model(model, peft_config)
         check_trainable(model)
+        for kind in rows.values():
+            check_token_ids(model, (row.input_ids for row in kind))
         self.reference: Reference | None = None
         if ref_model is not None:
             if isinstance(ref_model, str):
-                ref_model = AutoModelForCausalLM.from_pretrained(ref_model, dtype="auto")
+                ref_model, _ = load_model(ref_model, place=False)
             self.reference = Reference(ref_model, model, args.device)
 
-        sets = {"forget": forget_dataset, "retain": retain_dataset}
-        if eval_forget_dataset is not None and eval_retain_dataset is not None:
-            sets |= {"eval_forget": eval_forget_dataset, "eval_retain": eval_retain_dataset}
-        rows = {
-            kind: encode_rows(dataset, processing_class, args.max_length, name, args.assistant_turns)
-            for kind, dataset in sets.items()
-            for name in [f"{kind.replace('_', ' ')} set"]
-        }
-        for kind in rows.values():
-            check_token_ids(model, (row.input_ids for row in kind))
         use_cache = getattr(model.config, "use_cache", None)  # a multimodal model's config leaves it to its text part
-        self._stop_when_met: StopWhenMet | None = None
-        if args.stop_when_met is not None:
-            self._stop_when_met = StopWhenMet(args.stop_when_met, lambda x: self.accelerator.reduce(x, reduction="sum"))
-            callbacks = [*(callbacks or []), self._stop_when_met]
+        self._stop_when_beyond_boundary: StopWhenBeyondBoundary | None = None
+        if args.stop_when_beyond_boundary is not None:
+            self._stop_when_beyond_boundary = StopWhenBeyondBoundary(
+                args.stop_when_beyond_boundary, lambda x: self.accelerator.reduce(x, reduction="sum")
+            )
+            callbacks = [*(callbacks or []), self._stop_when_beyond_boundary]
         super().__init__(
             model=model,
             args=args,
@@ -269,8 +269,8 @@ class EUATrainer(CheckpointingTrainer):
         tokens = (forget & counted, ~forget & counted)
         sums = loss_sums(energy.detach(), nll.detach(), boundary, *tokens, None if kl is None else kl.detach())
         self._tallies = sums if self._tallies is None else self._tallies + sums
-        if self._stop_when_met is not None:
-            self._stop_when_met.add(sums)
+        if self._stop_when_beyond_boundary is not None:
+            self._stop_when_beyond_boundary.add(sums)
         # Gradients are averaged over processes, but the counts are already those of all processes.
         loss = parts.loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
         return (loss, {"energy": energy, "nll": nll}) if return_outputs else loss
@@ -285,8 +285,8 @@ class EUATrainer(CheckpointingTrainer):
             super()._run_epoch(*args, **kwargs)
 
     def _save_state(self, folder: Path) -> None:
-        if self._stop_when_met is not None:
-            self.state.stateful_callbacks[StopWhenMet.__name__] = self._stop_when_met.exported()
+        if self._stop_when_beyond_boundary is not None:
+            self.state.stateful_callbacks[StopWhenBeyondBoundary.__name__] = self._stop_when_beyond_boundary.exported()
         super()._save_state(folder)
 
     # ---- what one sees ------------------------------------------------------------------------------------------

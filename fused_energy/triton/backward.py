@@ -1,4 +1,4 @@
-"""The gradient of the logits, one stretch of the vocabulary at a time, for the tokens whose upstream gradient is not zero."""
+"""The gradients of logits and head, one stretch of the vocabulary at a time, for tokens with a nonzero upstream gradient."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _logit_gradient_kernel(
     grad_lse,  # (N,)
     grad_lse_at_one,
     grad_target,  # (N,)
-    gradient,  # (slots, stretch): logit_scale · dL/dx, x the logits before the softcap
+    gradient,  # (slots, stretch): logit_scale · dL/dx, with x the logits before the softcap
     bias_sums,  # (row tiles, stretch): dL/dx summed over the tokens of a tile
     first_slot,
     slots,
@@ -81,7 +81,7 @@ def _logit_gradient_kernel(
         dz += tl.where(tl.arange(0, COLUMNS)[None, :] == target[:, None], g[:, None], 0.0)
     if HAS_SOFTCAP:
         dz *= 1 - (z / softcap) * (z / softcap)
-    # An empty slot points at some token, whose hidden state may be anything: 0 · inf must not get out.
+    # An empty slot points at an arbitrary token, whose hidden state may hold anything: the NaN of 0 · inf must not be stored.
     dz = tl.where(held[:, None] & (columns < vocabulary)[None, :], dz, 0.0)
     if NEEDS_BIAS:
         tl.store(bias_sums + row_tile.to(tl.int64) * stretch + offsets, tl.sum(dz, 0))
@@ -101,13 +101,13 @@ def head_gradient(
     grad_target: Tensor,  # (N,), ignored without targets
     needs: tuple[bool, bool],  # of weight, of bias
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Stretches of the vocabulary one after the other, each summed over all tokens in float32 before it is written."""
+    """Handle one stretch of the vocabulary after the other; each is summed over all tokens in float32 before it is written."""
     make = torch.zeros if hidden.shape[0] == 0 else torch.empty
     grad_weight = make(weight.shape, dtype=weight.dtype, device=weight.device) if needs[0] else None
     grad_bias = make(weight.shape[0], dtype=weight.dtype, device=weight.device) if needs[1] else None
     active = shared.active_tokens(targets, grad_lse, grad_target)
     if hidden.shape[0]:
-        with torch.cuda.device_of(hidden):  # Triton launches on the current device, whatever it is given
+        with torch.cuda.device_of(hidden):  # Triton launches on the current device, wherever the tensors are
             problem = Problem(hidden, weight, bias, targets, options, active)
             _fill(problem, lse, grad_lse.contiguous(), grad_target.contiguous(), grad_weight, grad_bias)
     return grad_weight, grad_bias

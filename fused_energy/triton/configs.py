@@ -1,7 +1,7 @@
 """Launch settings as plain data, by kind of GPU.
 
-Each tile must fit the shared memory of its GPU without spilling a register; the tests compile every kernel with every setting
-for its GPU and check both. Which of the settings that fit is fastest can only be measured on that GPU.
+Each tile must fit the shared memory of its GPU without spilling registers; the tests compile every kernel with every setting
+for its GPU and check both. Which of the fitting settings is fastest can only be measured on that GPU.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 class Config(NamedTuple):
-    """Tile of one program: ``rows × columns`` of its output, ``depth`` of the sum at a time; ``group`` row tiles go together
-    through the columns, so that what they load stays in the L2 cache."""
+    """Tile of one program: ``rows × columns`` of its output, summed in steps of ``depth``. ``group`` row tiles walk through the
+    columns together, so that what they load stays in the L2 cache."""
 
     rows: int
     columns: int
@@ -25,16 +25,16 @@ class Config(NamedTuple):
 
 
 class Configs(NamedTuple):
-    """``logits`` and ``logits_with_softcap`` are multiples of the products' rows (in columns) and depth, see ``product.py``."""
+    """The columns of ``logits`` and ``logits_with_softcap`` are multiples of the products' rows and depth, see product.py."""
 
-    logits: Config  # kernels that make logits: output tokens × vocabulary
-    logits_with_softcap: Config  # also with two temperatures: both need more registers
+    logits: Config  # kernels that compute logits: output tokens × vocabulary
+    logits_with_softcap: Config  # also for two temperatures: both need more registers
     by_head: Config  # probabilities times rows of the head: output tokens × hidden size
     by_tokens: Config  # gradients of logits times hidden states: output vocabulary × hidden size
 
 
 _GENERAL = Config(64, 64, 32, 8, 2)
-GENERAL = Configs(_GENERAL, _GENERAL, _GENERAL, _GENERAL)  # float32, and strides that allow no wide loads
+GENERAL = Configs(_GENERAL, _GENERAL, _GENERAL, _GENERAL)  # for float32, and for strides that do not allow wide loads
 
 HALF_PRECISION: dict[str, Configs] = {
     "sm80": Configs(
@@ -68,8 +68,8 @@ TINY = Configs(_TINY._replace(columns=32), _TINY._replace(columns=32), _TINY, _T
 
 
 def kind(device: torch.device) -> str:
-    """The key of the table for a GPU. Those of compute capability 8.x and 12.x, whose shared memory is as small as 99 KiB, use
-    the settings of 8.0, which fit."""
+    """The key of the table for a GPU. GPUs of compute capability 8.x and 12.x, whose shared memory can be as small as 99 KiB,
+    use the settings of 8.0, which fit."""
     if torch.version.hip is not None:
         return "hip"
     major = torch.cuda.get_device_capability(device)[0]

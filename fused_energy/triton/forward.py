@@ -1,7 +1,7 @@
-"""One pass over the vocabulary: the logsumexp alone, or with what the gradient of the hidden states needs.
+"""One pass over the vocabulary: the logsumexp alone, or together with what the gradient of the hidden states needs.
 
-Tokens are taken in the order of ``order``, of which the first ``count`` are to be computed; both are on the device, and
-programs without a token leave at once. ``count`` never reaches the host.
+The kernels compute the first ``count`` tokens of ``order``. Both are on the device, and ``count`` is never copied to the host:
+programs without a token return at once.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _logsumexp_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
-    AND_AT_ONE: tl.constexpr,  # whether the sum at temperature 1 is needed beside that at the temperature
+    AND_AT_ONE: tl.constexpr,  # whether the sum at temperature 1 is needed in addition
     WHOLE_DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -125,7 +125,7 @@ def _probabilities_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One tile of tokens by one tile of a stretch of the vocabulary, kept as probabilities that still lack their scale."""
+    """Stores unnormalized probabilities of one tile of tokens by one tile of a stretch of the vocabulary."""
     row_tile, column_tile = grouped_tile(tl.program_id(0), tl.cdiv(slots, ROWS), column_tiles, GROUP)
     local = row_tile * ROWS + tl.arange(0, ROWS)
     if first_slot + row_tile * ROWS >= tl.load(count):
@@ -153,7 +153,7 @@ def _probabilities_kernel(
     if HAS_SOFTCAP:
         p = tl.where(p == 0.0, 0.0, p * (1 - (z / softcap) * (z / softcap)))  # past the vocabulary z is −∞
     if HAS_TARGETS:
-        p = tl.where(is_target, 0.0, p)  # its share is put back, exactly, in backward
+        p = tl.where(is_target, 0.0, p)  # backward adds its exact contribution
     tl.store(probabilities + first + within, p.to(probabilities.dtype.element_ty))
     if AND_AT_ONE:
         p = tl.exp(z - maximum[:, None])
@@ -177,12 +177,12 @@ def _fold_kernel(
     column_tiles,
     hidden_size,
     inverse_temperature,
-    SETS_MAXIMUM: tl.constexpr,  # the last temperature to be folded moves the running maximum that they share
+    SETS_MAXIMUM: tl.constexpr,  # the last temperature to be folded updates the running maximum that all share
     COLUMNS: tl.constexpr,
     TILES: tl.constexpr,  # at least column_tiles
     DEPTH: tl.constexpr,
 ):
-    """One token: bring its new probabilities and its running sums to a common maximum."""
+    """Brings the new probabilities and the running sums of one token to a common maximum."""
     slot = tl.program_id(0).to(tl.int64)
     if first_slot + slot >= tl.load(count):
         return
@@ -214,7 +214,7 @@ def forward(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
-    targets: Tensor | None,  # (N,), shared.LEFT_OUT where a token is ignored
+    targets: Tensor | None,  # (N,), shared.LEFT_OUT for ignored tokens
     options: HeadOptions,
     store: bool,  # whether the hidden states need a gradient
 ) -> Pass:
@@ -222,7 +222,7 @@ def forward(
     done = shared.empty_pass(hidden, targets, options, store)
     if hidden.shape[0] == 0:
         return done
-    with torch.cuda.device_of(hidden):  # Triton launches on the current device, whatever it is given
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device, wherever the tensors are
         problem = Problem(hidden, weight, bias, targets, options, None if targets is None else targets != LEFT_OUT)
         if store:
             _logsumexp_and_weighted(problem, done)
@@ -263,7 +263,7 @@ def _logsumexp(problem: Problem, done: Pass) -> None:
 
 
 def _logsumexp_and_weighted(problem: Problem, done: Pass) -> None:
-    """Tokens in blocks, for each of which stretches of the vocabulary are turned into probabilities and multiplied with W."""
+    """For each block of tokens, turn one stretch of the vocabulary after the other into probabilities and multiply by W."""
     tile = problem.logits_config
     temperatures = problem.options.temperatures(problem.has_targets)
     kinds = len(temperatures)

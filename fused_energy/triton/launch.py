@@ -1,4 +1,4 @@
-"""What every launch is told: tensors, strides, options, launch settings, and which tokens are to be computed."""
+"""The arguments of every launch: tensors, strides, options, launch settings, and which tokens to compute."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fused_energy.common import HeadOptions
 from fused_energy.triton import configs
 from fused_energy.triton.configs import Config
 
-SCRATCH_BYTES = 24 * 2**20  # of a stretch of probabilities or gradients, and again of the sums made with it, whatever N and V
-SPLIT_BYTES = 2**20  # of partial maxima, and as much again of each partial sum
-PROGRAMS = 2048  # enough to fill any GPU several times over; fewer, longer ones fold more of the vocabulary on the chip
-LONGEST_STRETCH = 65536  # columns; few tokens gain nothing from more
+SCRATCH_BYTES = 24 * 2**20  # of a stretch of probabilities or gradients, and as much for sums made from it, whatever N and V
+SPLIT_BYTES = 2**20  # of partial maxima, and as much for each partial sum
+PROGRAMS = 2048  # enough to fill any GPU several times over; fewer, longer programs fold more of the vocabulary on the chip
+LONGEST_STRETCH = 65536  # columns; with few tokens, more columns gain nothing
 
 
 class Problem:
-    """Tokens (N, H), a head (V, H), and the ``count`` first of ``order``: the tokens that are to be computed."""
+    """Tokens (N, H), a head (V, H), and the tokens to compute: the first ``count`` of ``order``."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Problem:
         self.vocabulary = weight.shape[0]
         self.has_bias, self.has_targets = bias is not None, targets is not None
         self.and_at_one = targets is not None and options.temperature != 1.0
-        # Kernels take a pointer for everything; where there is nothing, it is never read.
+        # Kernels take a pointer for everything; a pointer that stands for None is never read.
         self.bias = hidden if bias is None else bias.contiguous()
         self.targets = hidden if targets is None else targets
         if chosen is None:
@@ -49,7 +49,7 @@ class Problem:
         self.logits_config = self.configs.logits_with_softcap if more_registers else self.configs.logits
 
     def head_arguments(self) -> tuple[Any, ...]:
-        """From ``hidden_size`` to ``inverse_temperature``, as all kernels that make logits take them."""
+        """The arguments from ``hidden_size`` to ``inverse_temperature`` of all kernels that compute logits."""
         options = self.options
         return (
             self.hidden_size,
@@ -62,7 +62,7 @@ class Problem:
         )
 
     def head_constants(self) -> dict[str, Any]:
-        """The compile-time arguments of the kernels that make logits."""
+        """The compile-time arguments of the kernels that compute logits."""
         return self.tile_constants(self.logits_config) | {
             "HAS_BIAS": self.has_bias,
             "HAS_SOFTCAP": self.options.softcap is not None,
@@ -72,7 +72,7 @@ class Problem:
         }
 
     def tile_constants(self, config: Config) -> dict[str, Any]:
-        """Sizes, and how float32 is multiplied: as PyTorch was told to, which by default is without loss."""
+        """Sizes, and the precision of float32 products: PyTorch's setting, which by default is full precision."""
         interpreted = self.hidden.device.type == "cpu"
         return {
             "ROWS": config.rows,
@@ -80,13 +80,13 @@ class Problem:
             "DEPTH": config.depth,
             "GROUP": config.group,
             "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
-            "UPCAST": interpreted,  # the interpreter multiplies bfloat16 wrongly
+            "UPCAST": interpreted,  # the interpreter computes wrong products of bfloat16
             "num_warps": config.warps,
             "num_stages": config.stages,
         }
 
     def splits(self) -> tuple[int, int]:
-        """Into how many stretches, of how many tiles, the vocabulary is split where each is folded into a sum at once."""
+        """The number of stretches the vocabulary is split into, each folded by one program, and the number of tiles in each."""
         tile = self.logits_config
         row_tiles, column_tiles = triton.cdiv(self.tokens, tile.rows), triton.cdiv(self.vocabulary, tile.columns)
         wanted = max(1, min(column_tiles, PROGRAMS // row_tiles, SPLIT_BYTES // (4 * self.tokens)))
@@ -94,9 +94,9 @@ class Problem:
         return triton.cdiv(column_tiles, tiles_per_split), tiles_per_split
 
     def rows_and_stretch(self, copies: int, bytes_per_row: int) -> tuple[int, int]:
-        """How many tokens, and how many columns of the vocabulary, to take at a time so that scratch stays bounded.
+        """How many tokens, and how many columns of the vocabulary, to handle at a time so that scratch memory stays bounded.
 
-        ``copies`` tiles of (rows, stretch) in the dtype of ``hidden`` and ``bytes_per_row`` for every token have to fit.
+        ``copies`` tiles of (rows, stretch) in the dtype of ``hidden`` must fit, and ``bytes_per_row`` for every token.
         """
         tile = self.logits_config
         rows = min(self.tokens, max(tile.rows, SCRATCH_BYTES // bytes_per_row // tile.rows * tile.rows))
@@ -105,6 +105,6 @@ class Problem:
         return rows, max(tile.columns, triton.cdiv(columns, tile.columns) * tile.columns)
 
     def padded(self, rows: int) -> int:
-        """``rows`` of scratch, rounded up to what any kernel that writes or reads them touches."""
+        """``rows`` of scratch, rounded up to whole tiles of every kernel that reads or writes them."""
         largest = max(self.logits_config.rows, self.configs.by_head.rows)
         return triton.cdiv(rows, largest) * largest

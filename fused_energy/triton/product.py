@@ -1,7 +1,7 @@
-"""Matrix products that stop at a number of tokens which only the device knows.
+"""Matrix products over a number of tokens that only the device knows.
 
-What they read of probabilities and gradients is padded to whole tiles, with zeros past the vocabulary: the tile of logits must
-be a multiple of the product's rows and of its depth.
+The probabilities and gradients that they read are padded to whole tiles, with zeros past the vocabulary: the columns of a tile
+of logits must be a multiple of the product's rows and of its depth.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _tokens_by_head_kernel(
     count,
     first_slot,
     slots,
-    stretch,  # how many columns of ``left`` are part of the vocabulary
+    stretch,  # number of columns of ``left`` that belong to the vocabulary
     left_stride,
     hidden_size,
     right_stride,
@@ -71,12 +71,12 @@ def _head_by_tokens_kernel(
     out,  # (stretch, H): rows of the head's gradient, or their float32 sum so far
     first_slot,
     slots,
-    stretch,  # how many columns of ``gradient`` are part of the vocabulary
+    stretch,  # number of columns of ``gradient`` that belong to the vocabulary
     gradient_stride,
     hidden_size,
     hidden_stride,
     hidden_step,
-    ADD: tl.constexpr,  # to what ``out`` holds
+    ADD: tl.constexpr,  # whether to add to what ``out`` holds
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -115,7 +115,7 @@ def _head_by_tokens_kernel(
 
 
 def add_tokens_by_head(problem: Problem, left: Tensor, columns: slice, left_stride: int, block: slice, sums: Tensor) -> None:
-    """``sums`` (slots, H) += ``left`` (slots, stretch) times the head's rows ``columns``, for the slots of ``block``."""
+    """``sums`` (slots, H) += ``left`` (slots, stretch) @ the head's rows ``columns``, for the slots of ``block``."""
     tile, slots = problem.configs.by_head, block.stop - block.start
     _tokens_by_head_kernel[(triton.cdiv(slots, tile.rows) * triton.cdiv(problem.hidden_size, tile.columns),)](
         left,
@@ -133,9 +133,9 @@ def add_tokens_by_head(problem: Problem, left: Tensor, columns: slice, left_stri
 
 
 def head_by_tokens(problem: Problem, gradient: Tensor, gradient_stride: int, block: slice, out: Tensor) -> None:
-    """``out`` (stretch, H) = ``gradient`` (slots, stretch) transposed times the hidden states of the slots of ``block``.
+    """``out`` (stretch, H) = ``gradient``ᵀ (stretch, slots) @ the hidden states of the slots of ``block``.
 
-    The first block overwrites what ``out`` holds, the others add to it.
+    The first block overwrites ``out``, the others add to it.
     """
     tile = problem.configs.by_tokens
     _head_by_tokens_kernel[(triton.cdiv(out.shape[0], tile.rows) * triton.cdiv(problem.hidden_size, tile.columns),)](

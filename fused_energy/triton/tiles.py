@@ -1,4 +1,4 @@
-"""The part that all kernels share: one tile of logits, made on the chip."""
+"""What the kernels share: one tile of logits, computed on the chip."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FINITE_MAX = tl.constexpr(3.0e38)  # a running maximum is held within ±this: an
 
 @triton.jit
 def grouped_tile(program, row_tiles, column_tiles, group: tl.constexpr):
-    """(row tile, column tile) of a program: ``group`` row tiles go through the columns together, for the sake of L2."""
+    """(row tile, column tile) of a program; ``group`` row tiles walk through the columns together, to reuse the L2 cache."""
     first = program // (group * column_tiles) * group
     size = tl.minimum(row_tiles - first, group)
     within = program % (group * column_tiles)
@@ -19,16 +19,16 @@ def grouped_tile(program, row_tiles, column_tiles, group: tl.constexpr):
 
 @triton.jit
 def active_rows(order, count, slots):
-    """The tokens in these slots, int64, and which of the slots hold one. An empty slot points at some token."""
+    """The tokens in these slots, int64, and which of the slots hold one. An empty slot points at an arbitrary token."""
     held = slots < tl.load(count)
     return tl.load(order + slots, mask=held, other=0).to(tl.int64), held
 
 
 @triton.jit
 def target_column(targets, rows, start, vocabulary, COLUMNS: tl.constexpr):
-    """Of each token, the column of its target in the tile of the vocabulary that begins at ``start``; −1 where it is not there.
+    """The column of each token's target in the tile of the vocabulary that begins at ``start``; −1 if it is not in the tile.
 
-    32 bits, as wide as the tile: a tile of 64-bit comparisons would not fit beside the logits in registers.
+    Columns have 32 bits, like the logits: a tile of 64-bit comparisons would not fit into the registers next to the logits.
     """
     target = tl.load(targets + rows)
     here = (target >= start) & (target < tl.minimum(start + COLUMNS, vocabulary))
@@ -40,8 +40,8 @@ def logits_tile(
     hidden,  # pointer to (N, H)
     weight,  # pointer to (V, H)
     bias,  # pointer to (V,)
-    rows,  # (rows of the tile,) int64, all of them tokens
-    columns,  # (columns of the tile,) int64, may pass V
+    rows,  # (rows of the tile,) int64, all of them valid tokens
+    columns,  # (columns of the tile,) int64, may exceed V
     hidden_size,
     vocabulary,
     hidden_stride,
@@ -90,7 +90,7 @@ def logits_tile(
 
 @triton.jit
 def tanh(x):
-    """tanh that holds its relative error near 0, where ``2σ(2x) − 1`` alone would cancel."""
+    """tanh that keeps its relative accuracy near 0, where ``2σ(2x) − 1`` alone suffers from cancellation."""
     square = x * x
     series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
     return tl.where(square < 0.09, series, 2 * tl.sigmoid(2 * x) - 1)

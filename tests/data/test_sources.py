@@ -532,6 +532,12 @@ def test_one_string_is_no_list_of_groups(model, tokenizer, rows, monkeypatch):
     assert conformal_threshold(scores, 0.5, iter("aabbcc")) == conformal_threshold(scores, 0.5, list("aabbcc"))
 
 
+def test_a_file_of_one_row_is_a_row(tmp_path):
+    for row in ({"question": "Who?", "answer": "Ann."}, {"frage": "Wer?"}, {"messages": CHAT}):
+        (tmp_path / "one.jsonl").write_text(json.dumps(row))
+        assert read_rows("one.jsonl") == [row]
+
+
 def test_the_guard_file_is_not_a_source_of_rows(guard, tmp_path):
     guard.save_pretrained(tmp_path)
     with pytest.raises(EUAError, match="is one JSON object with the keys 'threshold'"):

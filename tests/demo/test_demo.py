@@ -1,4 +1,4 @@
-"""The demo's promises, measured: run by CI after the tests, with ``pytest -m demo``."""
+"""Tests of the figures that the demo promises. CI runs them after the other tests, with ``pytest -m demo``."""
 
 from __future__ import annotations
 

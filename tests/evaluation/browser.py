@@ -1,4 +1,4 @@
-"""A page in headless Chromium, driven over the DevTools protocol on a pair of pipes: nothing to install but a Chromium."""
+"""A page in headless Chromium, driven over the DevTools protocol through a pair of pipes; it needs only Chromium itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PATIENCE = 60  # seconds
 
 
 class Page:
-    """One page of a browser of its own; ``events`` are all that the browser told of it."""
+    """One page in a separate browser process; ``events`` holds all events that the browser reported for it."""
 
     def __init__(self, profile: Path) -> None:
         to_browser, from_us = os.pipe()
@@ -51,7 +51,7 @@ class Page:
         os.close(self.writer)
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One command, and its answer."""
+        """Send one command and return its result."""
         self.count += 1
         message = {"id": self.count, "method": method, "params": parameters}
         if self.session:
@@ -67,13 +67,13 @@ class Page:
         while b"\0" not in self.rest:
             assert select.select([self.reader], [], [], PATIENCE)[0], "the browser does not answer"
             part = os.read(self.reader, 2**16)
-            assert part, "the browser went away"
+            assert part, "the browser has ended"
             self.rest += part
         message, _, self.rest = self.rest.partition(b"\0")
-        told = json.loads(message)
-        if "method" in told:
-            self.events.append(told)
-        return told
+        received = json.loads(message)
+        if "method" in received:
+            self.events.append(received)
+        return received
 
     def open(self, path: Path, width: int = 1200, height: int = 900, dark: bool = False) -> None:
         self.events.clear()
@@ -111,10 +111,10 @@ class Page:
         path.write_bytes(base64.b64decode(content))
 
     def complaints(self) -> list[dict[str, Any]]:
-        """Errors and warnings of the console, uncaught exceptions."""
-        told = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
-        return [event for event in self.events if event["method"] in told]
+        """Console messages and uncaught exceptions."""
+        methods = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+        return [event for event in self.events if event["method"] in methods]
 
     def requests(self) -> list[str]:
-        """The addresses that the page asked for, its own first."""
+        """The URLs that the page requested, its own first."""
         return [event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"]

@@ -1,4 +1,4 @@
-"""The report page: its data against the scoring functions, hostile rows, and the page in a browser where there is one."""
+"""Tests of the report page: its data against the scoring functions, hostile rows, and the page in a browser, if available."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.evaluation.browser import CHROMIUM, Page
 
 ROOT = Path(__file__).parents[2]
 needs_chromium = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium here: install one (apt-get install chromium), or name it in CHROMIUM"
+    CHROMIUM is None, reason="no Chromium found: install it (apt-get install chromium), or set CHROMIUM to its path"
 )
 HOSTILE = [
     "</script><img src=x onerror=\"window.pwned='img'\">",
@@ -66,12 +66,12 @@ def embedded(text: str) -> dict:
 
 
 def shares(data: dict, threshold: float) -> dict[str, float]:
-    """Per cent of each set's scores above the threshold."""
+    """The percentage of each set's scores above the threshold."""
     scores = {entry["name"]: torch.tensor(entry["after"]["scores"], dtype=torch.float64) for entry in data["sets"]}
     return {name: 100 * float((values > threshold).double().mean()) for name, values in scores.items()}
 
 
-def test_the_data_is_what_scoring_gives(data, models, tokenizer, rows, guard):
+def test_the_data_equal_the_scoring_functions(data, models, tokenizer, rows, guard):
     assert embedded(render_page(data)) == data
     assert data["threshold"] == pytest.approx(guard.threshold, rel=1e-7)
     assert data["guard"]["text"] == guard.promise
@@ -108,7 +108,7 @@ def test_the_data_is_what_scoring_gives(data, models, tokenizer, rows, guard):
                 assert reading["left_out"] == [0, 0]
                 assert shown["question"] == set_rows[i]["question"]
                 assert shown["answer"] == set_rows[i]["answer"]
-    # The prompt that the threshold was taken from lies on it, and stays there when both are written with fewer digits.
+    # One prompt's score equals the threshold, and still does when both are written with fewer digits.
     refused = guard.score(models["after"], tokenizer, rows["retain"]) > guard.threshold
     assert shares(data, data["threshold"])["retain"] == pytest.approx(100 * float(refused.float().mean()))
 
@@ -174,7 +174,7 @@ def test_one_model_at_a_time_is_in_memory(tokenizer, rows):
 
 
 class Tags(HTMLParser):
-    """The tags and attributes of a page, in order, and what is in its scripts."""
+    """The tags, attributes and comments of a page, in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ def test_the_policy_names_the_pages_own_script_and_nothing_else(data):
     assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
 
 
-def test_what_is_no_number_is_not_written(data, tmp_path):
+def test_nan_is_not_written(data, tmp_path):
     data["threshold"] = float("nan")
     with pytest.raises(ValueError, match="Out of range float"):
         write_page(tmp_path / "report.html", data)
@@ -260,7 +260,7 @@ def test_the_command_writes_one_file(models, tokenizer, rows, guard, tmp_path, c
     assert [path.name for path in output.parent.iterdir()] == ["report.html"]
     capsys.readouterr()
     assert main(command) == 2
-    assert "report.html is there already and would be lost: name another, or pass --overwrite" in capsys.readouterr().err
+    assert "report.html already exists and would be lost: name another, or pass --overwrite" in capsys.readouterr().err
     assert main([*command[:-2], "--overwrite"]) == 0
     assert len(embedded(output.read_text(encoding="utf-8"))["sets"]) == 3
 
@@ -271,8 +271,8 @@ def browser(tmp_path):
         yield opened
 
 
-def told(browser: Page) -> dict[str, float]:
-    """What the lanes of the figure say is refused, by set, in per cent."""
+def refused_shares(browser: Page) -> dict[str, float]:
+    """The percentage of each set that is refused, as the lanes of the figure show it."""
     lanes = "[...document.querySelectorAll('.lane')].map(l => [...l.querySelectorAll('.text, .share')].map(e => e.textContent))"
     return {name: float(text.removesuffix(" % refused")) for name, text in browser.run(lanes)}
 
@@ -285,7 +285,7 @@ def rounded(expected: dict[str, float]) -> Any:
 def test_refused_shares_follow_the_threshold(data, browser, tmp_path):
     write_page(tmp_path / "report.html", data)
     browser.open(tmp_path / "report.html")
-    assert told(browser) == rounded(shares(data, data["threshold"]))
+    assert refused_shares(browser) == rounded(shares(data, data["threshold"]))
     low, high = (float(browser.run(f"document.getElementById('threshold').{end}")) for end in ("min", "max"))
     kept = [score for entry in data["sets"] if not entry["forget"] for score in entry["after"]["scores"]]
     highest = [shown["after"]["score"] for entry in data["sets"] if not entry["forget"] for shown in entry["shown"]]
@@ -297,13 +297,13 @@ def test_refused_shares_follow_the_threshold(data, browser, tmp_path):
         browser.drag((x + 0.99 * width, y), (x + (goal - low) / (high - low) * width, y))
         threshold = browser.run("document.getElementById('threshold').valueAsNumber")
         assert threshold == pytest.approx(goal, abs=1.5 * (high - low) / width)
-        assert told(browser) == rounded(shares(data, threshold))
-        seen.add(tuple(told(browser).values()))
-        percents = [f"{share:.1f} %" for share in told(browser).values()]
+        assert refused_shares(browser) == rounded(shares(data, threshold))
+        seen.add(tuple(refused_shares(browser).values()))
+        percents = [f"{share:.1f} %" for share in refused_shares(browser).values()]
         cells = browser.run("[...document.querySelectorAll('#summary td:nth-child(2)')].map(e => e.textContent)")
         assert cells == percents
         said = browser.run("document.getElementById('threshold').getAttribute('aria-valuetext')")
-        assert all(f"{percent} of {name}" in said for percent, name in zip(percents, told(browser), strict=True))
+        assert all(f"{percent} of {name}" in said for percent, name in zip(percents, refused_shares(browser), strict=True))
         verdicts = browser.run("[...document.querySelectorAll('#refusals-list .verdict')].map(e => e.textContent)")
         assert len(verdicts) == 10
         assert [text.startswith("refused") for text in verdicts] == [score > threshold for score in highest[:10]]
@@ -314,11 +314,11 @@ def test_refused_shares_follow_the_threshold(data, browser, tmp_path):
     browser.press("ArrowRight")
     threshold = browser.run("document.getElementById('threshold').valueAsNumber")
     assert before < threshold < high
-    assert told(browser) == rounded(shares(data, threshold))
+    assert refused_shares(browser) == rounded(shares(data, threshold))
     browser.press("Home")
-    assert set(told(browser).values()) == {100}
+    assert set(refused_shares(browser).values()) == {100}
     browser.run("document.getElementById('reset').click()")
-    assert told(browser) == rounded(shares(data, data["threshold"]))
+    assert refused_shares(browser) == rounded(shares(data, data["threshold"]))
     assert browser.complaints() == []
 
 
@@ -336,7 +336,7 @@ def test_the_page_is_quiet_and_fits(width, dark, whole, data, browser, tmp_path)
                 del part["before"]
     write_page(tmp_path / "report.html", data)
     browser.open(tmp_path / "report.html", width=width, dark=dark)
-    for _ in range(2):  # what opens has details of its own
+    for _ in range(2):  # opened details contain further details
         browser.run(OPEN_ALL + "new Promise(requestAnimationFrame)")
         browser.run("document.querySelectorAll('details').length")
     assert browser.run("document.querySelectorAll('.reading table').length") > 0
@@ -349,8 +349,8 @@ def test_the_page_is_quiet_and_fits(width, dark, whole, data, browser, tmp_path)
 
 
 @needs_chromium
-def test_what_the_page_says_of_tokens_is_in_its_data(data, browser, tmp_path):
-    """Two tokens that are parts of characters have one text; and a score of several tokens is not that of the framed one."""
+def test_the_page_marks_tokens_as_its_data_says(data, browser, tmp_path):
+    """Different tokens that are parts of characters share one text; a score of several tokens belongs to no single token."""
     data["first_tokens"] = 3
     for entry in data["sets"]:
         for reading in (shown[title] for shown in entry["shown"] for title in ("after", "before")):
@@ -383,7 +383,7 @@ def test_hostile_rows_are_shown_as_text(models, tokenizer, guard, browser, tmp_p
     assert browser.complaints() == []
     assert len(browser.requests()) == 1
 
-    # and were a row ever set as markup, the policy would keep it from running
+    # Even if a row were inserted as markup, the policy would keep it from running.
     for text in HOSTILE:
         browser.run(f"document.body.insertAdjacentHTML('beforeend', {json.dumps(text)})")
     browser.run("new Promise(resolve => setTimeout(resolve, 100))")

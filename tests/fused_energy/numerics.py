@@ -1,7 +1,7 @@
-"""Problems for the energy op, and the bound that every implementation is held to.
+"""Test problems for the energy op, and the error bound that every implementation must keep.
 
-An implementation may be at most twice as far from float64 as plain PyTorch in the same dtype, on the same input; what is
-added to that is the rounding of a result that plain PyTorch may have met by luck.
+An implementation may be at most twice as far from float64 as plain PyTorch in the same dtype, on the same input. Added to that
+is the rounding of a result, because plain PyTorch may be exact by luck.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ IGNORED = -100
 
 @dataclass
 class Problem:
-    """Tensors, options and upstream gradients; which of hidden, weight and bias need a gradient."""
+    """Tensors, options and upstream gradients, and which of hidden, weight and bias need a gradient."""
 
     hidden: Tensor  # (N, H)
     weight: Tensor  # (V, H)
@@ -54,7 +54,7 @@ class Problem:
 
 
 def copy_of(x: Tensor, dtype: torch.dtype, device: str | torch.device) -> Tensor:
-    """With the strides of ``x``, which ``to`` and ``clone`` do not always keep."""
+    """A copy with the strides of ``x``, which ``to`` and ``clone`` do not always keep."""
     return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=device).copy_(x)
 
 
@@ -68,7 +68,7 @@ def plain(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Any:
-    """What people write today: logits in the dtype of the model, and the definition of energy and NLL in float32 after them."""
+    """What people write today: logits in the dtype of the model, then energy and NLL by definition in float32."""
     z = (hidden @ weight.T) * logit_scale
     if bias is not None:
         z = z + bias
@@ -95,13 +95,13 @@ def assert_no_worse_than_plain(problem: Problem, implementation: str, bound: flo
     )
     assert exact.keys() == found.keys()
     z_scale = max(1.0, exact["energy"].abs().max().item()) if len(problem.hidden) else 1.0
-    # On a CPU PyTorch multiplies half precision into half precision: streaming's logits are rounded as the plain ones are.
+    # On a CPU, PyTorch's half-precision matmul returns half precision: streaming's logits are rounded like the plain ones.
     half_on_cpu = implementation == "streaming" and device == "cpu" and problem.hidden.dtype != torch.float32
     rounded_logits = torch.finfo(problem.hidden.dtype).eps / 2 * z_scale if half_on_cpu else 0.0
-    # float32 sums round by the size of what they add, which may cancel: |h|·|W|ᵀ.
+    # The rounding of float32 sums scales with their terms, which may cancel: |h|·|W|ᵀ.
     terms = problem.hidden.double().abs() @ problem.weight.double().abs().T * abs(problem.options.get("logit_scale", 1.0))
     sum_scale = max(z_scale, terms.max().item() if terms.numel() else 0.0)
-    # A probability is exp(z/T − lse): both are rounded, and z is made twice, not always in the same order of summing.
+    # A probability is exp(z/T − lse): both are rounded, and z is computed twice, not always in the same order of summation.
     rounded_exponents = 4 * torch.finfo(torch.float32).eps / 2 * sum_scale / problem.options.get("temperature", 1.0)
     upstream = 1.0 if problem.upstream is None or not len(problem.hidden) else problem.upstream.abs().max().item()
     largest = {
@@ -135,7 +135,7 @@ def some_targets(seed: int, tokens: int, vocabulary: int) -> Tensor:
 
 
 def named_problems() -> dict[str, Problem]:
-    """Shapes and values that have been trouble somewhere."""
+    """Shapes and values that are known to cause trouble."""
 
     def problem(n: int, h: int, v: int, with_bias: bool = False, **options: Any) -> Problem:
         return Problem(
@@ -166,8 +166,8 @@ def named_problems() -> dict[str, Problem]:
     }
     cases["everything, frozen hidden states"] = replace(cases["everything"], needs=(False, True, True))
     cases["flat rows"] = replace(problem(31, 37, 101), weight=torch.zeros(101, 37))
-    # Every row has all of its mass on one word; for half of the tokens that word is the target, so that the NLL has next to
-    # no gradient while the energy has all of it.
+    # Every row has all of its probability on one word; for half of the tokens that word is the target, so that the gradient of
+    # the NLL is almost zero while the energy has its full gradient.
     rows = torch.eye(40)
     one_hot = replace(problem(20, 40, 40), weight=rows, hidden=20 * rows[:20])
     cases["one-hot rows"] = replace(one_hot, targets=torch.arange(20).where(torch.arange(20) % 2 == 0, 39))
@@ -177,7 +177,7 @@ def named_problems() -> dict[str, Problem]:
         targets=torch.arange(20),
         upstream=torch.stack([torch.zeros(20), normal(4, 20)]),
     )
-    # Whole numbers, whose products are exact: what is tried is the range, not the order in which a product is summed.
+    # Integers, whose products are exact: this case tests the range, not the order in which a product is summed.
     cases["logits of ±1e4"] = replace(
         problem(31, 37, 101), weight=100 * normal(5, 101, 37).sign(), hidden=(16 * normal(0, 31, 37)).round()
     )

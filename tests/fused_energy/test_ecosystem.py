@@ -1,4 +1,4 @@
-"""The energy op inside PyTorch: compiled, checkpointed, wrapped, sharded, patched into a stock model."""
+"""Tests of the energy op inside PyTorch: compiled, checkpointed, wrapped, sharded, patched into a stock model."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_opcheck(temperature, with_targets, store):
 def test_compile_without_graph_break(backend):
     torch.compiler.reset()
     compiled = torch.compile(loss_of, fullgraph=True, backend=backend, dynamic=True)
-    for tokens in (N, N - 1, N - 5):  # other lengths need no new graph
+    for tokens in (N, N - 1, N - 5):  # different lengths need no new graph
         assert_all_close(gradients_of(compiled, tokens), gradients_of(loss_of, tokens))
     with torch.no_grad():
         torch.testing.assert_close(compiled(*leaves()), loss_of(*leaves()))
@@ -112,13 +112,13 @@ def energy_alone(hidden: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("what", "text"),
     [
-        (lambda x: torch.func.vmap(linear_energy, (0, None))(x, normal(1, V, H)), "under torch.vmap, which it does not need"),
+        (lambda x: torch.func.vmap(linear_energy, (0, None))(x, normal(1, V, H)), "torch.vmap, which it does not support"),
         (lambda x: torch.func.grad(lambda h: torch.func.grad(energy_alone)(h).sum())(x), "second derivative of linear_energy"),
         (lambda x: torch.func.jvp(energy_alone, (x,), (x,)), "jvp"),
     ],
     ids=["vmap", "grad of grad", "jvp"],
 )
-def test_transforms_that_do_not_exist_say_so(what, text):
+def test_unsupported_transforms_raise_an_error(what, text):
     with pytest.raises(NotImplementedError, match=text):
         what(normal(0, N, H))
 
@@ -137,7 +137,7 @@ def test_second_derivative_is_refused_and_the_reference_has_it():
 
 
 def test_tied_embedding_collects_both_gradients():
-    """The head's weight is the embedding too: both gradients arrive in it."""
+    """The head's weight is also the embedding: it receives both gradients."""
     gradients = []
     for implementation in ("reference", "streaming"):
         embedding = nn.Embedding(V, H)
@@ -151,7 +151,7 @@ def test_tied_embedding_collects_both_gradients():
 
 
 class TinyModel(nn.Module):
-    """Embedding, one layer, a head whose logits are never made."""
+    """An embedding, one layer, and a head whose logits are never computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class TinyModel(nn.Module):
 
 
 def data_parallel(group: ProcessGroup, wrap: str) -> None:
-    """Every rank sees its own tokens; the gradients are those of one process that sees all of them."""
+    """Every rank sees its own tokens; the gradients equal those of one process that sees all tokens."""
     torch.manual_seed(0)
     alone = TinyModel()
     batches = [torch.randint(0, V, (9,), generator=torch.Generator().manual_seed(seed)) for seed in range(group.size())]
@@ -193,7 +193,7 @@ def test_data_parallel(ranks, wrap):
     ranks.run(2, data_parallel, wrap)
 
 
-def test_module_is_the_layer_that_it_was():
+def test_module_shares_the_parameters_of_its_layer():
     layer = nn.Linear(H, V)
     module = LinearEnergy(layer, temperature=2.0, logit_scale=0.5, softcap=3.0, ignore_index=7)
     assert dict(module.named_parameters()) == {"head.weight": layer.weight, "head.bias": layer.bias}
@@ -210,7 +210,7 @@ def test_module_is_the_layer_that_it_was():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_stock_model_with_its_loss_replaced(autocast):
-    """The worked example: same loss, same gradients, and the model is itself again afterwards."""
+    """The worked example: same loss, same gradients, and the model is restored afterwards."""
     ids = torch.randint(0, 90, (2, 13), generator=torch.Generator().manual_seed(0))
     labels = ids.where(torch.arange(13) > 4, IGNORED)
     results = []

@@ -1,4 +1,4 @@
-"""fused_energy: the definition, its properties, and the streaming implementation against it."""
+"""Tests of fused_energy: the definition, its properties, and the streaming implementation compared with it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _small_tiles():
 
 @st.composite
 def problems(draw: st.DrawFn) -> dict:
-    """Shapes, options and float64 tensors of a random problem."""
+    """Random shapes, options and float64 tensors."""
     n, h, v = draw(st.integers(0, 9)), draw(st.integers(1, 6)), draw(st.integers(1, 23))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     scale = draw(st.sampled_from([0.1, 1.0, 100.0]))
@@ -101,7 +101,7 @@ def test_energy_is_the_definition(problem):
 
 @given(problems(), st.tuples(st.booleans(), st.booleans(), st.booleans()))
 def test_streaming_equals_reference_with_gradients(problem, needs):
-    """Every subset of inputs that need a gradient takes its own path through the streaming backward."""
+    """Each subset of inputs that need a gradient takes a different path through the streaming backward."""
     expected, found = (run(problem, implementation, needs) for implementation in IMPLEMENTATIONS)
     assert len(expected) == len(found)
     for a, b in zip(expected, found, strict=True):
@@ -125,7 +125,7 @@ def test_bounds_and_invariances(problem):
 
 
 @given(problems(), st.floats(-50, 50))
-def test_shifting_every_logit_lowers_the_energy_by_as_much(problem, shift):
+def test_shifting_every_logit_shifts_the_energy(problem, shift):
     options = problem["options"] | {"softcap": None}
     bias = torch.zeros(problem["weight"].shape[0], dtype=torch.float64) if problem["bias"] is None else problem["bias"]
     before = linear_energy(problem["hidden"], problem["weight"], bias=bias, **options)
@@ -135,7 +135,7 @@ def test_shifting_every_logit_lowers_the_energy_by_as_much(problem, shift):
 
 @given(problems())
 def test_energy_gradient_is_minus_softmax(problem):
-    """dE/dz = −softmax(z/T), read off through an identity head."""
+    """dE/dz = −softmax(z/T), checked with an identity head."""
     t = problem["options"]["temperature"]
     z = problem["hidden"].clone().requires_grad_()
     linear_energy(z, torch.eye(z.shape[-1], dtype=torch.float64), temperature=t).sum().backward()
@@ -182,7 +182,7 @@ def test_large_vocabulary(dtype, monkeypatch):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_extreme_logits_stay_finite(implementation):
-    """Logits of ±1e4, a one-hot row and a flat one; the first stretch of the vocabulary may be all −∞."""
+    """Logits of ±1e4, a one-hot row and a flat row; the first stretch of the vocabulary may be all −∞."""
     weight = torch.tensor([1e4] + [-1e4] * 20)[:, None].requires_grad_()
     hidden = torch.tensor([[1.0], [-1.0], [0.0]], requires_grad=True)
     energy, nll = linear_energy(hidden, weight, torch.tensor([0, 5, 3]), implementation=implementation)
@@ -223,7 +223,7 @@ def test_ignored_tokens_cost_and_leak_nothing():
 
 
 def test_confident_target_keeps_its_energy_gradient():
-    """p(target) = 1 to float32: the NLL has no gradient left, the energy has all of it (a known slip of gradient filters)."""
+    """p(target) = 1 in float32: the NLL's gradient is zero, the energy's is not (gradient filters are known to drop it)."""
     hidden = torch.tensor([[50.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0]])
     energy, nll = linear_energy(hidden, weight, torch.tensor([0]))
@@ -270,7 +270,7 @@ def test_tail_energy_is_the_definition(problem, side, fill, fraction):
 
 
 def test_tail_size_counts_as_in_decimal():
-    """floor(0.29 · 100) is 29, whatever binary says; and the logits outside the tail count as one each."""
+    """floor(0.29 · 100) is 29, although it is less in binary; and each logit outside the tail counts as exp(0) = 1."""
     hidden, weight = torch.ones(1, 1, dtype=torch.float64), torch.arange(100, dtype=torch.float64)[:, None]
     expected = -math.log(sum(math.exp(z) for z in range(29)) + 71)
     torch.testing.assert_close(tail_energy(hidden, weight, 0.29, "bottom").item(), expected)
@@ -278,7 +278,7 @@ def test_tail_size_counts_as_in_decimal():
 
 @pytest.mark.parametrize("options", [HeadOptions(1.0, 1.0, None), HeadOptions(0.7, 0.5, 3.0)], ids=["plain", "everything"])
 def test_scratch_is_bounded(options, monkeypatch):
-    """Nothing larger than the documented scratch or the gradients is made. (A custom op hides what it makes: look inside.)"""
+    """No tensor is larger than the documented scratch or the gradients. (A custom op hides its tensors: call the functions.)"""
     monkeypatch.setattr(shared, "SCRATCH_BYTES", 2**15)
     monkeypatch.setattr(streaming, "VOCABULARY_TILE", 512)
     largest = 0
@@ -328,7 +328,7 @@ HIDDEN, WEIGHT = torch.ones(2, 3), torch.ones(5, 3)
         ((HIDDEN, WEIGHT), {"implementation": "cuda"}, ValueError, "implementation is 'cuda', which does not exist"),
     ],
 )
-def test_bad_input_is_told_what_is_wrong(arguments, options, error, text):
+def test_bad_input_raises_a_clear_error(arguments, options, error, text):
     with pytest.raises(error, match=text):
         linear_energy(*arguments, **options)
 
@@ -342,13 +342,13 @@ def test_bad_input_is_told_what_is_wrong(arguments, options, error, text):
         (0.5, "top", "one", "fill is 'one'"),
     ],
 )
-def test_bad_tails_are_told_what_is_wrong(fraction, side, fill, text):
+def test_bad_tails_raise_a_clear_error(fraction, side, fill, text):
     with pytest.raises(ValueError, match=text):
         tail_energy(HIDDEN, WEIGHT, fraction, side, fill=fill)
 
 
 def test_gpu_products_of_half_precision_are_not_rounded():
-    """On a GPU the tiles of logits come out of the matmul in float32; fake tensors know its signature without a GPU."""
+    """On a GPU the matmul returns tiles of logits in float32; fake tensors check its signature without a GPU."""
     with FakeTensorMode():
         hidden, weight = (torch.empty(n, 8, dtype=torch.bfloat16, device="cuda") for n in (4, 5))
         assert shared.tile_logits(hidden, weight, None, HeadOptions(1.0, 0.5, 3.0)).dtype == torch.float32

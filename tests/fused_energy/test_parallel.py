@@ -1,4 +1,4 @@
-"""Heads whose rows are split over ranks: the same energies, tails and gradients as with the whole head."""
+"""Tests of heads whose rows are split over ranks: energies, tails and gradients equal those of the full head."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.processes import Ranks
 
 TINY_SCRATCH = 4 * 36  # bytes: every case crosses several tiles
 
-# How many of the vocabulary's rows each rank holds.
+# Number of the head's rows on each rank.
 SPLITS = {
     "even over two": (6, 6),
     "uneven over two": (11, 1),
@@ -68,7 +68,7 @@ def own_rows(group: ProcessGroup, counts: tuple[int, ...]) -> slice:
 def outputs_and_gradients(
     problem: dict[str, Tensor], names: tuple[str, ...], needs: tuple[str, ...], **options: object
 ) -> dict[str, Tensor]:
-    """Energy (and NLL), and the gradients of Σ upstream · output that are needed; ``names`` are the inputs to pass."""
+    """Energy (and NLL) and the gradients of Σ upstream · output for ``needs``; ``names`` are the inputs to pass."""
     inputs = {name: problem[name].clone().requires_grad_(name in needs) for name in names}
     result = linear_energy(**inputs, **options)
     found = result._asdict() if isinstance(result, EnergyNLL) else {"energy": result}
@@ -79,7 +79,7 @@ def outputs_and_gradients(
 
 
 def rows_only(results: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
-    """What a rank that holds these rows of the head must find."""
+    """The results that a rank with these rows of the head must return."""
     return {name: x[rows] if name in ("gradient of weight", "gradient of bias") else x for name, x in results.items()}
 
 
@@ -141,7 +141,7 @@ def test_energy_alone(ranks, counts, names):
     ids=lambda needs: " and ".join(needs) or "nothing",
 )
 def test_only_what_needs_a_gradient_gets_one(ranks, counts, needs):
-    """A frozen head, and a trainable head behind frozen hidden states, take paths of their own."""
+    """A frozen head, and a trainable head after frozen hidden states, take separate paths."""
     options = {"temperature": 0.3, "softcap": 2.0}
     ranks.run(len(counts), energy_is_that_of_the_whole_head, counts, (*HEAD, "targets"), needs, options)
 
@@ -275,7 +275,7 @@ def compiled(group: ProcessGroup, counts: tuple[int, ...]) -> None:
     assert nll.isnan().tolist() == [True, True] + [False] * (N - 2)
 
 
-def test_compiled_whole_and_there_a_label_out_of_range_is_nan(ranks):
+def test_compiled_without_graph_break_and_nll_of_a_label_out_of_range_is_nan(ranks):
     ranks.run(3, compiled, (7, 0, 5))
 
 
@@ -311,7 +311,7 @@ def test_tails_are_those_of_the_whole_head(ranks, counts, side, fill, bias):
 
 
 class Largest(TorchDispatchMode):
-    """Notes the most numbers that any tensor had which was made while it was on."""
+    """Records the size of the largest tensor created while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -334,7 +334,7 @@ def tails_stay_within_the_scratch(group: ProcessGroup, counts: tuple[int, ...]) 
 
 @pytest.mark.parametrize("counts", [(200, 200, 200), (0, 600, 0)], ids=str)
 def test_tails_hold_a_few_tokens_at_a_time(ranks, counts):
-    """The candidates of all ranks together too, which padding can make many times the vocabulary."""
+    """This includes the candidates of all ranks, which padding can make many times larger than the vocabulary."""
     ranks.run(len(counts), tails_stay_within_the_scratch, counts)
 
 
@@ -380,7 +380,7 @@ def energy_of_a_dtensor(group: ProcessGroup, v: int, placement: object, hidden_t
         pytest.param(2, 12, Replicate(), id="replicated"),
     ],
 )
-def test_a_dtensor_says_itself_how_it_is_split(ranks, size, v, placement, hidden_too):
+def test_a_dtensor_needs_no_process_group(ranks, size, v, placement, hidden_too):
     ranks.run(size, energy_of_a_dtensor, v, placement, hidden_too)
 
 
@@ -413,10 +413,10 @@ def dtensors_that_cannot_work(group: ProcessGroup, which: str) -> None:
         message = "on a mesh of 2 dimension"
     elif which == "hidden split":
         own["hidden"] = distribute_tensor(problem["hidden"], mesh, [Shard(0)])
-        message = r"hidden is a DTensor placed .*Shard\(dim=0\).* every rank needs whole hidden states"
+        message = r"hidden is a DTensor placed .*Shard\(dim=0\).* every rank needs the full hidden states"
     elif which == "hidden to be summed":
         own["hidden"] = DTensor.from_local(problem["hidden"], mesh, [Partial()])
-        message = "hidden is a DTensor placed .*Partial.* every rank needs whole hidden states"
+        message = "hidden is a DTensor placed .*Partial.* every rank needs the full hidden states"
     elif which == "bias whole":
         own["bias"] = problem["bias"]
         message = "weight is a DTensor .* and bias is a plain tensor"
@@ -451,11 +451,11 @@ def test_dtensors_that_cannot_work_are_refused(ranks, which):
     ranks.run(3, dtensors_that_cannot_work, which)
 
 
-# ---------------------------------------------------------------------------------------------------- slips
+# ---------------------------------------------------------------------------------------------------- mistakes
 
 
 def other_tokens(group: ProcessGroup, which: str, function: str) -> None:
-    """What data-parallel ranks would pass; no rank may wait for the others, each must say so."""
+    """Passes what data-parallel ranks would pass: no rank may wait for the others, every rank must raise the error."""
     rank, problem = dist.get_rank(group), with_rows(make(), own_rows(group, (7, 0, 5)))
     if which == "other numbers":
         problem["hidden"] = make(seed=rank)["hidden"]
@@ -466,7 +466,7 @@ def other_tokens(group: ProcessGroup, which: str, function: str) -> None:
         problem["hidden"][1] += rank
     elif which == "other signs":
         problem["hidden"] *= (-1) ** rank
-    elif which == "another count, of zeros":  # as padding is
+    elif which == "another count, of zeros":  # like padding
         problem["hidden"] = torch.cat([problem["hidden"], problem["hidden"].new_zeros(rank, H)])
         problem["targets"] = torch.cat([problem["targets"], problem["targets"].new_zeros(rank)])
     else:
@@ -495,7 +495,7 @@ def other_tokens(group: ProcessGroup, which: str, function: str) -> None:
     ],
 )
 @pytest.mark.parametrize("function", ["energy", "energy and NLL", "tails"])
-def test_ranks_with_different_tokens_are_told(ranks, which, function):
+def test_ranks_with_different_tokens_raise_an_error(ranks, which, function):
     ranks.run(3, other_tokens, which, function)
 
 
@@ -514,9 +514,9 @@ def refused(group: ProcessGroup, which: str) -> None:
         with pytest.raises(ValueError, match=f"a vocabulary of {V} is less than one logit"):
             tail_energy(hidden, weight, 0.9 / V, "top", process_group=group)
     elif which == "the definition":
-        with pytest.raises(ValueError, match="the definition reads a whole head"):
+        with pytest.raises(ValueError, match="the reference needs the full head"):
             linear_energy(hidden, weight, implementation="reference", process_group=group)
-        with pytest.raises(ValueError, match="the definition reads a whole head"):
+        with pytest.raises(ValueError, match="the reference needs the full head"):
             tail_energy(hidden, weight, 0.5, "top", implementation="reference", process_group=group)
     else:
         with pytest.raises(ValueError, match="no rank of process_group holds a row"):

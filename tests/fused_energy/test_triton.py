@@ -1,4 +1,4 @@
-"""The Triton kernels, run: on a GPU where there is one, else step by step in the interpreter, which needs its own process:
+"""Tests that run the Triton kernels: on a GPU if there is one, otherwise in the interpreter, which needs its own process:
 
 TRITON_INTERPRET=1 pytest tests/fused_energy/test_triton.py
 """
@@ -31,13 +31,13 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def bound(dtype: torch.dtype) -> float:
-    """The interpreter cuts bfloat16 off where a GPU rounds it, which doubles every such error."""
+    """The interpreter truncates bfloat16 while a GPU rounds it, which doubles every such error."""
     return 4.0 if dispatch.TRITON_IS_INTERPRETED and dtype == torch.bfloat16 else 2.0
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _several_of_everything_and_poison() -> Iterator[None]:
-    """Tokens and vocabulary in several blocks, several tiles to a program; memory that nobody has written is NaN."""
+    """Tokens and vocabulary in several blocks, several tiles per program; uninitialized memory is NaN."""
     saved = problem.SCRATCH_BYTES, problem.PROGRAMS
     problem.SCRATCH_BYTES, problem.PROGRAMS = 2**10, 4
     torch.use_deterministic_algorithms(True)
@@ -77,8 +77,8 @@ def test_two_runs_give_the_same_bits(name):
         assert torch.equal(value, second[key]), key
 
 
-def test_what_is_left_out_touches_nothing():
-    """Tokens ignored, and in backward tokens without upstream gradient, may hold NaN: nothing of them is read into a sum."""
+def test_ignored_tokens_affect_nothing():
+    """Ignored tokens and, in backward, tokens without upstream gradient may hold NaN: no sum includes their values."""
     clean = named_problems()["primes"].to(torch.float32, DEVICE)
     clean.targets[0] = IGNORED  # an empty slot points at token 0
     dirty = clean.to(torch.float32, DEVICE)
@@ -88,7 +88,7 @@ def test_what_is_left_out_touches_nothing():
     for key, value in expected.items():
         assert torch.equal(value, found[key]), key
 
-    # A token with a zero upstream gradient: its energy is NaN, and no gradient but its own may be.
+    # Tokens with a zero upstream gradient: their energy is NaN, but no gradient is.
     idle = torch.tensor([1, 3])
     clean.upstream[:, idle] = 0.0
     dirty.upstream, dirty.hidden = clean.upstream, clean.hidden.clone()
@@ -118,7 +118,7 @@ def test_nan_and_inf_reach_the_output_as_in_the_reference(value, dtype):
 
 
 def test_a_target_out_of_range_makes_its_nll_nan(monkeypatch):
-    """Where labels are not looked at beforehand, as on a GPU; in the last, partly filled tile of the vocabulary too."""
+    """If labels are not checked beforehand, as on a GPU; also in the last, partly filled tile of the vocabulary."""
     monkeypatch.setattr("fused_energy.validation.check_labels", lambda *_: None)
     hidden, weight = normal(0, 5, 8).to(DEVICE), normal(1, 101, 8).to(DEVICE)
     for requires_grad in (False, True):
@@ -128,10 +128,10 @@ def test_a_target_out_of_range_makes_its_nll_nan(monkeypatch):
         assert torch.isfinite(energy).all()
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has no memory that is not there")
+@pytest.mark.skipif(DEVICE != "cpu", reason="needs memory that is reserved but not allocated, which a GPU does not have")
 def test_offsets_past_two_to_the_31(monkeypatch):
-    """Rows 2**20 elements apart, 2100 of them, in memory that is hardly ever touched: 32-bit offsets would wrap."""
-    # After every launch the interpreter copies each storage onto itself, untouched pages included.
+    """2100 rows that lie 2**20 elements apart, in memory that is mostly never touched: 32-bit offsets would wrap around."""
+    # After every launch the interpreter copies each storage onto itself, including untouched pages.
     monkeypatch.setattr("triton.runtime.interpreter.GridExecutor._restore_args_dev", lambda *_: None)
     rows, apart, width = 2100, 2**20, 8
     untouched = mmap.mmap(-1, 2 * rows * apart)
@@ -158,13 +158,13 @@ def test_offsets_past_two_to_the_31(monkeypatch):
 def test_a_named_implementation_never_falls_back():
     with pytest.raises(TypeError, match="hidden is torch.float64, but its kernels take float16, bfloat16 and float32"):
         linear_energy(normal(0, 2, 4).double(), normal(1, 9, 4).double(), implementation="triton")
-    with pytest.raises(ValueError, match="tails have no kernel of their own"):
+    with pytest.raises(ValueError, match="tail_energy has no Triton kernel"):
         tail_energy(normal(0, 2, 4), normal(1, 9, 4), 0.5, "top", implementation="triton")
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="the script itself can be run here")
+@pytest.mark.skipif(DEVICE != "cpu", reason="with a GPU, the script itself can be run")
 def test_gpu_script_rehearses():
-    """Device time is dear: the script that spends it is walked through, tiny and interpreted, from end to end."""
+    """GPU time is expensive, so the script that uses it is first run from end to end, tiny and interpreted."""
     script = Path(__file__).parents[2] / "benches" / "gpu.py"
     done = subprocess.run([sys.executable, script, "--rehearse"], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr

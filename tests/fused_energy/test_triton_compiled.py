@@ -1,6 +1,7 @@
-"""The Triton kernels, compiled for GPUs that are not there: every launch of a run, with every setting of the table.
+"""Tests that compile the Triton kernels for GPUs that are not present: every launch, with every setting of the table.
 
-What is compiled is what the launchers really pass: the launches of forward and backward passes are caught, not carried out.
+The tests compile what the launchers really pass: they record the launches of forward and backward passes instead of running
+them.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
 
     def source(self) -> ASTSource:
-        """As Triton specializes a launch: a 1 is a constant, and multiples of 16 are known to be that."""
+        """The source as Triton specializes it for a launch: a 1 is a constant, and multiples of 16 are marked as such."""
         signature, constants, attributes = {}, {}, {}
         for i, (name, value) in enumerate(zip(self.kernel.arg_names, self.arguments, strict=False)):
             if isinstance(value, torch.Tensor):
@@ -71,7 +72,7 @@ class Launch(NamedTuple):
 
 @pytest.fixture
 def launches_of(monkeypatch) -> Callable[..., dict[str, Launch]]:
-    """Every different launch of forward and backward passes with these settings and sizes, by what makes it different."""
+    """Every distinct launch of forward and backward passes with these settings and sizes, keyed by its specialization."""
 
     def collect(settings: configs.Configs, dtype: torch.dtype, n: int, h: int, v: int) -> dict[str, Launch]:
         found: dict[str, Launch] = {}
@@ -149,13 +150,13 @@ def test_kernels_fit_their_gpu(kind, table, dtype, sizes, launches_of, tmp_path)
             assert "tcgen05.mma" in compiled.asm["ptx"], name
         if multiplies and kind == "hip":
             assert "mfma" in compiled.asm["amdgcn"], name
-        if multiplies and target.backend == "cuda":  # both operands are fetched ahead of their use, 16 bytes at a time
+        if multiplies and target.backend == "cuda":  # both operands are prefetched, 16 bytes at a time
             assert compiled.asm["ptx"].count("cp.async.cg") >= 8, name
 
 
 @pytest.mark.parametrize("settings", [*configs.HALF_PRECISION.values(), configs.GENERAL, configs.TINY])
 def test_products_read_whole_tiles(settings):
-    """Scratch is padded to tiles of logits: what reads it may not look further, see product.py."""
+    """Scratch is padded to tiles of logits, and the products must not read beyond it: see product.py."""
     for logits in (settings.logits, settings.logits_with_softcap):
         assert logits.columns % settings.by_tokens.rows == 0
         assert logits.columns % settings.by_head.depth == 0

@@ -216,11 +216,11 @@ def test_what_cannot_be_guarded_raises(known, tokenizer, questions, guard):
         }.items():
             with pytest.raises(EUAError, match=f"does not cover generation by {name}"):
                 known.generate(**batch, **options)
-        with pytest.raises(EUAError, match="Continuous batching .* goes around generate"):
+        with pytest.raises(EUAError, match="Continuous batching .* bypasses generate"):
             known.generate_batch([[5, 6, 7]])
         with pytest.raises(EUAError, match="does not cover generation by custom_generate"):
             known.generate(**batch, custom_generate=lambda **kwargs: None)
-        with pytest.raises(EUAError, match="guidance_scale runs prompts the guard did not score"):
+        with pytest.raises(EUAError, match="guidance_scale runs prompts that the guard does not score"):
             known.generate(**batch, guidance_scale=1.5)
         known.train()
         with pytest.raises(EUAError, match=r"call model.eval\(\) first"):
@@ -234,7 +234,7 @@ def test_what_cannot_be_guarded_raises(known, tokenizer, questions, guard):
                 known.generate(batch_of(tokenizer, questions)["input_ids"])
         finally:
             tokenizer.padding_side = tokenizer_side
-        with pytest.raises(EUAError, match="inputs_embeds hide from the guard"):
+        with pytest.raises(EUAError, match="With inputs_embeds the guard cannot find"):
             known.generate(inputs_embeds=known.get_input_embeddings()(batch["input_ids"]))
         with torch.no_grad():
             known.model.norm.weight[0] = torch.nan
@@ -390,9 +390,9 @@ def test_a_stream_shows_nothing_of_what_is_taken_back(known, tokenizer, question
 def test_what_would_tell_of_what_is_taken_back_is_refused(known, tokenizer, questions, patient):
     batch = batch_of(tokenizer, questions)
     with patient.attach(known):
-        with pytest.raises(EUAError, match="which beams exchange among themselves"):
+        with pytest.raises(EUAError, match="beam search moves tokens between beams"):
             known.generate(**batch, num_beams=2, max_new_tokens=4)
-        with pytest.raises(EUAError, match="output_scores and output_logits would tell what a refused row began to say"):
+        with pytest.raises(EUAError, match="output_scores and output_logits would reveal how a refused row began"):
             known.generate(**batch, max_new_tokens=4, return_dict_in_generate=True, output_scores=True, output_logits=True)
         told = known.generate(**batch, max_new_tokens=40, return_dict_in_generate=True, do_sample=False)
         assert told.past_key_values is None  # it would hold the tokens that were taken back

@@ -104,7 +104,7 @@ def test_drafts_that_the_guard_could_not_follow_raise(known, tokenizer, question
         with pytest.raises(EUAError, match="assisted decoding with assistant_tokenizer"):
             known.generate(**batch, assistant_model=assistant, tokenizer=tokenizer, assistant_tokenizer=tokenizer)
     for watching in (replace(guard, first_tokens=2), replace(guard, probe_window=2, probe_threshold=0.0)):
-        with watching.attach(known), pytest.raises(EUAError, match="assisted decoding drafts tokens that it then drops"):
+        with watching.attach(known), pytest.raises(EUAError, match="assisted decoding also generates tokens that it drops"):
             known.generate(**batch, prompt_lookup_num_tokens=3)
 
 
@@ -328,7 +328,7 @@ def test_a_guard_is_for_the_adapters_that_act(known, tokenizer, questions):
                 layer.scaling["default"] *= 8
         with pytest.raises(EUAError, match="calibrated for other weights"):
             answer(adapted, tokenizer, questions)
-        with pytest.raises(EUAError, match="adapter_names chooses adapters row by row"):
+        with pytest.raises(EUAError, match="adapter_names chooses an adapter per row"):
             adapted.generate(**batch_of(tokenizer, questions), adapter_names=["__base__"] * len(questions))
 
 

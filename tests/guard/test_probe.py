@@ -173,7 +173,7 @@ def test_what_a_probe_cannot_watch_raises(known, tokenizer, questions, watching)
     with pytest.raises(EUAError, match="probe_window = -1 cannot be a number of tokens"):
         EnergyGuard.calibrate(known, tokenizer, questions * 4, probe_window=-1)
     batch = batch_of(tokenizer, questions)
-    with watching.attach(known), pytest.raises(EUAError, match="which beams exchange among themselves"):
+    with watching.attach(known), pytest.raises(EUAError, match="beam search moves tokens between beams"):
         known.generate(**batch, num_beams=2, max_new_tokens=4)
     with torch.no_grad():
         known.lm_head.weight[7] = torch.nan

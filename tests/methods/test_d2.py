@@ -1,4 +1,4 @@
-"""d2_loss against a direct transcription of the method, on random logits."""
+"""Tests of d2_loss against a direct transcription of the method, on random logits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_loss_and_gradient_are_the_method(seed, temperature):
     expected = transcription(z, ref, y, forget, 0.1, temperature, 0.05, 0.7)
     (expected_gradient,) = torch.autograd.grad(expected, z)
 
-    head = torch.eye(v, dtype=torch.float64)  # hidden states that are the logits
+    head = torch.eye(v, dtype=torch.float64)  # makes the hidden states the logits
     tails = {side: tail_energy(ref, head, 0.1, side, temperature=temperature) for side in ("top", "bottom")}
     energy, nll = linear_energy(z, head, y, temperature=temperature)
     boundary = torch.where(forget, tails["bottom"], tails["top"])
@@ -55,7 +55,7 @@ def test_loss_and_gradient_are_the_method(seed, temperature):
     torch.testing.assert_close(gradient, expected_gradient)
 
 
-def test_met_boundaries_have_no_gradient_and_uncounted_tokens_no_say():
+def test_no_gradient_beyond_boundaries_or_for_uncounted_tokens():
     energy = torch.tensor([-1.0, -9.0, -9.0, -1.0, 7.0], requires_grad=True)
     forget = torch.tensor([True, True, False, False, True])
     counted = torch.tensor([True, True, True, True, False])

@@ -1,4 +1,4 @@
-"""Architectures, adapters and wrappers: energies are those of the model's own logits, or the model is refused."""
+"""Tests of architectures, adapters and wrappers: energies are those of the model's own logits, or the model is refused."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ LLAMA_LIKE = SPECIAL | {
     "max_position_embeddings": 128,
 }
 GPT2_LIKE = SPECIAL | {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
-# The config class, its options, and what the model's head has beyond a matrix.
+# The config class, its options, and what the model's head has in addition to a matrix.
 MODELS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "llama": ("LlamaConfig", LLAMA_LIKE, set()),
     "mistral": ("MistralConfig", LLAMA_LIKE, set()),
@@ -82,7 +82,7 @@ DEFAULTS: dict[str, Any] = {"bias": None, "logit_scale": 1.0, "softcap": None}
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Tensors of a few numbers: threads would only wait for each other."""
+    """Tensors are tiny: threads would only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -90,7 +90,7 @@ def one_thread() -> Iterator[None]:
 
 
 def random_model(name: str, vocabulary: int = V, **changed: Any) -> PreTrainedModel:
-    """Tiny, in eval mode, with weights large enough for logits that are not flat."""
+    """A tiny model in eval mode, with weights large enough for logits that are not flat."""
     config_class, options, _ = MODELS[name]
     return randomized(AutoModelForCausalLM.from_config(config_of(config_class, options | {"vocab_size": vocabulary} | changed)))
 
@@ -124,7 +124,7 @@ def plain_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def plain_energies(z: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Energy and NLL (B, S−1) of the tokens that count, from logits (B, S, V)."""
+    """Energy and NLL (B, S−1) of the counted tokens, from logits (B, S, V)."""
     z, targets = z[:, :-1], labels[:, 1:]
     counted = targets != -100
     energy = -temperature * torch.logsumexp(z / temperature, dim=-1)
@@ -181,7 +181,7 @@ def test_energies_are_those_of_the_models_logits(name, dtype):
         hidden = hidden_states(model, batch)
         theirs = -torch.logsumexp(plain_logits(model, batch), dim=-1)
     tolerance = torch.finfo(dtype).eps * theirs.abs().max()
-    for field in MODELS[name][2]:  # the values are such that leaving one out would be seen above
+    for field in MODELS[name][2]:  # leaving one out changes the energies enough for the check above to fail
         without = replace(head, **{field: DEFAULTS[field]}).energy(hidden, 1.0)
         assert (without - theirs).abs().max() > 10 * tolerance, field
 
@@ -216,7 +216,7 @@ def test_padding_changes_no_energy(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_rows_without_padding_are_kept_apart_or_refused(name, dtype):
     model, batch = random_model(name).to(dtype), padded_batch()
-    if name == "opt":  # its positions come from the attention mask alone
+    if name == "opt":  # takes positions only from the attention mask
         with pytest.raises(
             EUAError, match=r"padding_free = True, but this model does not keep rows apart .* leave it at False"
         ):
@@ -237,7 +237,7 @@ def test_rows_without_padding_are_kept_apart_or_refused(name, dtype):
 @pytest.mark.parametrize(
     ("config", "options"),
     [
-        ("MambaConfig", {}),  # states run on from row to row
+        ("MambaConfig", {}),  # carries its state from row to row
         ("BloomConfig", {"n_head": 4}),  # takes no position_ids
         ("MptConfig", {"d_model": 32, "n_layers": 2, "n_heads": 4}),
     ],
@@ -278,14 +278,14 @@ def test_multimodal_wrapper_on_text():
     model = randomized(transformers.Gemma3ForConditionalGeneration(config))
     check_head(model)
     assert_same_energies(model)
-    # This wrapper does not softcap, even where its text config says so.
+    # This wrapper does not softcap, even if its text config says so.
     model.config.text_config.final_logit_softcapping = 3.0
     with pytest.raises(EUAError, match=r"more between hidden states and logits .* the scale \(1\) and softcap \(3.0\)"):
         check_head(model)
 
 
 def test_rows_of_a_padded_vocabulary_count():
-    """Energies are over the model's logits: a head with more rows than the tokenizer has tokens is read whole."""
+    """Energies are over all logits of the model, even if the head has more rows than the tokenizer has tokens."""
     model = random_model("llama", vocabulary=50)
     model.resize_token_embeddings(50, pad_to_multiple_of=64)
     check_head(model)
@@ -308,7 +308,7 @@ def test_a_bias_is_scaled_with_the_rest():
     assert_same_gradients(model)
 
 
-# ---- heads that do something else -----------------------------------------------------------------------------------
+# ---- unsupported heads ----------------------------------------------------------------------------------------------
 
 
 def change_logits(model: PreTrainedModel, change: Callable[[Tensor], Tensor]) -> PreTrainedModel:
@@ -327,7 +327,7 @@ def change_logits(model: PreTrainedModel, change: Callable[[Tensor], Tensor]) ->
     ids=["scale", "softcap", "log_softmax", "constant"],
 )
 def test_what_the_config_does_not_state_is_refused(change, dtype):
-    model = tiny_llama(V).to(dtype)  # fresh: its logits are so flat that a softcap of 30 does not show in them
+    model = tiny_llama(V).to(dtype)  # fresh: its logits are so flat that a softcap of 30 hardly changes them
     check_head(model)
     change_logits(model, change)
     with pytest.raises(EUAError, match=r"LlamaForCausalLM does more between hidden states and logits than a matrix"):
@@ -336,14 +336,14 @@ def test_what_the_config_does_not_state_is_refused(change, dtype):
 
 @pytest.mark.parametrize(("field", "value"), [("logits_scaling", 2.0), ("logit_scale", 0.5), ("final_logit_softcapping", 30.0)])
 def test_what_the_model_does_not_do_is_refused(field, value):
-    """A config's field may mean something else, or nothing, in another architecture."""
+    """A field of the config may mean something else, or nothing, in another architecture."""
     model = tiny_llama(V)
     setattr(model.config, field, value)
     with pytest.raises(EUAError, match="that its config states .* this architecture is not supported"):
         check_head(model)
 
 
-def test_a_model_that_multiplies_where_granite_divides_is_refused():
+def test_a_model_that_multiplies_while_granite_divides_is_refused():
     options = LLAMA_LIKE | {"logits_scaling": 2.0}
     model = randomized(AutoModelForCausalLM.from_config(config_of("HyperCLOVAXConfig", options)))
     with pytest.raises(EUAError, match=r"HyperCLOVAXForCausalLM does more .* the scale \(0.5\)"):
@@ -358,7 +358,7 @@ def test_scores_are_not_made_by_a_head_that_was_never_checked():
 
 def test_another_vocabulary_is_refused():
     model = change_logits(tiny_llama(V), lambda z: z[..., :60])
-    with pytest.raises(EUAError, match=r"a head of 64 rows and gives logits of shape \(1, 8, 60\) for a row of 8 tokens"):
+    with pytest.raises(EUAError, match=r"a head of 64 rows and returns logits of shape \(1, 8, 60\) for a row of 8 tokens"):
         check_head(model)
 
 
@@ -373,7 +373,7 @@ def test_a_head_called_twice_is_refused():
 
 
 class Int8Linear(nn.Module):
-    """The least of a quantized layer: integers, and a scale for each row."""
+    """A minimal quantized layer: integers, and a scale for each row."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -443,7 +443,7 @@ def test_a_model_that_was_compiled_and_run_before():
     torch.compiler.reset()
     compiled: Any = torch.compile(random_model("gemma2", num_hidden_layers=1), backend="aot_eager")
     batch = padded_batch()
-    with torch.no_grad():  # makes a graph without the hook on the head, and the same call finds it again
+    with torch.no_grad():  # compiles a graph without the hook on the head, which the same call would reuse
         compiled(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     check_head(compiled)
     assert_same_energies(compiled)
@@ -475,7 +475,7 @@ def lora(**options: Any) -> LoraConfig:
 
 
 def move_adapter(model: nn.Module) -> nn.Module:
-    """As if trained: a fresh adapter changes nothing yet."""
+    """Change the adapter as training would: a fresh one has no effect yet."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -485,7 +485,7 @@ def move_adapter(model: nn.Module) -> nn.Module:
 
 PREFIX = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
 TIED_LORA = {"target_modules": ["c_attn"]}
-# The model, the adapter, and the trainable parameters that the head must hand its gradient to.
+# The model, the adapter, and the trainable parameters that must receive the head's gradient.
 ADAPTERS: dict[str, tuple[str, Any, str]] = {
     "the head is trained": ("llama", lora(modules_to_save=["lm_head"]), "modules_to_save"),
     "the tied head is trained": ("gpt2", lora(**TIED_LORA, modules_to_save=["lm_head"]), "modules_to_save"),
@@ -502,7 +502,7 @@ ADAPTERS: dict[str, tuple[str, Any, str]] = {
 
 @pytest.mark.filterwarnings("ignore:.*tie.*:UserWarning")
 @pytest.mark.parametrize("case", ADAPTERS)
-def test_adapters_are_honoured(case):
+def test_adapters_are_supported(case):
     name, adapter, trained = ADAPTERS[case]
     model = get_peft_model(random_model(name), copy.deepcopy(adapter))
     check_head(model)
@@ -529,14 +529,14 @@ REFUSED_ADAPTERS: dict[str, tuple[str, Any, str]] = {
 
 @pytest.mark.filterwarnings("ignore:.*tie.*:UserWarning")
 @pytest.mark.parametrize("case", REFUSED_ADAPTERS)
-def test_adapters_that_cannot_be_honoured_are_refused(case):
+def test_unsupported_adapters_are_refused(case):
     name, adapter, text = REFUSED_ADAPTERS[case]
     model = get_peft_model(random_model(name), copy.deepcopy(adapter))
     with pytest.raises(EUAError, match=text):
         check_head(model)
 
 
-def test_a_switched_off_adapter_gives_the_old_head():
+def test_a_disabled_adapter_gives_the_old_head():
     model = get_peft_model(random_model("llama"), lora(modules_to_save=["lm_head"]))
     move_adapter(model)
     trained = output_head(model).weight
@@ -545,7 +545,7 @@ def test_a_switched_off_adapter_gives_the_old_head():
         assert_same_energies(model)
 
 
-# ---- a run of the trainer -------------------------------------------------------------------------------------------
+# ---- training -------------------------------------------------------------------------------------------------------
 
 
 def trainer_of(model: Any, tokenizer: Any, rows: Any, folder: Path, peft_config: Any = None, **options: Any) -> EUATrainer:
@@ -612,7 +612,7 @@ def test_adapters_are_trained_saved_and_loaded(case, wrapped, tokenizer, rows, t
 
 
 @pytest.mark.parametrize("loader", ["PeftModel", "AutoPeftModelForCausalLM"])
-def test_boundaries_are_those_of_the_adapter_that_was_handed_in(loader, tokenizer, rows, tmp_path):
+def test_boundaries_are_those_of_the_adapter_that_was_passed(loader, tokenizer, rows, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(saved_base("llama", tokenizer, tmp_path / "base"))
     plain = trainer_of(base, tokenizer, rows, tmp_path / "plain")._find_boundaries(resuming=False)
     move_adapter(get_peft_model(base, lora(modules_to_save=["lm_head"]))).save_pretrained(tmp_path / "adapter")

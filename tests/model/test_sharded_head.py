@@ -1,4 +1,4 @@
-"""A head that FSDP2 has sharded again by the time the energy reads it: gathered, with the gradients of one process."""
+"""Tests of a head that FSDP2 has resharded before the energy reads it: it is gathered, with the gradients of one process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def ranks(tmp_path_factory) -> Iterator[Ranks]:
 
 
 def sharded(model: nn.Module, group: dist.ProcessGroup, dtype: torch.dtype | None = None) -> nn.Module:
-    """Every weight is in parts but while its module runs; so the head is, once the model's forward has ended."""
+    """Every weight is sharded except while its module runs; so the head is sharded once the model's forward has ended."""
     settings = {"reshard_after_forward": True, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype)}
     mesh = DeviceMesh.from_group(group, "cpu")
     for layer in model.model.layers:
@@ -87,7 +87,7 @@ def test_values_are_those_of_one_process(ranks):
 
 
 def check_mixed_precision(group: dist.ProcessGroup) -> None:
-    """Weights are float32 and cast as they are gathered; the head's are, wherever it is read."""
+    """Weights are float32 and cast when they are gathered, including those of the head, wherever it is read."""
     whole = tiny_llama(64).to(torch.bfloat16)
     model = sharded(tiny_llama(64), group, torch.bfloat16)
     check_head(model)

@@ -1,4 +1,4 @@
-"""The chat endpoint: real HTTP to a server in a thread, and to a real process where signals are the point."""
+"""Tests of the chat endpoint: real HTTP to a server in a thread, and to a separate process if the test sends signals."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def guarded_folder(trained_folder, questions, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def unserved(guarded_folder, questions) -> dict[str, tuple[str, str]]:
-    """Question → answer and finish reason, of a call of ``generate`` for each alone."""
+    """Question → answer and finish reason, from a separate ``generate`` call for each."""
     model, tokenizer = load_model(str(guarded_folder))
     with EnergyGuard.from_pretrained(guarded_folder).attach(model) as handle:
         found = {}
@@ -86,7 +86,7 @@ def unserved(guarded_folder, questions) -> dict[str, tuple[str, str]]:
 
 @contextmanager
 def serving(engine: Engine, **settings: Any) -> Iterator[SimpleNamespace]:
-    """The app of an engine on a port of its own."""
+    """Serve the app of an engine on a free port."""
     listening = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(create_app(engine, "ann-7b", **settings), log_level="warning", lifespan="off")
     server = uvicorn.Server(config)
@@ -113,7 +113,7 @@ def served(guarded_folder) -> Iterator[SimpleNamespace]:
 
 @pytest.fixture
 def endless(tokenizer) -> LlamaForCausalLM:
-    """A random model that never ends an answer, and takes at least two milliseconds for a token."""
+    """A random model that never ends an answer and takes at least two milliseconds per token."""
     model = tiny_llama(len(tokenizer))
     model.config.max_position_embeddings = 8192
     model.generation_config.suppress_tokens = [tokenizer.eos_token_id]
@@ -124,7 +124,7 @@ def endless(tokenizer) -> LlamaForCausalLM:
 def wait_until(condition: Callable[[], Any], seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.005)
 
 
@@ -150,7 +150,7 @@ def get(port: int, path: str) -> tuple[int, str]:
         return response.status, response.read().decode()
 
 
-def told(port: int, body: dict[str, Any]) -> tuple[str, str]:
+def answered(port: int, body: dict[str, Any]) -> tuple[str, str]:
     """Text and finish reason of an answer."""
     status, content = ask(port, body)
     assert status == 200, content
@@ -159,10 +159,10 @@ def told(port: int, body: dict[str, Any]) -> tuple[str, str]:
 
 
 def submit(engine: Engine, prompt_ids: list[int], max_tokens: int = 4000, **fields: Any) -> tuple[Job, queue.Queue]:
-    """A job given to the engine without a web server, and what is told of it."""
+    """Submit a job to the engine without a web server; return the job and the queue of its events."""
     events = queue.Queue()
     settings = {"sampling": Sampling(), "stop": (), "stream": True} | fields
-    job = Job(prompt_ids, max_tokens, **settings, tell=events.put)
+    job = Job(prompt_ids, max_tokens, **settings, emit=events.put)
     engine.submit(job)
     return job, events
 
@@ -175,7 +175,7 @@ def events_of(response: http.client.HTTPResponse) -> Iterator[dict[str, Any] | s
 
 
 def streamed(port: int, body: dict[str, Any]) -> tuple[str, str]:
-    """The same as :func:`told`, from the parts of a stream."""
+    """Like :func:`answered`, from the chunks of a stream."""
     with send(port, body | {"stream": True}) as response:
         assert response.status == 200
         assert response.headers["content-type"].startswith("text/event-stream")
@@ -198,9 +198,9 @@ def test_a_hundred_at_once_none_lost_none_mixed_up_and_memory_stays_flat(served,
     process, sizes = psutil.Process(), []
     with ThreadPoolExecutor(100) as pool:
         for _ in range(4):
-            found = pool.map(lambda i: (told, streamed)[i % 2](served.port, chat(asked[i])), range(100))
+            found = pool.map(lambda i: (answered, streamed)[i % 2](served.port, chat(asked[i])), range(100))
             assert list(found) == [unserved[question] for question in asked]
-            wait_until(lambda: served.engine.running == 0)  # the last answer is told before its batch is cleared away
+            wait_until(lambda: served.engine.running == 0)  # the last answer arrives before its batch is cleared
             gc.collect()
             sizes.append((process.memory_info().rss, sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())))
     watch.remove()
@@ -212,12 +212,12 @@ def test_a_hundred_at_once_none_lost_none_mixed_up_and_memory_stays_flat(served,
 
 
 def test_served_one_by_one_answers_are_those_of_generate_to_the_last_token(tokenizer, questions):
-    """By a random model, which is surer of no token than of the next, so that differences show."""
+    """The model is random and prefers no token strongly, so differences would show."""
     model = tiny_llama(len(tokenizer))
     expected = [answer(model, tokenizer, [question], 50)[0] for question in questions[:12]]
     assert len(set(expected)) > 3
     with serving(Engine(model, tokenizer, None, max_batch=1)) as server, ThreadPoolExecutor(12) as pool:
-        found = pool.map(lambda question: told(server.port, chat(question, max_tokens=50))[0], questions[:12])
+        found = pool.map(lambda question: answered(server.port, chat(question, max_tokens=50))[0], questions[:12])
         assert list(found) == expected
         letter = expected[0][5]
         _, content = ask(server.port, chat(questions[0], max_tokens=50, stop=letter))
@@ -240,14 +240,14 @@ def test_served_one_by_one_answers_are_those_of_generate_to_the_last_token(token
     ],
     ids=str,
 )
-def test_streaming_tells_what_is_told_at_once(served, questions, unserved, fields):
+def test_streamed_answers_equal_complete_ones(served, questions, unserved, fields):
     texts = set()
     for question in questions[:8]:
-        text, reason = told(served.port, chat(question, **fields))
+        text, reason = answered(served.port, chat(question, **fields))
         assert streamed(served.port, chat(question, **fields)) == (text, reason)
         assert (reason == "content_filter") == (unserved[question][1] == "content_filter")
         if reason == "content_filter":
-            assert text == DEFAULT_REFUSAL  # whole, whatever the limits
+            assert text == DEFAULT_REFUSAL  # complete, whatever the limits
             continue
         texts.add(text)
         if fields.get("temperature", 0) < 1e-6:
@@ -259,7 +259,7 @@ def test_streaming_tells_what_is_told_at_once(served, questions, unserved, field
     assert texts
 
 
-def test_a_seed_repeats_an_answer_in_any_company_and_leaves_others_to_chance(served, questions, unserved, guarded_folder):
+def test_a_seed_repeats_an_answer_next_to_any_requests_and_leaves_others_random(served, questions, unserved, guarded_folder):
     question = next(question for question in questions if unserved[question][1] == "stop")
     model, tokenizer = load_model(str(guarded_folder))
     settings = {"do_sample": True, "temperature": 2.0, "top_p": 0.9, "top_k": 0}
@@ -267,13 +267,13 @@ def test_a_seed_repeats_an_answer_in_any_company_and_leaves_others_to_chance(ser
     (expected,) = answer(model, tokenizer, [question], 64, **settings)
     seeded = chat(question, temperature=2.0, top_p=0.9, seed=11)
     with ThreadPoolExecutor(12) as pool:
-        found = list(pool.map(lambda i: told(served.port, seeded | ({} if i % 3 == 0 else {"seed": i}))[0], range(12)))
+        found = list(pool.map(lambda i: answered(served.port, seeded | ({} if i % 3 == 0 else {"seed": i}))[0], range(12)))
     assert found[::3] == [expected] * 4
     assert len(set(found)) > 4
     free = set()
     for _ in range(4):
-        told(served.port, seeded)
-        free.add(told(served.port, chat(question, temperature=2.0, top_p=0.9))[0])
+        answered(served.port, seeded)
+        free.add(answered(served.port, chat(question, temperature=2.0, top_p=0.9))[0])
     assert len(free) > 1
 
 
@@ -285,10 +285,10 @@ def test_without_a_decision_on_every_row_nothing_is_answered(served, questions, 
             patch.setattr(GuardHandle, "refused", decision)
             assert ask(served.port, chat(question))[0] == 500
             assert ask(served.port, chat(question, stream=True))[0] == 500
-        assert told(served.port, chat(question)) == unserved[question]
+        assert answered(served.port, chat(question)) == unserved[question]
 
 
-def test_a_refusal_is_told_at_once_and_answers_beside_it_go_on(endless, tokenizer, questions):
+def test_a_refusal_is_sent_at_once_and_other_answers_continue(endless, tokenizer, questions):
     guard = EnergyGuard.calibrate(endless, tokenizer, questions[:19])
     scores = guard.score(endless, tokenizer, questions[:19])
     good, bad = questions[int(scores.argmin())], questions[int(scores.argmax())]
@@ -318,13 +318,13 @@ def test_a_refusal_is_told_at_once_and_answers_beside_it_go_on(endless, tokenize
         _, events = submit(engine, bad)
         assert [events.get(timeout=5), events.get(timeout=5)] == refusal
         wait_until(lambda: engine.running == 0)
-        assert len(steps) == 1  # what is known need not be generated
+        assert len(steps) == 1  # the refusal is known and is not generated
     finally:
         engine.close()
 
 
 def test_an_answer_that_the_probe_stops_ends_with_the_refusal(guarded_folder, questions):
-    """Half of the answers are stopped; told at once or streamed, alone or beside others, as guarded ``generate`` gives them."""
+    """Half of the answers are stopped: complete or streamed, they equal those of guarded ``generate``."""
     model, tokenizer = load_model(str(guarded_folder))
     prompts = encode_prompts(questions, tokenizer)
     means = answer_scores(model, prompts, window=3, new_tokens=64).sort().values
@@ -335,12 +335,12 @@ def test_an_answer_that_the_probe_stops_ends_with_the_refusal(guarded_folder, qu
     with guard.attach(model) as handle:
         for question in questions:
             (text,) = answer(model, tokenizer, [question], 64)
-            # What was said may have ended with a space, which the server leaves out.
+            # The text before the refusal may end with a space, which the server strips.
             expected.append((text.replace("  ", " "), "content_filter" if handle.stopped.item() else "stop"))
     assert {reason for _, reason in expected} == {"content_filter", "stop"}
     assert all((DEFAULT_REFUSAL in text) == (reason == "content_filter") for text, reason in expected)
     with serving(Engine(model, tokenizer, guard, max_batch=1, queue=200, max_tokens=64)) as server:
-        for ask_for in (told, streamed):
+        for ask_for in (answered, streamed):
             with ThreadPoolExecutor(8) as pool:
                 assert list(pool.map(lambda q, ask_for=ask_for: ask_for(server.port, chat(q)), questions)) == expected
 
@@ -361,7 +361,7 @@ def test_usage_names_and_health(served, questions, tokenizer):
     assert get(served.port, "/v1/chat/completions")[0] == 405
 
 
-def test_health_tells_of_an_engine_that_is_gone(model, tokenizer):
+def test_health_reports_an_engine_that_has_ended(model, tokenizer):
     with serving(Engine(model, tokenizer, None)) as server:
         server.engine.close()
         assert get(server.port, "/health") == (503, '{"status":"failed"}')
@@ -374,7 +374,7 @@ def test_metrics_count_what_happened(served, questions, unserved):
 
     before = counts()
     for question in questions[:6]:
-        told(served.port, chat(question))
+        answered(served.port, chat(question))
     ask(served.port, b"{")
     wait_until(lambda: served.engine.running == 0)
     after = counts()
@@ -402,34 +402,34 @@ LONG = {"role": "user", "content": "ann " * 3000}
         (b"\xff\xfe", 400, "The body is not JSON"),
         (b"[" * 19_000, 400, "The body is not JSON"),
         (b"[1]", 400, "The body is a list, not an object"),
-        (b"x" * 30_000, 413, "larger than the 20000 bytes"),
-        ({}, 400, "'messages' has to be a list of at least one message"),
-        ({"messages": "hi"}, 400, "'messages' has to be a list"),
-        ({"messages": ["hi"]}, 400, 'messages[0] has to be an object whose "role"'),
+        (b"x" * 30_000, 413, "larger than this server's limit of 20000 bytes"),
+        ({}, 400, "'messages' must be a list of at least one message"),
+        ({"messages": "hi"}, 400, "'messages' must be a list"),
+        ({"messages": ["hi"]}, 400, 'messages[0] must be an object whose "role"'),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "is one of system, developer, user, assistant"),
         ({"messages": [{"role": "user", "content": 3}]}, 400, 'messages[0] has a "content" that is not text'),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "text is all this model reads"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "end with it"),
-        ({"messages": [LONG]}, 400, "more than the 1023 that are taken here: shorten it"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "this model only reads text"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "end with a user message"),
+        ({"messages": [LONG]}, 400, "at most 1023 are accepted: shorten it"),
         (chat("Who?\ud800"), 400, "valid Unicode"),
         (chat("Who?", max_tokens=0), 400, "'max_tokens' is below 1"),
-        (chat("Who?", max_tokens=True), 400, "'max_tokens' is a bool, but has to be a whole number"),
-        (chat("Who?", max_tokens=65), 400, "An answer of 65 tokens was asked for, but after a prompt of"),
-        (chat("Who?", temperature=3), 400, "'temperature' has to be a number from 0 to 2"),
-        (chat("Who?", temperature=float("nan")), 400, "'temperature' has to be a number"),
-        (chat("Who?", top_p="x"), 400, "'top_p' has to be a number"),
+        (chat("Who?", max_tokens=True), 400, "'max_tokens' is a bool, but must be a whole number"),
+        (chat("Who?", max_tokens=65), 400, "An answer of 65 tokens was requested, but after a prompt of"),
+        (chat("Who?", temperature=3), 400, "'temperature' must be a number from 0 to 2"),
+        (chat("Who?", temperature=float("nan")), 400, "'temperature' must be a number"),
+        (chat("Who?", top_p="x"), 400, "'top_p' must be a number"),
         (chat("Who?", seed=0.5), 400, "'seed' is a float"),
-        (chat("Who?", stream="yes"), 400, "'stream' is a str, but has to be true or false"),
-        (chat("Who?", stop=["a"] * 5), 400, "'stop' has to be a text or a list of up to four"),
+        (chat("Who?", stream="yes"), 400, "'stream' is a str, but must be true or false"),
+        (chat("Who?", stop=["a"] * 5), 400, "'stop' must be a text or a list of up to four"),
         (chat("Who?", stop=""), 400, "none of them empty"),
-        (chat("Who?", n=2), 400, "'n' is set, which this server cannot honour: leave it out"),
+        (chat("Who?", n=2), 400, "'n' is set, which this server does not support: leave it out"),
         (chat("Who?", tools=[{}]), 400, "'tools' is set"),
         (chat("Who?", response_format={"type": "json_object"}), 400, "'response_format' is set"),
-        (chat("Who?", model="gpt-9"), 404, "ask for 'ann-7b', or leave it out"),
+        (chat("Who?", model="gpt-9"), 404, "request 'ann-7b', or leave it out"),
         (
             {"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]},
             400,
-            "has no chat template to put them together: send a single message",
+            "has no chat template to combine them: send a single user message",
         ),
     ],
     ids=lambda part: str(part)[:30],
@@ -442,12 +442,12 @@ def test_bodies_that_cannot_be_answered_say_why(served, body, status, text):
     assert text in content["error"]["message"]
 
 
-def test_who_sends_far_too_much_gets_to_see_the_error(tokenizer):
+def test_a_client_that_sends_far_too_much_sees_the_error(tokenizer):
     with serving(Engine(tiny_llama(len(tokenizer)), tokenizer, None), max_body_bytes=2**20) as server:
         status, content = ask(server.port, b" " * 15 * 2**20)
         assert status == 413
-        assert "larger than the 1048576 bytes that are taken here: shorten it" in content["error"]["message"]
-        assert told(server.port, chat("Who?", max_tokens=3))[1] == "length"
+        assert "larger than this server's limit of 1048576 bytes: shorten it" in content["error"]["message"]
+        assert answered(server.port, chat("Who?", max_tokens=3))[1] == "length"
 
 
 def test_limits_hold_for_prompts_and_positions(tokenizer):
@@ -457,16 +457,16 @@ def test_limits_hold_for_prompts_and_positions(tokenizer):
     try:
         ids, most = engine.encode(user, None)
         assert most == 128 - len(ids)
-        with pytest.raises(EUAError, match=f"can have {most}: ask for less"):
+        with pytest.raises(EUAError, match=f"can have {most}: request fewer"):
             engine.encode(user, most + 1)
-        with pytest.raises(EUAError, match="more than the 20 that are taken here"):
+        with pytest.raises(EUAError, match="at most 20 are accepted"):
             engine.encode([{"role": "user", "content": "Who is Ann? " * 4}], None)
     finally:
         engine.close()
 
 
-def test_rows_share_a_batch_only_within_the_positions_there_are(tokenizer):
-    """A row that is done is padded until the longest answer ends, and learned positions end where the model's do."""
+def test_rows_share_a_batch_only_within_the_models_positions(tokenizer):
+    """A finished row is padded until the longest answer ends, and there are no learned positions beyond the model's last."""
     config = GPT2Config(
         vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=1
     )
@@ -477,12 +477,12 @@ def test_rows_share_a_batch_only_within_the_positions_there_are(tokenizer):
     model.transformer.wte.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
     engine = Engine(model, tokenizer, None)
     try:
-        told = [submit(engine, [5], 1)[1]]
+        answered = [submit(engine, [5], 1)[1]]
         wait_until(lambda: engine.running == 1)
         lengths = [(60, 4), (4, 60), (3, 30), (60, 3)]
-        told += [submit(engine, [5] * prompt, answer)[1] for prompt, answer in lengths]
+        answered += [submit(engine, [5] * prompt, answer)[1] for prompt, answer in lengths]
         gate.set()
-        for events, answer in zip(told, (1, 4, 60, 30, 3), strict=True):
+        for events, answer in zip(answered, (1, 4, 60, 30, 3), strict=True):
             *_, last = iter(lambda events=events: events.get(timeout=20), Finish("length", answer))
             assert isinstance(last, Piece)
     finally:
@@ -526,10 +526,10 @@ def test_clients_that_leave_free_their_place(endless, tokenizer):
         running.close()
         wait_until(lambda: engine.running == 0, 2)
         assert "eua_cancelled_total 3.0" in get(server.port, "/metrics")[1]
-        assert told(server.port, chat("Who?", max_tokens=3))[1] == "length"
+        assert answered(server.port, chat("Who?", max_tokens=3))[1] == "length"
 
 
-def test_a_full_queue_turns_away_and_says_when_to_come_back(endless, tokenizer):
+def test_a_full_queue_rejects_requests_and_says_when_to_retry(endless, tokenizer):
     with serving(Engine(endless, tokenizer, None, max_batch=1, queue=2, max_tokens=8000)) as server:
         held = [http.client.HTTPConnection("127.0.0.1", server.port) for _ in range(3)]
         for place, connection in enumerate(held):
@@ -541,10 +541,10 @@ def test_a_full_queue_turns_away_and_says_when_to_come_back(endless, tokenizer):
             assert json.loads(response.read())["error"]["type"] == "rate_limit_error"
         for connection in held:
             connection.close()
-        assert told(server.port, chat("Who?", max_tokens=3))[1] == "length"
+        assert answered(server.port, chat("Who?", max_tokens=3))[1] == "length"
 
 
-def test_what_takes_too_long_ends(endless, tokenizer, monkeypatch):
+def test_requests_that_take_too_long_time_out(endless, tokenizer, monkeypatch):
     with serving(Engine(endless, tokenizer, None, max_tokens=8000), timeout=0.5) as server:
         status, content = ask(server.port, chat("Who?"))
         assert (status, content["error"]["type"]) == (504, "server_error")
@@ -567,10 +567,10 @@ def test_what_takes_too_long_ends(endless, tokenizer, monkeypatch):
         slow.putheader("Content-Length", "100")
         slow.endheaders(b"{")
         assert slow.getresponse().status == 408
-        assert told(server.port, chat("Who?", max_tokens=3))[1] == "length"
+        assert answered(server.port, chat("Who?", max_tokens=3))[1] == "length"
 
 
-def test_one_bad_request_does_not_take_its_batch_with_it(tokenizer, questions, caplog):
+def test_one_bad_request_does_not_fail_its_batch(tokenizer, questions, caplog):
     model = tiny_llama(len(tokenizer))
     secret = "❄"
     bad = tokenizer(secret, add_special_tokens=False)["input_ids"][0]
@@ -587,7 +587,7 @@ def test_one_bad_request_does_not_take_its_batch_with_it(tokenizer, questions, c
         first = pool.submit(ask, server.port, chat("Who?", max_tokens=1))
         wait_until(lambda: server.engine.running == 1)
         failing = pool.submit(ask, server.port, chat(f"Who is {secret}?", max_tokens=20))
-        others = [pool.submit(told, server.port, chat(question, max_tokens=20)) for question in questions[:5]]
+        others = [pool.submit(answered, server.port, chat(question, max_tokens=20)) for question in questions[:5]]
         wait_until(lambda: server.engine.waiting == 6)
         gate.set()
         assert first.result()[0] == 200
@@ -621,7 +621,7 @@ def test_spaces_that_were_shown_are_not_cleaned_up():
 
 @contextmanager
 def process_of(folder: Path, *more: str) -> Iterator[subprocess.Popen]:
-    """``eua serve`` in a process of its own."""
+    """``eua serve`` in a separate process."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "eua", "serve", "--model", str(folder), "--port", "0", *more]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -633,13 +633,13 @@ def process_of(folder: Path, *more: str) -> Iterator[subprocess.Popen]:
 
 
 def port_of(process: subprocess.Popen) -> int:
-    """Where it listens, once it does."""
+    """The port it listens on; waits until it does."""
     line = next(line for line in process.stdout if line.startswith("Serving "))
     assert "guard off" in line
     return int(line.split("/v1")[0].rsplit(":", 1)[1])
 
 
-def test_sigterm_finishes_what_runs_turns_others_away_and_exits_with_0(tokenizer, tmp_path):
+def test_sigterm_finishes_running_requests_rejects_others_and_exits_with_0(tokenizer, tmp_path):
     folder = tmp_path / "slow"
     model = tiny_llama(len(tokenizer))
     model.config.max_position_embeddings = 50_000
@@ -658,7 +658,7 @@ def test_sigterm_finishes_what_runs_turns_others_away_and_exits_with_0(tokenizer
             wait_until(lambda: get(port, "/health")[0] == 503)
             status, content = ask(port, chat("Who?"))
             assert status == 503
-            assert "shutting down and takes nothing new" in content["error"]["message"]
+            assert "shutting down and accepts no new requests" in content["error"]["message"]
             *chunks, last, end = events
         assert (last["choices"][0]["finish_reason"], end) == ("length", "[DONE]")
         *_, error, end = broken_off.result()
@@ -700,17 +700,17 @@ def test_serving_without_what_it_needs_is_one_clear_line(tokenizer, tmp_path, mo
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["serve", "--model", str(tmp_path), "--no-guard", "--port", str(port)]) == 2
-    assert f"127.0.0.1 port {port} cannot be listened on" in capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err
     monkeypatch.delitem(sys.modules, "eua.serving.server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", "--model", str(tmp_path), "--no-guard"]) == 2
     assert capsys.readouterr().err == "eua serve: Serving needs uvicorn, which is not installed: pip install eua[serve].\n"
 
 
-def test_a_guard_that_waits_for_generated_tokens_is_not_served(model, tokenizer):
-    """They would have been streamed by the time it decides."""
+def test_a_guard_that_reads_generated_tokens_is_not_served(model, tokenizer):
+    """The tokens would have been streamed before the guard decides."""
     guard = EnergyGuard.calibrate(model, tokenizer, ["Who?"] * 19, first_tokens=2)
-    with pytest.raises(EUAError, match="waits for the first 2 generated tokens, .* calibrate one with first_tokens = 0"):
+    with pytest.raises(EUAError, match="reads the first 2 generated tokens, .* calibrate a guard with first_tokens = 0"):
         Engine(model, tokenizer, guard)
 
 
@@ -721,7 +721,7 @@ def test_a_guard_of_another_tokenizer_or_template_is_not_served(guarded_folder, 
     tokenizer.save_pretrained(folder)
     with pytest.raises(EUAError, match="calibrated with another tokenizer or chat template"):
         Engine(model, tokenizer, EnergyGuard.from_pretrained(folder))
-    assert model.generate.__name__ == "generate"  # nothing was left on it
+    assert model.generate.__name__ == "generate"  # no guard is attached
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", "--model", str(folder), "--port", str(taken.getsockname()[1])]) == 2
     assert "calibrated with another tokenizer or chat template" in capsys.readouterr().err

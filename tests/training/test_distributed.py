@@ -49,7 +49,7 @@ RUNS = [
     ("bfloat16", STEPS | {"bf16": True}),
     ("stopped", STEPS | {"stop_at": 9, "save_strategy": "steps", "save_steps": 4}),
     ("stopped", STEPS | {"resume": True, "save_strategy": "steps", "save_steps": 4}),
-    ("early", STEPS | {"max_steps": -1, "num_train_epochs": 30, "stop_when_met": 0.5, "gamma": 1.0, "alpha": 0.1}),
+    ("early", STEPS | {"max_steps": -1, "num_train_epochs": 30, "stop_when_beyond_boundary": 0.5, "gamma": 1.0, "alpha": 0.1}),
 ]
 IN_ONE = [  # one process has the batch of both
     ("plain", STEPS | {"per_device_train_batch_size": 4}),
@@ -168,11 +168,11 @@ def test_processes_stop_early_together(launched, setup):
 def test_the_command_line_in_two_processes(launched, tmp_path):
     """One process looks after the output folder, which the other must not take for a stranger's."""
     base = launched("one").parent
-    command = ["eua", "unlearn", "--model", str(base / "model"), "--epochs", "2", "--learning-rate", "1e-3"]
+    command = ["eua", "unlearn", "--model", str(base / "model"), "--num-train-epochs", "2", "--learning-rate", "1e-3"]
     command += [part for kind in ("forget", "retain") for part in (f"--{kind}", str(base / f"{kind}.jsonl"))]
-    both = launch("ddp", ["-m", *command, "--batch-size", "2", "--output", str(tmp_path / "both")])
+    both = launch("ddp", ["-m", *command, "--per-device-train-batch-size", "2", "--output", str(tmp_path / "both")])
     assert both.stdout.count("The unlearned model is in") == 1
-    launch("one", ["-m", *command, "--batch-size", "4", "--output", str(tmp_path / "one")])
+    launch("one", ["-m", *command, "--per-device-train-batch-size", "4", "--output", str(tmp_path / "one")])
     assert_same_weights(*(load_file(tmp_path / name / "model.safetensors") for name in ("both", "one")))
 
 

@@ -44,7 +44,7 @@ def table(card: str, heading: str) -> dict[str, list[str]]:
 
 def assert_figures_are(found: dict[str, list[str]], column: int, logged: dict[str, float], prefix: str = "") -> None:
     names = [name for name in EVAL_METRICS if f"{prefix}{name}" in logged]
-    assert {"loss", "met_forget", "energy_retain"} <= set(names)
+    assert {"loss", "beyond_boundary_forget", "energy_retain"} <= set(names)
     for name in names:
         assert float(found[name][column]) == pytest.approx(logged[f"{prefix}{name}"], rel=1e-3), name
 
@@ -82,7 +82,7 @@ def test_a_card_says_what_the_run_was(base, tokenizer, rows, tmp_path, monkeypat
     log = trainer.state.log_history
     said = table(card.text, "Figures")
     assert said[""] == ["training, logged at step 6", "held-out rows, at step 6"]
-    assert_figures_are(said, 0, next(line for line in reversed(log) if "met_forget" in line))
+    assert_figures_are(said, 0, next(line for line in reversed(log) if "beyond_boundary_forget" in line))
     assert_figures_are(said, 1, next(line for line in reversed(log) if "eval_auroc" in line), "eval_")
     assert said["auroc"][0] == ""
 
@@ -216,7 +216,7 @@ def test_what_is_pushed_is_the_model_and_its_card(base, tokenizer, rows, tmp_pat
     assert (card.data.license, card.data.language, card.data.tags[-1]) == ("mit", "en", "people")
     assert "# a-run\n" in card.text
     assert 'name = "ann/a-run"' in card.text
-    assert "met_forget" in card.text
+    assert "beyond_boundary_forget" in card.text
     paths = [name for name, content in uploaded.items() if str(tmp_path).encode() in content]
     assert paths == (["adapter_config.json"] if peft_config else [])  # PEFT's, without which no adapter finds its base
     assert trainer.args.output_dir == str(run)

@@ -59,20 +59,20 @@ def shares(tokenizer, rows, tmp_path_factory) -> list[float]:
     """The share of forget tokens met in each of eight epochs, as a run that logs once an epoch reports it."""
     trainer = stopping(tokenizer, rows, tmp_path_factory.mktemp("shares"), logging_steps=3, save_strategy="no")
     trainer.train()
-    return [line["met_forget"] for line in trainer.state.log_history if "met_forget" in line]
+    return [line["beyond_boundary_forget"] for line in trainer.state.log_history if "beyond_boundary_forget" in line]
 
 
 def test_training_ends_after_the_epoch_that_met_enough(tokenizer, rows, tmp_path, shares):
     wanted = shares[3]
     ends = next(epoch for epoch, share in enumerate(shares, 1) if share >= wanted)
     assert 1 < ends < 8
-    trainer = stopping(tokenizer, rows, tmp_path, stop_when_met=wanted, eval_strategy="steps", eval_steps=100)
+    trainer = stopping(tokenizer, rows, tmp_path, stop_when_beyond_boundary=wanted, eval_strategy="steps", eval_steps=100)
     trainer.train()
     assert trainer.state.global_step == 3 * ends
     assert last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{3 * ends}"
     assert [line["step"] for line in trainer.state.log_history if "eval_loss" in line] == [3 * ends]
 
-    again = stopping(tokenizer, rows, tmp_path, stop_when_met=wanted)  # it had ended: nothing is trained on
+    again = stopping(tokenizer, rows, tmp_path, stop_when_beyond_boundary=wanted)  # it had ended: nothing is trained on
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 3 * ends
     assert all(torch.equal(p, weights(again.model)[name]) for name, p in weights(trainer.model).items())
@@ -83,17 +83,17 @@ def test_a_resumed_run_ends_after_the_same_epoch(tokenizer, rows, tmp_path, shar
     """The epoch is counted whole, though its first steps were made before the interruption."""
     wanted = shares[3]
     ends = next(epoch for epoch, share in enumerate(shares, 1) if share >= wanted)
-    whole = stopping(tokenizer, rows, tmp_path, stop_when_met=wanted, save_steps=1)
+    whole = stopping(tokenizer, rows, tmp_path, stop_when_beyond_boundary=wanted, save_steps=1)
     whole.train()
-    resumed = stopping(tokenizer, rows, tmp_path, stop_when_met=wanted, save_steps=100)
+    resumed = stopping(tokenizer, rows, tmp_path, stop_when_beyond_boundary=wanted, save_steps=100)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{3 * ends - before}"))
     assert resumed.state.global_step == whole.state.global_step == 3 * ends
-    assert resumed._stop_when_met.last_epoch == pytest.approx(wanted)
+    assert resumed._stop_when_beyond_boundary.last_epoch == pytest.approx(wanted)
     assert all(torch.equal(p, weights(resumed.model)[name]) for name, p in weights(whole.model).items())
 
 
 def test_training_that_never_meets_enough_runs_to_its_end(tokenizer, rows, tmp_path):
-    trainer = stopping(tokenizer, rows, tmp_path, stop_when_met=1.0, m_in=0.0, m_out=1e6, num_train_epochs=2)
+    trainer = stopping(tokenizer, rows, tmp_path, stop_when_beyond_boundary=1.0, m_in=0.0, m_out=1e6, num_train_epochs=2)
     trainer.train()
     assert trainer.state.global_step == 6
 
@@ -107,7 +107,7 @@ def test_tensorboard_shows_the_parts_of_the_loss(tokenizer, rows, tmp_path):
     (events,) = tmp_path.rglob("events.out.tfevents.*")
     shown = accumulator.EventAccumulator(str(events)).Reload()
     logged = [line for line in trainer.state.log_history if "loss_forget" in line]
-    for name in ("loss", "loss_forget", "loss_retain", "nll_retain", "met_forget", "energy_forget", "gamma"):
+    for name in ("loss", "loss_forget", "loss_retain", "nll_retain", "beyond_boundary_forget", "energy_forget", "gamma"):
         points = shown.Scalars(f"train/{name}")
         assert [(point.step, point.value) for point in points] == [(line["step"], pytest.approx(line[name])) for line in logged]
     assert [point.step for point in shown.Scalars("eval/auroc")] == [3, 6]

@@ -105,9 +105,17 @@ def test_training_moves_every_trainable_parameter_and_no_other(model, tokenizer,
         assert parameter.requires_grad == (peft_config is None or "lora_" in name)
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
     logged = trainer.state.log_history[0]
-    for key in ("loss_forget", "loss_retain", "nll_retain", "energy_forget", "energy_retain", "met_forget", "met_retain"):
+    for key in (
+        "loss_forget",
+        "loss_retain",
+        "nll_retain",
+        "energy_forget",
+        "energy_retain",
+        "beyond_boundary_forget",
+        "beyond_boundary_retain",
+    ):
         assert key in logged
-    assert 0 <= logged["met_forget"] <= 1
+    assert 0 <= logged["beyond_boundary_forget"] <= 1
     assert trainer.model.config.use_cache
 
 
@@ -119,7 +127,7 @@ def test_training_moves_energies_apart(trained_folder, tokenizer, rows, tmp_path
     trainer.train()
     first, last = trainer.state.log_history[0], trainer.state.log_history[-2]
     assert last["energy_forget"] - last["energy_retain"] > 4 + first["energy_forget"] - first["energy_retain"]
-    assert last["met_forget"] > 0.5 > first["met_forget"]
+    assert last["beyond_boundary_forget"] > 0.5 > first["beyond_boundary_forget"]
 
 
 def test_mixed_precision_follows_full_precision(tokenizer, rows, tmp_path):
@@ -163,7 +171,7 @@ def test_accumulated_batches_equal_one_big_batch(tokenizer, rows, tmp_path):
     for _, logged in trained:  # the parts are tallied apart from the loss; only right counts bring the two together
         parts = 0.05 * (logged["loss_forget"] + logged["loss_retain"]) + logged["nll_retain"]
         assert logged["loss"] == pytest.approx(parts, rel=1e-4)
-    for key in ("loss", "loss_forget", "met_retain", "energy_forget"):
+    for key in ("loss", "loss_forget", "beyond_boundary_retain", "energy_forget"):
         assert trained[0][1][key] == pytest.approx(trained[1][1][key], rel=1e-4)
 
 
@@ -435,7 +443,7 @@ def test_models_that_cannot_be_honoured_are_refused(model, tokenizer, rows, tmp_
         ({"gamma_warmup_ratio": 1.0}, "gamma_warmup_ratio = 1.0 cannot be used: a share of the steps"),
         ({"retain_loss": "mse"}, 'retain_loss = \'mse\' cannot be used: known are "nll" and "kl"'),
         ({"metric_for_best_model": "kl_retain"}, 'measured with retain_loss = "kl" only: set that, or choose eval_nll_retain'),
-        ({"stop_when_met": 0.0}, "stop_when_met = 0.0 cannot be used: a share of tokens"),
+        ({"stop_when_beyond_boundary": 0.0}, "stop_when_beyond_boundary = 0.0 cannot be used: a share of tokens"),
         ({"retain_per_forget": 0}, "retain_per_forget = 0"),
         ({"m_in": 1.0}, "constant boundaries come as a pair"),
         ({"remove_unused_columns": True}, "it would drop the boundaries"),
@@ -445,7 +453,7 @@ def test_models_that_cannot_be_honoured_are_refused(model, tokenizer, rows, tmp_
         ),
         (
             {"label_smoothing_factor": 0.1},
-            "label_smoothing_factor = 0.1 cannot be used: the loss of D² knows no smoothed labels",
+            "label_smoothing_factor = 0.1 cannot be used: the loss of D² has no smoothed labels",
         ),
         ({"hub_strategy": "every_save"}, "hub_strategy = 'every_save' cannot be used: checkpoints, which hold pickles"),
         (

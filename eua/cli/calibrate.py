@@ -1,0 +1,110 @@
+"""``eua calibrate``: a guard from held-out prompts, saved with the model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eua.cli.options import Parser, add_model, positive
+from eua.errors import EUAError
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(
+        "calibrate",
+        "Sets the threshold above which prompts are refused, by split conformal prediction on retained prompts that unlearning "
+        "has not seen, and saves the guard with the model.",
+        (
+            "eua calibrate --model unlearned --prompts held_out.jsonl",
+            "eua calibrate --model unlearned --prompts held_out.jsonl --group-by person --seen retain.jsonl "
+            "--forget forget.jsonl",
+        ),
+    )
+    add_model(parser)
+    parser.add_argument("--prompts", required=True, help="retained rows that unlearning has not seen")
+    groups = parser.add_mutually_exclusive_group()
+    groups.add_argument(
+        "--group-by", metavar="KEY", help="rows with the same value of this key resemble each other (one person's)"
+    )
+    groups.add_argument(
+        "--group-size", type=positive(int), help="this number of consecutive rows resemble each other (TOFU: 20)"
+    )
+    parser.add_argument("--tolerance", type=float, default=0.05, help="tolerated rate of false refusals")
+    parser.add_argument(
+        "--confidence", type=float, help="probability with which this calibration keeps the tolerance (default: on average)"
+    )
+    parser.add_argument(
+        "--seen", action="append", default=[], metavar="ROWS", help="rows that unlearning was trained on; may be repeated"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="temperature of the energy; that of training")
+    parser.add_argument(
+        "--first-tokens", type=int, default=0, help="generated tokens that a score includes after the prompt's last one"
+    )
+    parser.add_argument(
+        "--probe-window", type=int, default=0, help="stop answers midway by the mean energy of this number of tokens (0: never)"
+    )
+    parser.add_argument("--probe-tokens", type=positive(int), default=64, help="length of the answers that calibrate the probe")
+    parser.add_argument("--refusal", help="the answer to a refused prompt (default: a plain sentence)")
+    parser.add_argument("--forget", help="forgotten rows, to measure how many of them are refused")
+    parser.add_argument("--output", type=Path, help="folder for the guard (default: the model's)")
+    _run(parser.parse_args(argv))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from eua.data.rows import read_rows
+    from eua.guard.guard import DEFAULT_REFUSAL, EnergyGuard
+    from eua.model.loading import load_model
+    from eua.statistics import bootstrap_interval, group_shares
+
+    if arguments.output is None and not Path(arguments.model).is_dir():
+        raise EUAError(f"{arguments.model} is not a local folder, so the guard cannot be saved there: pass --output.")
+    rows = read_rows(arguments.prompts, "calibration prompts")
+    groups = _groups(rows, arguments)
+    forget = read_rows(arguments.forget, "forget set") if arguments.forget else None
+    seen = [row for source in arguments.seen for row in read_rows(source, "seen rows")]
+    model, tokenizer = load_model(arguments.model)
+    guard = EnergyGuard.calibrate(
+        model,
+        tokenizer,
+        rows,
+        groups=groups,
+        tolerance=arguments.tolerance,
+        confidence=arguments.confidence,
+        seen=seen,
+        temperature=arguments.temperature,
+        first_tokens=arguments.first_tokens,
+        probe_window=arguments.probe_window,
+        probe_tokens=arguments.probe_tokens,
+        refusal_text=arguments.refusal or DEFAULT_REFUSAL,
+        progress=True,
+    )
+    folder = arguments.output or Path(arguments.model)
+    guard.save_pretrained(folder)
+    print(f"Threshold {guard.threshold:.3f} nats, saved in {folder}.\n{guard.promise}")
+    if groups:
+        shares = group_shares(guard.score(model, tokenizer, rows), guard.threshold, groups)
+        most = [f"{group} ({share:.2f})" for group, share in shares.items() if share][:5]
+        print(f"Of {len(shares)} groups, with prompts above the threshold (their share): {', '.join(most) or 'none'}")
+    if forget:
+        refused = (guard.score(model, tokenizer, forget) > guard.threshold).float()
+        # Forgotten rows are grouped, too, if they name their groups.
+        has_groups = arguments.group_by is None or all(arguments.group_by in row for row in forget)
+        low, high = bootstrap_interval(refused, _groups(forget, arguments) if has_groups else None)
+        print(
+            f"Refused of {len(forget)} forgotten prompts: {float(refused.mean()):.3f} (95 % interval {low:.3f} to {high:.3f})"
+        )
+
+
+def _groups(rows: Sequence[Any], arguments: argparse.Namespace) -> list[Any] | None:
+    if arguments.group_size:
+        return [index // arguments.group_size for index in range(len(rows))]
+    if arguments.group_by is None:
+        return None
+    for index, row in enumerate(rows):
+        if arguments.group_by not in row:
+            raise EUAError(
+                f"Row {index} of the calibration prompts has no {arguments.group_by!r} to group by: it has {sorted(row)}."
+            )
+    return [row[arguments.group_by] for row in rows]

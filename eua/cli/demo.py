@@ -1,0 +1,42 @@
+"""``eua demo``: the whole story on a small model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from eua.cli.options import Parser, positive
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(
+        "demo",
+        "Trains a small model on made-up people, makes it forget a tenth of them, and shows what changed.",
+        ("eua demo", "eua demo --output other-people --seed 1"),
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("eua-demo"), help="folder for the unlearned model, figures and rows"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=_default_cache(), help="folder that keeps the trained model for the next run"
+    )
+    parser.add_argument("--people", type=positive(int), default=200, help="how many people to make up; 100 or more")
+    parser.add_argument("--target-epochs", type=positive(float), default=20, help="passes over all facts before unlearning")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the people, of training and of pairing")
+    parser.add_argument("--overwrite", action="store_true", help="write into an output folder that is not empty")
+    arguments = parser.parse_args(argv)
+
+    from eua.files import check_output_folder
+
+    check_output_folder(arguments.output, allowed=arguments.overwrite, how="--overwrite")
+
+    from eua.demo.run import run_demo
+
+    run_demo(
+        arguments.output, arguments.cache, people=arguments.people, target_epochs=arguments.target_epochs, seed=arguments.seed
+    )
+
+
+def _default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "eua"

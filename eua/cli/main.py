@@ -1,0 +1,60 @@
+"""The entry point of ``eua``: finds the command, runs it, and turns errors into one line on stderr and an exit code.
+
+A command's file is imported when the command is called, so that ``eua --help`` takes no time.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+from eua.errors import EUAError, did_you_mean
+
+COMMANDS = {
+    "demo": "watch a small model learn, forget and refuse (a few minutes on a laptop, no download)",
+    "unlearn": "train a model to forget some rows and keep others",
+    "calibrate": "set the threshold above which prompts are refused",
+    "ask": "ask a model, guard on",
+    "serve": "serve a model over HTTP, guard on",
+    "evaluate": "measure what a model still knows and what it refuses",
+    "report": "write one HTML file to look at an unlearned model",
+}
+OVERVIEW = """\
+usage: eua COMMAND [OPTIONS]
+
+Make a language model forget what it must not know, and refuse when asked for it.
+
+{commands}
+
+Start with `eua demo`. `eua COMMAND --help` explains a command and shows examples; `eua --version` prints versions.
+Rows are JSONL, JSON, CSV or Parquet files, or data sets of the Hugging Face Hub, with question/answer, prompt/completion or
+messages."""
+
+BAD_INPUT = 2
+INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``eua`` with ``argv`` (by default the process's arguments) and return the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name, options = (argv[0], argv[1:]) if argv else ("--help", [])
+    try:
+        if name in ("-h", "--help"):
+            width = max(map(len, COMMANDS))
+            print(OVERVIEW.format(commands="\n".join(f"  {key.ljust(width)}  {text}" for key, text in COMMANDS.items())))
+        elif name == "--version":
+            print(f"eua {version('eua')} (torch {version('torch')}, transformers {version('transformers')})")
+        elif name not in COMMANDS:
+            raise EUAError(f"There is no command {name!r}{did_you_mean(name, COMMANDS)} `eua --help` lists the commands.")
+        else:
+            import_module(f"eua.cli.{name}").main(options)
+    except EUAError as error:
+        print(f"eua {name}: {error}" if name in COMMANDS else f"eua: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        hint = " Run the same command with --resume to continue." if name == "unlearn" else ""
+        print(f"eua {name}: interrupted.{hint}", file=sys.stderr)
+        return INTERRUPTED
+    return 0

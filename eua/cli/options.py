@@ -1,0 +1,117 @@
+"""The parser that all commands use, and the options that several of them share."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from eua.errors import EUAError, did_you_mean
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows defaults that say something, and leaves the examples as they are written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        is_stated = not action.help or "(default:" in action.help or action.default in (None, False, argparse.SUPPRESS)
+        return action.help if is_stated or action.default == [] else f"{action.help} (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's parser: it raises :class:`EUAError` where argparse would exit, and suggests names for unknown options.
+
+    Args:
+        command: its name.
+        description: what it does, in a sentence or two.
+        examples: whole command lines.
+        usage: the line on top, where argparse's would be too long.
+    """
+
+    def __init__(self, command: str, description: str, examples: Sequence[str], usage: str | None = None) -> None:
+        super().__init__(
+            prog=f"eua {command}",
+            usage=usage,
+            description="\n".join(textwrap.wrap(description, 110)),
+            epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+            formatter_class=_Help,
+            allow_abbrev=False,
+        )
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        arguments, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            raise EUAError(
+                f"{name} is not an option of `{self.prog}`{did_you_mean(name, self._option_string_actions)} "
+                f"`{self.prog} --help` lists them."
+            )
+        return arguments
+
+    def error(self, message: str) -> NoReturn:
+        raise EUAError(f"{message}. `{self.prog} --help` explains the options.")
+
+
+def positive(kind: type[int] | type[float]) -> Callable[[str], Any]:
+    """A converter to numbers above 0."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(0)
+        if not value > 0:
+            whole = "whole " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number above 0")
+        return value
+
+    return parse
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="folder or hub name of the causal language model")
+
+
+def add_guard(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--guard", help="folder or hub name that holds the guard (default: the model's)")
+
+
+def add_sets(parser: argparse.ArgumentParser) -> None:
+    """What commands that measure a model take: sets of rows, the model before unlearning, a guard."""
+    parser.add_argument("--forget", required=True, help="rows that the model has forgotten")
+    parser.add_argument("--retain", required=True, help="rows that the model has kept")
+    for name, kind in (("--also", "rows to keep"), ("--also-forget", "forgotten rows, e.g. in other words")):
+        what = f"a further set of {kind}; may be repeated"
+        parser.add_argument(name, action="append", default=[], metavar="NAME=ROWS", type=_named_source, help=what)
+    parser.add_argument("--before", help="the model before unlearning, to compare with")
+    add_guard(parser)
+    parser.add_argument("--batch-size", type=positive(int), default=32, help="rows in a forward pass")
+
+
+def _named_source(text: str) -> tuple[str, str]:
+    name, separator, source = text.partition("=")
+    if not (name and separator and source):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=ROWS")
+    return name, source
+
+
+def read_sets(arguments: argparse.Namespace) -> tuple[dict[str, list[Any]], tuple[str, ...]]:
+    """The rows of what :func:`add_sets` takes, by name, and the names of the sets that are forgotten."""
+    from eua.data.rows import read_rows
+
+    sources = {"forget": arguments.forget, "retain": arguments.retain}
+    for name, source in arguments.also + arguments.also_forget:
+        if name in sources:
+            raise EUAError(f"--also {name}={source} gives a second set this name: choose another one.")
+        sources[name] = source
+    forgotten = ("forget", *(name for name, _ in arguments.also_forget))
+    return {name: read_rows(source, f"{name} set") for name, source in sources.items()}, forgotten
+
+
+def read_guard(arguments: argparse.Namespace) -> Any:
+    """The guard of ``--guard``, else of the model's folder, else None."""
+    from eua.guard.guard import GUARD_FILE, EnergyGuard
+
+    folder = arguments.guard or (arguments.model if (Path(arguments.model) / GUARD_FILE).is_file() else None)
+    return EnergyGuard.from_pretrained(folder) if folder else None

@@ -1,0 +1,51 @@
+"""``eua report``: one HTML file to look at an unlearned model with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from eua.cli.options import Parser, add_model, add_sets, positive, read_guard, read_sets
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(
+        "report",
+        "Energies before and after, a threshold to drag, the worst leaks and false refusals, rows token by token. The file "
+        "holds texts of the rows; it loads nothing from elsewhere.",
+        (
+            "eua report --model unlearned --forget forget.jsonl --retain retain.jsonl",
+            "eua report --model unlearned --before MODEL --forget forget.jsonl --retain retain.jsonl --output look.html",
+        ),
+    )
+    add_model(parser)
+    add_sets(parser)
+    parser.add_argument("--rows", type=positive(int), default=50, help="rows of a set that are shown token by token")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    arguments = parser.parse_args(argv)
+
+    from eua.files import check_output_file
+
+    check_output_file(arguments.output, allowed=arguments.overwrite, how="--overwrite")
+
+    from eua.evaluation.page import page_data, write_page
+    from eua.model.loading import load_model
+
+    (sets, forgotten), guard = read_sets(arguments), read_guard(arguments)
+    named = {"model": arguments.model, "model before unlearning": arguments.before}
+    data = page_data(
+        sets,
+        partial(load_model, arguments.model),
+        partial(load_model, arguments.before) if arguments.before else None,
+        forget=forgotten,
+        guard=guard,
+        rows=arguments.rows,
+        # A folder is shown by its name alone: its path is nobody else's business.
+        settings={key: Path(name).resolve().name if Path(name).is_dir() else name for key, name in named.items() if name},
+        batch_size=arguments.batch_size,
+        progress=True,
+    )
+    write_page(arguments.output, data)
+    print(f"Written: {arguments.output} (it holds texts of the rows)")

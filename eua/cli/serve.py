@@ -1,0 +1,40 @@
+"""``eua serve``: a chat endpoint over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from eua.cli.options import Parser, add_guard, add_model, positive
+from eua.errors import EUAError
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(
+        "serve",
+        "OpenAI's chat endpoint, /v1/chat/completions. There is no authentication: put a proxy before it to open it to others.",
+        ("eua serve --model unlearned", "eua serve --model unlearned --port 0 --max-batch 1"),
+    )
+    add_model(parser)
+    add_guard(parser)
+    parser.add_argument("--no-guard", action="store_true", help="answer everything")
+    parser.add_argument("--name", help="what clients call the model (default: the last part of --model)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes any free one")
+    parser.add_argument("--max-batch", type=positive(int), default=8, help="requests in a batch; 1 answers exactly as alone")
+    parser.add_argument("--queue", type=positive(int), default=128, help="requests that may wait; more get status 429")
+    parser.add_argument("--timeout", type=positive(float), default=120.0, help="seconds a request may take; then status 504")
+    parser.add_argument(
+        "--max-prompt-tokens", type=positive(int), help="longest prompt (default: what the model has positions for)"
+    )
+    parser.add_argument("--max-tokens", type=positive(int), default=512, help="longest answer, and the default of a request")
+    parser.add_argument("--max-body-bytes", type=positive(int), default=2**20, help="largest request; then status 413")
+    parser.add_argument("--grace", type=positive(float), default=30.0, help="seconds after SIGTERM to finish accepted requests")
+    arguments = parser.parse_args(argv)
+
+    try:
+        from eua.serving.server import run_serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("prometheus_client", "starlette", "uvicorn"):
+            raise
+        raise EUAError(f"Serving needs {error.name}, which is not installed: pip install 'eua[serve]'.") from error
+    run_serve(arguments)

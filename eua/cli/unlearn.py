@@ -1,0 +1,219 @@
+"""``eua unlearn``: train in one process or, under ``accelerate launch``, in several; resume; save.
+
+Its options are the fields of EUAConfig, by their names, and the few that say what is trained on what.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from accelerate import PartialState
+from peft import LoraConfig
+
+from eua.cli.options import Parser, add_model
+from eua.errors import EUAError, did_you_mean
+from eua.files import check_output_folder, write_json
+from eua.training.checkpoints import last_checkpoint
+from eua.training.config import EUAConfig
+from eua.training.settings_file import Setting, all_settings, describe, fits, parse_value, read_settings
+from eua.training.trainer import EUATrainer
+
+SETTINGS_FILE = "settings.json"
+# Where the command's defaults differ from EUAConfig's, which are TrainingArguments': every 500 steps, and all are kept.
+DEFAULTS: dict[str, Any] = {"save_strategy": "epoch", "save_total_limit": 1}
+# Fields of TrainingArguments that --help shows; --help-all shows every one.
+COMMON = (
+    *("num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("lr_scheduler_type", "warmup_steps", "weight_decay", "bf16", "activation_checkpointing", "seed", "logging_steps"),
+    *("eval_strategy", "save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model"),
+    *("train_sampling_strategy", "report_to"),
+)
+NOT_OF_THE_RUN = ("resume", "overwrite", "output", "config", "save_steps", "save_strategy", "save_total_limit")
+
+
+def main(argv: Sequence[str]) -> None:
+    show_all = "--help-all" in argv
+    parser, settings = _parser(show_all)
+    path = _config_path(argv)
+    if path is not None:
+        _apply(path, parser, settings)
+    arguments = parser.parse_args(["--help"] if show_all else argv)
+    run_unlearn(arguments, {name: getattr(arguments, name) for name in settings if hasattr(arguments, name)})
+
+
+def _parser(show_all: bool) -> tuple[Parser, dict[str, Setting]]:
+    parser = Parser(
+        "unlearn",
+        "Energy-based unlearning alignment (D²): forgotten tokens rise above one energy boundary, retained ones stay below "
+        "another. ROWS is a JSONL, JSON, CSV or Parquet file, or a data set of the Hub (locuslab/TOFU:forget10:train).",
+        (
+            "eua unlearn --model MODEL --forget forget.jsonl --retain retain.jsonl --output unlearned --learning-rate 2e-4",
+            "eua unlearn --config run.yaml --resume",
+        ),
+        usage="eua unlearn --model MODEL --forget ROWS --retain ROWS --output FOLDER [OPTIONS]",
+    )
+    add_model(parser)
+    parser.add_argument("--forget", required=True, metavar="ROWS", help="rows to forget")
+    parser.add_argument("--retain", required=True, metavar="ROWS", help="rows to keep; the more of what must stay, the better")
+    parser.add_argument("--eval-forget", metavar="ROWS", help="forget rows held out from training, measured every epoch")
+    parser.add_argument("--eval-retain", metavar="ROWS", help="retain rows held out from training, measured every epoch")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="folder for the unlearned model, and for checkpoints inside it",
+    )
+    parser.add_argument(
+        "--lora-rank", type=int, default=0, metavar="N", help="train a LoRA adapter of this rank; 0 trains every weight"
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="RUN.yaml", help="YAML file of settings: these options by name; options given here win"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the output folder")
+    parser.add_argument("--overwrite", action="store_true", help="start anew in an output folder that is not empty")
+    parser.add_argument("--help-all", action="store_true", help="show every field of transformers' TrainingArguments, too")
+    groups = {
+        True: parser.add_argument_group("the method (fields of EUAConfig)"),
+        False: parser.add_argument_group("training (fields of transformers' TrainingArguments)"),
+    }
+    settings = {name: setting for name, setting in all_settings().items() if name != "output_dir"}
+    for setting in settings.values():
+        _add_setting(groups[setting.is_ours], setting, show_all or setting.is_ours or setting.name in COMMON)
+    return parser, settings
+
+
+def _add_setting(group: Any, setting: Setting, is_shown: bool) -> None:
+    def parse(text: str) -> Any:
+        try:
+            return parse_value(text, setting.kind)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    default = DEFAULTS.get(setting.name, setting.default)
+    flag: dict[str, Any] = {"nargs": "?", "const": True} if setting.kind is bool else {}
+    group.add_argument(
+        f"--{setting.name.replace('_', '-')}",
+        dest=setting.name,
+        type=parse,
+        default=argparse.SUPPRESS,  # so that what was given stands out, and the defaults stand in EUAConfig alone
+        metavar=_metavar(setting.kind),
+        help=f"{setting.help.replace('%', '%%')} (default: {getattr(default, 'value', default)})"
+        if is_shown
+        else argparse.SUPPRESS,
+        **flag,
+    )
+
+
+def _metavar(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"{{{','.join(get_args(kind))}}}"
+    return {bool: "BOOL", int: "N", int | None: "N", float: "X", float | None: "X"}.get(kind, "VALUE")
+
+
+def _config_path(argv: Sequence[str]) -> Path | None:
+    """What ``--config`` names; the file is read before the other options, whose defaults it sets."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, nargs="?")  # a missing value is the real parser's to complain about
+    path: Path | None = parser.parse_known_args(argv)[0].config
+    return path
+
+
+def _apply(path: Path, parser: Parser, settings: dict[str, Setting]) -> None:
+    """Make what the file sets the defaults of the options.
+
+    Raises:
+        EUAError: a name that no option has, or a value of the wrong kind.
+    """
+    options = {action.dest: action for action in parser._actions if action.dest not in ("help", "help_all", "config")}
+    for name, value in read_settings(path).items():
+        option = options.get(name)
+        if option is None:
+            raise EUAError(
+                f"{path} sets {name!r}, which is no option of `{parser.prog}`{did_you_mean(name, options)} "
+                "Correct it, or leave it out."
+            )
+        own_kind = bool if option.nargs == 0 else int if option.type is int else str
+        kind = settings[name].kind if name in settings else own_kind
+        if not fits(value, kind):
+            raise EUAError(f"{path} sets {name!r} to {value!r}, but it takes {describe(kind)}: correct it, or leave it out.")
+        option.default = Path(value) if option.type is Path else value
+        option.required = False
+
+
+def run_unlearn(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Train as the parsed command says; only the first process looks at and writes the output folder.
+
+    Args:
+        arguments: the parsed options.
+        settings: those fields of EUAConfig that were given.
+    """
+    is_first = os.environ.get("RANK", "0") == "0"  # before accelerate is there to ask
+    checkpoints = arguments.output / "checkpoints"
+    identity = {key: str(value) for key, value in sorted(vars(arguments).items()) if key not in NOT_OF_THE_RUN}
+    if is_first:
+        check_output_folder(arguments.output, allowed=arguments.resume or arguments.overwrite, how="--resume or --overwrite")
+        if arguments.resume:
+            _check_same_run(checkpoints, arguments.output, identity)
+    trainer = _trainer(arguments, settings, checkpoints)
+    if is_first:
+        if not arguments.resume:
+            shutil.rmtree(checkpoints, ignore_errors=True)  # those of an earlier run must not be resumed by a later one
+        write_json(checkpoints / SETTINGS_FILE, identity)
+    PartialState().wait_for_everyone()
+    checkpoint = last_checkpoint(checkpoints) if arguments.resume else None
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model(str(arguments.output))
+    if is_first:
+        print(
+            f"The unlearned model is in {arguments.output}. Next: "
+            f"eua calibrate --model {arguments.output} --prompts HELD_OUT.jsonl"
+        )
+
+
+def _trainer(arguments: argparse.Namespace, settings: dict[str, Any], checkpoints: Path) -> EUATrainer:
+    rank = arguments.lora_rank
+    chosen = DEFAULTS | {"eval_strategy": "no" if arguments.eval_forget is None else "epoch"}
+    if "save_steps" in settings:
+        chosen["save_strategy"] = "steps"
+    try:
+        config = EUAConfig(output_dir=str(checkpoints), **chosen | settings)
+    except EUAError:
+        raise
+    except (ValueError, TypeError) as error:  # from TrainingArguments
+        raise EUAError(f"These settings cannot be used: {error}. Correct them; `eua unlearn --help-all` lists all.") from error
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM") if rank else None
+    return EUATrainer(
+        arguments.model,
+        config,
+        forget_dataset=arguments.forget,
+        retain_dataset=arguments.retain,
+        eval_forget_dataset=arguments.eval_forget,
+        eval_retain_dataset=arguments.eval_retain,
+        # The reference of KL is the model as it is before unlearning.
+        ref_model=arguments.model if config.retain_loss == "kl" else None,
+        peft_config=lora,
+    )
+
+
+def _check_same_run(checkpoints: Path, output: Path, identity: dict[str, str]) -> None:
+    """Raise when ``--resume`` would continue another run, or finds files that no run wrote."""
+    path = checkpoints / SETTINGS_FILE
+    if not path.is_file():
+        if output.is_dir() and any(output.iterdir()):
+            raise EUAError(f"{output} holds files but no interrupted run to resume: name another folder, or --overwrite.")
+        return  # interrupted before it began: start
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    keys = [key for key in {**identity, **earlier} if earlier.get(key) != identity.get(key)]
+    changed = [f"--{key.replace('_', '-')} {earlier.get(key, '(default)')} → {identity.get(key, '(default)')}" for key in keys]
+    if changed:
+        raise EUAError(
+            f"The run to resume in {checkpoints} had other settings ({', '.join(changed)}), so the result would belong to "
+            "neither run: repeat the command as it was, or start anew with --overwrite."
+        )
