@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from eua.cli.main import INTERRUPTED
-from eua.data.rows import read_rows
+from eua.data.sources import read_rows
 from eua.demo.target import train_target
 from eua.files import write_jsonl
 from eua.training.checkpoints import STAGING_FOLDER

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from eua.data.rows import Row
+from eua.data.sources import Row
 from eua.demo import target
 from eua.demo.world import Fact, World, make_world
 from eua.errors import EUAError
