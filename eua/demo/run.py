@@ -26,7 +26,7 @@ from eua.model.asking import answer
 from eua.training.config import EUAConfig
 from eua.training.trainer import EUATrainer
 
-# The released settings are meant for models of 1B parameters; CONTRIBUTING.md says how these were found.
+# The released settings are meant for models of 1B parameters; docs/measurements.md says how these were found.
 UNLEARNING: dict[str, Any] = {
     "learning_rate": 2e-4,
     "num_train_epochs": 12,

@@ -1,4 +1,4 @@
-"""Digests by which a model and a tokenizer are known again."""
+"""Digests by which a model and a tokenizer are recognised."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from eua.data.rows import QUESTION_TEMPLATE
-from eua.distributed import from_first, shape_of, whole
+from eua.distributed import full_shape, full_tensor
 
 _SAMPLES_PER_TENSOR = 4096
 _PROBE = "What did Ann say?  «Naïve 42!»"
 
 
+@torch.no_grad()
 def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 of the weights: their names, shapes, dtypes and up to 4096 evenly spaced values of each; and of active adapters.
 
-    That tells any training step, another dtype or a quantization apart at no cost. Of quantized weights only names and dtypes
-    are read, since layers repack their values as they run; PEFT's prefixes are left out, so that an adapter is the same
-    however it was loaded. All processes call this.
+    Any training step, another dtype or a quantization changes it. Of quantized weights only names and dtypes are read, since
+    layers repack their values when they run. PEFT's prefixes are left out, so that it does not matter how an adapter was
+    loaded. All processes call this, and sharded weights are gathered.
     """
     digest = hashlib.sha256()
     parameters = {
@@ -32,16 +33,16 @@ def model_fingerprint(model: nn.Module) -> str:
     for name, parameter in sorted(parameters.items()):
         digest.update(f"{name} {parameter.dtype}".encode())
         if parameter.is_floating_point():
-            flat = whole(parameter).detach().reshape(-1)
+            flat = full_tensor(parameter).reshape(-1)
             step = max(1, math.ceil(flat.numel() / _SAMPLES_PER_TENSOR))
-            digest.update(repr(tuple(shape_of(parameter))).encode())
+            digest.update(repr(tuple(full_shape(parameter))).encode())
             digest.update(flat[::step].to("cpu", torch.float32).numpy().tobytes())
     digest.update(repr(adapter_states(model)).encode())
-    return from_first(digest.hexdigest())  # other processes may be waiting for their weights
+    return digest.hexdigest()
 
 
 def adapter_states(model: nn.Module) -> list[tuple[object, ...]]:
-    """Which of PEFT's adapters act in each layer that has some, and how strongly: weights do not tell."""
+    """Which of PEFT's adapters are active in each layer, and with which scaling: the weights do not show that."""
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     return [
         (layer.disable_adapters, layer.active_adapters, layer.merged_adapters, sorted(getattr(layer, "scaling", {}).items()))
@@ -50,9 +51,9 @@ def adapter_states(model: nn.Module) -> list[tuple[object, ...]]:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the chat template, of the token ids that a text becomes, and of the special tokens.
+    """SHA-256 of the chat template, of the token ids of a text, and of the special tokens.
 
-    Not of what the template writes: some write the day's date.
+    A rendered template is not part of it: some contain the current date.
     """
     template = QUESTION_TEMPLATE if tokenizer.chat_template is None else tokenizer.get_chat_template()
     known = (template, tokenizer(_PROBE)["input_ids"], tokenizer.bos_token_id, tokenizer.eos_token_id)

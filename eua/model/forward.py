@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from eua.data.batches import pad_rows
 from eua.data.rows import EncodedRow
-from eua.distributed import joined
+from eua.distributed import attached_to_output
 from eua.errors import EUAError
 from eua.model.head import output_head, output_module, unwrap, vocabulary_and_device
 from fused_energy import EnergyNLL
@@ -60,7 +60,7 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
             f"{type(model).__name__} called its head {len(captured)} times, on {[tuple(h.shape) for h in captured]}, for "
             f"tokens of shape {tuple(input_ids.shape)}: energies need one call on (B, S, H), so this model is not supported."
         )
-    return joined(model, captured[0], output.logits)
+    return attached_to_output(model, captured[0], output.logits)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from eua.distributed import gathered, is_partitioned, shape_of
+from eua.distributed import full_shape, full_tensor, is_partitioned
 from eua.errors import EUAError
 from fused_energy import EnergyNLL, linear_energy, tail_energy
 
@@ -53,7 +53,7 @@ class Head:
 
     @property
     def vocabulary(self) -> int:
-        return shape_of(self.weight)[0]
+        return full_shape(self.weight)[0]
 
     def energy(self, hidden: Tensor, temperature: float) -> Tensor:
         """(..., H) → (...,), see :func:`fused_energy.linear_energy`."""
@@ -131,7 +131,7 @@ def output_module(model: nn.Module) -> nn.Module:
             f"An adapter sits on the output head of {type(model).__name__}, and the energy reads the head's plain matrix, so "
             "the adapter would never be trained: leave the head out of target_modules, or train all of it with modules_to_save."
         )
-    if not isinstance(weight, Tensor) or len(shape_of(weight)) != 2 or weight.dtype not in _HEAD_DTYPES:
+    if not isinstance(weight, Tensor) or len(full_shape(weight)) != 2 or weight.dtype not in _HEAD_DTYPES:
         raise EUAError(
             f"The output head of {type(model).__name__} is a {type(module).__name__} without a plain (V, H) weight matrix, "
             "which the energy needs: leave the head out of quantization and of LoRA's target_modules."
@@ -158,14 +158,14 @@ def output_head(model: nn.Module) -> Head:
     weight, bias = cast(Tensor, module.weight), cast("Tensor | None", getattr(module, "bias", None))
     if is_partitioned(weight):
         return Head(weight, bias, scale, softcap, module)
-    is_sharded = isinstance(weight, DTensor)
-    return Head(gathered(weight), None if bias is None else gathered(bias), scale, softcap, is_gathered=is_sharded)
+    full_bias = None if bias is None else full_tensor(bias)
+    return Head(full_tensor(weight), full_bias, scale, softcap, is_gathered=isinstance(weight, DTensor))
 
 
 def vocabulary_and_device(model: nn.Module) -> tuple[int, torch.device]:
     """The number of rows of the head, and the device of the model's inputs; gathers nothing."""
     weight = cast(Tensor, output_module(model).weight)
-    return shape_of(weight)[0], weight.device
+    return full_shape(weight)[0], weight.device
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -174,7 +174,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         if isinstance(model, PeftModel):
             model = model.get_base_model()
             continue
-        inner = next((getattr(model, name) for name in ("module", "_orig_mod") if name in model._modules), None)
+        children = dict(model.named_children())
+        inner = children.get("module", children.get("_orig_mod"))
         if inner is None:
             return model
         model = inner

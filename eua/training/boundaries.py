@@ -1,6 +1,6 @@
-"""Reference boundaries: one float per answer token, computed once from the model before unlearning, and kept.
+"""The boundaries of all rows: one float per answer token, computed once from the model before unlearning and kept in a file.
 
-The reference is frozen and the data do not change, so no second model and no reference forward is needed while training.
+That model is frozen and the rows do not change, so training needs neither a second model nor a second forward.
 """
 
 from __future__ import annotations
@@ -12,38 +12,40 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from eua.data.rows import EncodedRow, rows_digest
-from eua.distributed import from_first, gather, rank, share, world_size
+from eua.distributed import own_part
 from eua.errors import EUAError
 from eua.files import replacing
 from eua.model.fingerprints import model_fingerprint
 from eua.model.forward import answer_states, check_finite, eval_hidden_states
 from eua.model.head import Fill, Side, output_head
 
-# m_out from the smallest logits, m_in from the largest
+# Which logits make a boundary: the smallest make m_out, the largest m_in.
 TAIL_OF_KIND: dict[str, Side] = {"forget": "bottom", "retain": "top", "eval_forget": "bottom", "eval_retain": "top"}
-Boundaries = dict[str, list[Tensor | None]]  # (A,) of each row by kind; None: not computed yet
+Boundaries = dict[str, list[Tensor | None]]  # by kind, (A,) for each row; None: not computed yet
 
 _BATCHES_AT_ONCE = 32
 _SECONDS_BETWEEN_SAVES = 30.0
 
 
-class RunBoundaries:
-    """Boundaries of the model as it is before a run's first step: computed once, kept in a file, found again by a resumed run.
+class BoundaryStore:
+    """The boundaries of all rows for the model as it is before the first step. A resumed run finds them in the file.
 
-    Two calls, since weights that are spread over processes can be read before training is prepared, but only run after that.
-    What was computed when a run was interrupted is not computed again.
+    :meth:`look_up` and :meth:`complete` are separate, since sharded weights can be read before training is prepared, but a
+    forward needs the prepared model. An interruption loses no boundary that was computed before it.
 
     Args:
         path: the safetensors file.
         rows: encoded rows by kind, see :data:`TAIL_OF_KIND`.
-        constants: (m_in, m_out), in nats, in place of computed ones.
-        every_step: those of training rows are made at every step by the caller; here they are NaN.
+        constants: (m_in, m_out), in nats, to be used instead of computed boundaries.
+        every_step: the caller computes the boundaries of training rows at every step; here they are NaN.
         settings: ``fraction``, ``temperature`` and ``fill`` of :func:`compute_boundaries`.
     """
 
@@ -58,7 +60,7 @@ class RunBoundaries:
     ) -> None:
         self.path, self.every_step, self.settings = path, every_step, settings
         self.rows = rows
-        self.values: dict[str, list[Tensor]] = {}  # (A,) float32 on the CPU for each row
+        self.values: dict[str, list[Tensor]] = {}  # for each row (A,) float32 on the CPU
         self._found: Boundaries | None = None
         self._key, self._are_constants, self._is_saved = "", constants is not None, False
         if constants is not None:
@@ -80,19 +82,19 @@ class RunBoundaries:
         return sum(boundary is None for boundaries in self._found.values() for boundary in boundaries)
 
     def look_up(self, model: nn.Module, *, resuming: bool) -> None:
-        """Read the file, if it belongs to these rows, settings and weights; all processes call this.
+        """Read the file if it belongs to these rows, settings and weights; all processes call this.
 
         Raises:
-            EUAError: when the file of a run to resume belongs to another one, or cannot be read.
+            EUAError: when the run is resumed and the file belongs to another one, or when the file cannot be read.
         """
         if self._found is not None or self._are_constants:
             return
-        self._key = fingerprint(model, self.rows, self.settings | {"at_every_step": self.every_step})
-        is_first = rank() == 0  # only its disk may have the file
-        found, stale = from_first(
-            (load_boundaries(self.path, self.wanted, self._key), self.path.exists()) if is_first else ({}, 0)
-        )
-        if found is None and stale and resuming:
+        key = fingerprint(model, self.rows, self.settings | {"at_every_step": self.every_step})
+        result = None
+        if PartialState().is_main_process:  # the file may be on its disk only, and it alone may have loaded the weights
+            result = key, load_boundaries(self.path, self.wanted, key), self.path.exists()
+        self._key, found, is_there = broadcast_object_list([result])[0]
+        if found is None and is_there and resuming:
             raise EUAError(
                 f"{self.path} belongs to another model, other rows or other settings than this run, so resuming would mix two "
                 "runs: start from the model, rows and settings of the interrupted run, or train anew into another folder."
@@ -101,10 +103,10 @@ class RunBoundaries:
         self._is_saved = found is not None and not self.missing
 
     def complete(self, model: nn.Module, *, batch_size: int = 16, progress: bool = True) -> None:
-        """Compute what was not found; all processes call this, and each computes a part.
+        """Compute the boundaries that were not found; all processes call this, and each computes a part.
 
         Args:
-            model: the one that :meth:`look_up` was given, with the same weights.
+            model: the model that was passed to :meth:`look_up`, with the same weights.
             batch_size: rows per forward.
             progress: show progress bars.
         """
@@ -113,7 +115,7 @@ class RunBoundaries:
         try:
             self._compute_missing(model, self._found, batch_size, progress)
         finally:  # an interruption loses nothing
-            if not self._is_saved:  # where all boundaries come at every step, the file still says whose run this is
+            if not self._is_saved:  # even if it holds no boundaries: its fingerprint shows which run it belongs to
                 self._save()
                 self._is_saved = not self.missing
         self.values |= cast("dict[str, list[Tensor]]", self._found)
@@ -123,13 +125,13 @@ class RunBoundaries:
         for kind, found in boundaries.items():
             rows = self.rows[kind]
             longest_first = sorted(range(len(rows)), key=[-len(row.input_ids) for row in rows].__getitem__)
-            missing = [i for i in longest_first if found[i] is None]  # so memory that does not suffice fails at once
-            step = batch_size * _BATCHES_AT_ONCE * world_size()
+            missing = [i for i in longest_first if found[i] is None]  # longest first: too little memory fails at once
+            step = batch_size * _BATCHES_AT_ONCE * PartialState().num_processes
             with tqdm(total=len(missing), desc=f"boundaries of {kind} rows", disable=not progress, leave=False) as bar:
                 for start in range(0, len(missing), step):
-                    part = share(missing[start : start + step])
+                    part = own_part(missing[start : start + step])
                     values = compute_boundaries(model, [rows[i] for i in part], kind, batch_size=batch_size, **self.settings)
-                    for i, boundary in gather(list(zip(part, values, strict=True))):
+                    for i, boundary in gather_object(list(zip(part, values, strict=True))):
                         found[i] = boundary
                     bar.update(len(missing[start : start + step]))
                     if time.monotonic() > saved + _SECONDS_BETWEEN_SAVES:
@@ -137,7 +139,7 @@ class RunBoundaries:
                         saved = time.monotonic()
 
     def _save(self) -> None:
-        if rank() == 0 and self._found is not None:
+        if PartialState().is_main_process and self._found is not None:
             save_boundaries(self.path, self._found, self.wanted, self._key)
 
 
@@ -154,9 +156,9 @@ def compute_boundaries(
     """The boundary of every answer token: a list of (A,) float32 tensors on the CPU, one per row.
 
     Args:
-        model: the reference, i.e. the model before unlearning.
+        model: the model before unlearning.
         rows: encoded rows.
-        kind: ``"retain"`` gives m_in, ``"forget"`` gives m_out (method.md §3); ``"eval_"`` before either makes no difference.
+        kind: ``"retain"`` gives m_in, ``"forget"`` gives m_out (method.md §3); a prefix ``"eval_"`` changes nothing.
         fraction: ρ, the share of the vocabulary in the tail.
         temperature: T of the energy.
         fill: ``"zero"`` or ``"none"``, see :func:`fused_energy.tail_energy`.
@@ -169,16 +171,16 @@ def compute_boundaries(
         check_finite(states, f"the reference's hidden states on {kind} rows")
         try:
             values = head.tail_energy(states, fraction, TAIL_OF_KIND[kind], fill, temperature).float().cpu()
-        except ValueError as error:  # a fraction that leaves no logit; only here is the vocabulary known
+        except ValueError as error:  # the fraction leaves no logit, which shows only once the vocabulary is known
             raise EUAError(f"rho cannot be used with this model: {error}") from error
-        check_finite(values, f"the boundaries of {kind} rows")  # in the file NaN stands for what is not computed yet
+        check_finite(values, f"the boundaries of {kind} rows")  # in the file NaN means: not computed yet
         for i, part in zip(indices, values.split([len(rows[i].answer_ids) for i in indices]), strict=True):
-            boundaries[i] = part.clone()  # not a view, with which all of the batch would be sent to other processes
+            boundaries[i] = part.clone()  # a view would send the whole batch to the other processes
     return boundaries
 
 
 def fingerprint(model: nn.Module, rows: Mapping[str, Sequence[EncodedRow]], settings: Mapping[str, object]) -> str:
-    """A digest of everything boundaries depend on: weights, token ids and which of them count, settings."""
+    """A digest of everything that boundaries depend on: weights, rows and settings; all processes call this."""
     digest = hashlib.sha256(repr((sorted(settings.items()), model_fingerprint(model))).encode())
     for kind in sorted(rows):
         digest.update(f"{kind} {rows_digest(rows[kind])}".encode())
@@ -186,7 +188,7 @@ def fingerprint(model: nn.Module, rows: Mapping[str, Sequence[EncodedRow]], sett
 
 
 def save_boundaries(path: Path, boundaries: Boundaries, rows: Mapping[str, Sequence[EncodedRow]], key: str) -> None:
-    """Write one safetensors file, whole or not at all, in which NaN stands for boundaries that are not computed yet."""
+    """Write one safetensors file, whole or not at all. Boundaries that are not computed yet are NaN."""
     tensors = {}
     for kind, known in boundaries.items():
         unknown = [torch.full((len(row.answer_ids),), torch.nan) for row in rows[kind]]
@@ -196,9 +198,9 @@ def save_boundaries(path: Path, boundaries: Boundaries, rows: Mapping[str, Seque
 
 
 def load_boundaries(path: Path, rows: Mapping[str, Sequence[EncodedRow]], key: str) -> Boundaries | None:
-    """The boundaries in ``path``, with None for rows that an interrupted run did not come to.
+    """The boundaries in ``path``, with None for each row whose boundaries are not computed yet.
 
-    None when there is no file, or when it belongs to another model, data or settings.
+    None if there is no file, or if it belongs to another model, other rows or other settings.
     """
     if not path.is_file():
         return None

@@ -1,21 +1,25 @@
-"""Nothing is lost: checkpoints that are whole or absent, the best one among them, and runs that stop to be resumed.
+"""CheckpointingTrainer: checkpoints that are whole or absent, the best one among them, and runs that stop to be resumed.
 
 A model is saved, and pushed, with its card and without pickles.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 import os
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from eua.distributed import local_part
+from eua.distributed import local_shard
 from eua.files import fill_folder, replacing
 from eua.model.forward import check_finite
 from eua.training.model_card import CARD_FILE
@@ -26,143 +30,195 @@ HUB_FOLDER = "hub"
 TRAINING_ARGS_PICKLE = "training_args.bin"
 
 
-def checkpoint_folder(run: Path, step: int) -> Path:
-    return run / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+def checkpoint_folder(output_folder: Path, step: int) -> Path:
+    return output_folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
-def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint in a run's folder, or None. Every folder that bears the name is whole."""
-    found = get_last_checkpoint(str(run)) if run.is_dir() else None
+def last_checkpoint(output_folder: Path) -> Path | None:
+    """The newest checkpoint in a trainer's output folder, or None. Every folder with a checkpoint's name is whole."""
+    found = get_last_checkpoint(str(output_folder)) if output_folder.is_dir() else None
     return None if found is None else Path(found)
 
 
+class SaveBest(TrainerCallback):
+    """Saves each new best model, which ``load_best_model_at_end`` must find, even when no checkpoint is due."""
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not args.load_best_model_at_end or args.metric_for_best_model is None:
+            return
+        is_better, worst = (operator.gt, -math.inf) if args.greater_is_better else (operator.lt, math.inf)
+        value = (metrics or {}).get(f"eval_{args.metric_for_best_model.removeprefix('eval_')}")
+        # Trainer compares in the same way, but after this event.
+        if value is not None and is_better(value, worst if state.best_metric is None else state.best_metric):
+            control.should_save = True
+
+
 class CheckpointingTrainer(Trainer):
-    """Trainer, but a folder called ``checkpoint-N`` is always whole, and a signal ends a run with one to resume from."""
+    """Trainer, but a folder called ``checkpoint-N`` is always whole, and a signal ends training with one to resume from."""
 
     def __init__(self, *args: Any, callbacks: list[TrainerCallback] | None = None, **kwargs: Any) -> None:
         self.stop_on_signal = StopOnSignal()
-        self._staging: Path | None = None
+        self._is_saving_checkpoint = False
         self._saved_step: int | None = None
-        super().__init__(*args, callbacks=[*(callbacks or []), self.stop_on_signal], **kwargs)
+        super().__init__(*args, callbacks=[*(callbacks or []), SaveBest(), self.stop_on_signal], **kwargs)
 
     @property
-    def run_folder(self) -> Path:
+    def output_folder(self) -> Path:
         return Path(self.args.output_dir)
 
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write the checkpoint under a temporary name; a folder called ``checkpoint-N`` is always whole."""
-        run = self.run_folder
-        place = checkpoint_folder(run, self.state.global_step)
-        if self._saved_step == self.state.global_step:
-            # At the end of an epoch Trainer may ask twice; all that can have come between is an evaluation.
+        """Write the checkpoint into a staging folder, then rename it."""
+        output_folder, step = self.output_folder, self.state.global_step
+        place = checkpoint_folder(output_folder, step)
+        if self._saved_step == step:
+            # Trainer may ask a second time at the end of an epoch. At most an evaluation has happened in between.
             self._save_state(place)
             return
         self.check_weights()
-        staging = run / STAGING_FOLDER
+        staging = output_folder / STAGING_FOLDER
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
-        self._staging = staging
+        self._is_saving_checkpoint = True
         try:
-            super()._save_checkpoint(model, trial)
+            # Checkpoints hold pickles, so they are never pushed, even if hub_strategy was changed after EUAConfig checked it.
+            with changed(self.args, output_dir=str(staging), push_to_hub=False):
+                super()._save_checkpoint(model, trial)
         finally:
-            self._staging = None
+            self._is_saving_checkpoint = False
         self.accelerator.wait_for_everyone()
         self._save_state(staging / place.name)
         if self.args.should_save:
-            publish(staging / place.name, run)
-            delete_old_checkpoints(run, self.args.save_total_limit, self.state.best_global_step)
-        self._saved_step = self.state.global_step
+            publish(staging / place.name, output_folder)
+            limit = self.args.save_total_limit
+            superfluous = saved_steps(output_folder)[:-limit] if limit and limit > 0 else []
+            delete_checkpoints(output_folder, set(superfluous) - {self.state.best_global_step})
+        self.accelerator.wait_for_everyone()  # from here on every process finds the checkpoint in its place
+        self._saved_step = step
 
     def _save_state(self, folder: Path) -> None:
-        """Write the trainer's state, in which Trainer would name the best checkpoint by where it was staged."""
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(checkpoint_folder(self.run_folder, self.state.global_step))
+        """Write the trainer's state again: Trainer has named the best checkpoint by its place in the staging folder."""
+        is_best = self.state.best_global_step == self.state.global_step
+        best = self._best_checkpoint()
+        self.state.best_model_checkpoint = str(best) if is_best or best.is_dir() else None
         if self.args.should_save:
             with replacing(folder / TRAINER_STATE_NAME) as temporary:
                 self.state.save_to_json(str(temporary))
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """As Trainer's, but what load_best_model_at_end shall load is saved, however rarely checkpoints are."""
-        is_best = super()._determine_best_metric(metrics, trial)
-        if is_best and self.args.load_best_model_at_end:
-            self.control.should_save = True
-        return is_best
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        best = checkpoint_folder(self.run_folder, self.state.best_global_step or 0)
-        # By its step, since the run's folder may have been moved before resuming. Of an interrupted run it is neither loaded
-        # nor, as Trainer does with save_total_limit=1, left alone: the newest checkpoint is what a resume needs.
-        self.state.best_model_checkpoint = str(best) if best.is_dir() and not self.is_interrupted() else None
-        return super()._finalize_training(*args, **kwargs)
+    def _best_checkpoint(self) -> Path:
+        """Where the best step's checkpoint belongs; the output folder may have been moved before the run was resumed."""
+        return checkpoint_folder(self.output_folder, self.state.best_global_step or 0)
 
     def is_interrupted(self) -> bool:
+        """Whether a signal has ended training before its last step."""
         return self.stop_on_signal.received is not None and self.state.global_step < self.state.max_steps
 
     def check_weights(self) -> None:
-        """Raise rather than save weights that a step has ruined."""
+        """Raise if a step has made weights NaN or infinite, so that they are not saved."""
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                check_finite(local_part(parameter).detach(), f"the weights {name} after step {self.state.global_step}")
+                check_finite(local_shard(parameter).detach(), f"the weights {name} after step {self.state.global_step}")
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's. Trainer's last call, with the metrics of all of training, comes before it loads the best model.
+
+        When training is interrupted, the best model must not be loaded, and with ``save_total_limit=1`` Trainer would delete
+        all checkpoints but the best one, while a resumed run needs the newest. Otherwise they are deleted here, so that none
+        is ever half deleted.
+        """
+        best = self._best_checkpoint()
+        has_best = best.is_dir() and not self.is_interrupted()
+        self.state.best_model_checkpoint = str(best) if has_best else None
+        if "train_runtime" in logs and has_best and self.args.save_total_limit == 1 and self.args.should_save:
+            delete_checkpoints(self.output_folder, set(saved_steps(self.output_folder)) - {self.state.best_global_step})
+        super().log(logs, start_time)
+
+    # ---- the model ----------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's, which saves no weights and does not say so where FSDP2 keeps checkpoints in parts (its default)."""
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if _internal_call or plugin is None or "FULL" in str(plugin.state_dict_type):
-            super().save_model(output_dir, _internal_call)
-            return
-        self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        """As Trainer's, but whole or not at all, with the model's card and without the pickle of the arguments.
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As Trainer's, but whole or not at all, with the model's card and without the pickle of the arguments."""
-        if not self.args.should_save:
-            return
+        Where FSDP2 saves checkpoints in shards (its default), Trainer saves no model and does not report that; this saves the
+        full weights.
+        """
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        is_in_shards = plugin is not None and "FULL" not in str(plugin.state_dict_type)
+        if is_in_shards and self._is_saving_checkpoint:
+            return  # Trainer saves the weights in shards with the optimizer's state
+        folder = Path(output_dir or self.args.output_dir)
 
         def write(folder: Path) -> None:
-            super(CheckpointingTrainer, self)._save(str(folder), state_dict)
-            (folder / TRAINING_ARGS_PICKLE).unlink(missing_ok=True)
-            (folder / CARD_FILE).write_text(self.model_card(), encoding="utf-8")  # in place of PEFT's, which names local paths
+            full_weights = changed(plugin, state_dict_type="FULL_STATE_DICT") if is_in_shards else nullcontext()
+            with full_weights:
+                super(CheckpointingTrainer, self).save_model(str(folder), _internal_call=True)
 
-        fill_folder(Path(output_dir or self.args.output_dir), write)
+        def write_all(folder: Path) -> None:
+            write(folder)
+            (folder / TRAINING_ARGS_PICKLE).unlink(missing_ok=True)
+            (folder / CARD_FILE).write_text(self.model_card(), encoding="utf-8")  # instead of PEFT's, which names local paths
+
+        if self.args.should_save:
+            fill_folder(folder, write_all)
+        else:
+            write(folder)  # writes nothing, but takes part in gathering the weights
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def create_model_card(self, **metadata: Any) -> None:
-        """Write the card again, with metadata of one's own (``license="mit"``), into ``output_dir``."""
+        """Write the card again into ``output_dir``, with metadata of one's own (``license="mit"``)."""
         if self.is_world_process_zero():
-            with replacing(self.run_folder / CARD_FILE) as temporary:
+            with replacing(self.output_folder / CARD_FILE) as temporary:
                 temporary.write_text(self.model_card(**metadata), encoding="utf-8")
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's, but what goes up is the model and its card alone, saved for it in ``output_dir/hub``.
+        """As Trainer's, but only the model and its card are pushed, from ``output_dir/hub``, where they are saved first.
 
-        Trainer would push ``output_dir`` itself, with the boundaries, logs and whatever else lies there.
+        Trainer would push ``output_dir`` itself, with the boundaries, the logs and any other file in it.
         """
-        run = self.run_folder
-        self.args.output_dir = str(run / HUB_FOLDER / run.absolute().name)  # a repository without a name gets the folder's
-        try:
+        name = self.output_folder.absolute().name  # Trainer names the repository after the folder
+        with changed(self.args, output_dir=str(self.output_folder / HUB_FOLDER / name)):
             return super().push_to_hub(*args, **kwargs)
-        finally:
-            self.args.output_dir = str(run)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Never, even where ``hub_strategy`` was changed after EUAConfig checked it: a checkpoint holds pickles."""
 
 
-def publish(written: Path, run: Path) -> None:
-    """Move a checkpoint out of its staging folder to its place, and remove the staging folder."""
-    staging, place = written.parent, run / written.name
-    if place.exists():  # a step that is trained again after resuming from an earlier one
-        os.replace(place, staging / "replaced")
+@contextmanager
+def changed(target: object, **attributes: Any) -> Iterator[None]:
+    """Change attributes of ``target`` inside a ``with`` block."""
+    earlier = {name: getattr(target, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(target, name, value)
+    try:
+        yield
+    finally:
+        for name, value in earlier.items():
+            setattr(target, name, value)
+
+
+def publish(written: Path, output_folder: Path) -> None:
+    """Move a checkpoint from the staging folder to its place."""
+    place = output_folder / written.name
+    if place.exists():  # the run was resumed from an earlier step and has made this one again
+        os.replace(place, written.with_name("replaced"))
     os.replace(written, place)
-    shutil.rmtree(staging)
 
 
-def delete_old_checkpoints(run: Path, limit: int | None, best_step: int | None) -> None:
-    """Delete all but the newest ``limit`` checkpoints; the best one, where there is one, stays besides them."""
-    steps = sorted(int(path.name.rpartition("-")[2]) for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
-    for step in steps[:-limit] if limit and limit > 0 else []:
-        if step != best_step:
-            shutil.rmtree(checkpoint_folder(run, step), ignore_errors=True)
+def saved_steps(output_folder: Path) -> list[int]:
+    """The steps of all checkpoints, oldest first."""
+    names = (path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in output_folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def delete_checkpoints(output_folder: Path, steps: Iterable[int]) -> None:
+    """Delete checkpoints, and the staging folder: they are moved into it first, so that none is ever half deleted."""
+    staging = output_folder / STAGING_FOLDER
+    staging.mkdir(exist_ok=True)
+    for step in steps:
+        os.replace(checkpoint_folder(output_folder, step), staging / f"deleted-{step}")
+    shutil.rmtree(staging, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a trainer may be given and cannot work with, said before anything is computed."""
+"""Checks of a trainer's arguments, model and setup that fail before anything is computed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 
 def check_arguments(args: EUAConfig, ref_model: object, eval_forget: object, eval_retain: object) -> None:
-    """Raise when arguments of the trainer contradict one another."""
+    """Raise if arguments of the trainer contradict one another."""
     if args.n_gpu > 1:
         raise EUAError(
             f"{args.n_gpu} GPUs are visible to one process, which Trainer would use through DataParallel, and EUATrainer "
@@ -30,7 +30,7 @@ def check_arguments(args: EUAConfig, ref_model: object, eval_forget: object, eva
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise when the model comes in a shape from which it could not be trained or saved."""
+    """Raise if the model is wrapped in a way in which it could not be trained or saved."""
     if hasattr(model, "_orig_mod"):
         raise EUAError(
             "The model comes wrapped by torch.compile, and its weights would be saved under names that no model loads "
@@ -44,7 +44,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def _check_ref_model(args: EUAConfig, ref_model: object) -> None:
-    """Raise when a reference is needed and missing, or given for nothing."""
+    """Raise if a reference is needed and missing, or given and not needed."""
     if args.retain_loss == "kl" and ref_model is None:
         raise EUAError(
             'retain_loss = "kl" was set without a ref_model, so there is nothing to compare the model with: '
@@ -58,7 +58,7 @@ def _check_ref_model(args: EUAConfig, ref_model: object) -> None:
 
 
 def _check_eval_datasets(args: EUAConfig, forget: object, retain: object) -> None:
-    """Raise when evaluation is asked for and there is nothing to evaluate on, or half of it."""
+    """Raise if there are no rows for an evaluation that was asked for, or rows of one kind only."""
     if (forget is None) != (retain is None):
         given, missing = ("eval_retain_dataset", "eval_forget_dataset")[:: 1 if forget is None else -1]
         raise EUAError(
@@ -74,7 +74,7 @@ def _check_eval_datasets(args: EUAConfig, forget: object, retain: object) -> Non
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raise when nothing would be trained; warn when steps would be lost to rounding."""
+    """Raise if nothing would be trained; warn if steps would be lost to rounding."""
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     if not dtypes:
         raise EUAError("No parameter of the model requires a gradient, so nothing would be unlearned: unfreeze some.")
@@ -86,7 +86,7 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def check_setup(accelerator: Accelerator, model: torch.nn.Module, reference: object) -> None:
-    """Raise :class:`EUAError` for ways of spreading a model over processes that are not supported."""
+    """Raise if the model is distributed over processes in a way that is not supported."""
     state = accelerator.state
     plugin = getattr(state, "fsdp_plugin", None)
     if plugin is not None and not accelerator.is_fsdp2:
@@ -105,8 +105,8 @@ def check_setup(accelerator: Accelerator, model: torch.nn.Module, reference: obj
     parallel = getattr(accelerator, "parallelism_config", None)
     if is_sharded(accelerator) and reference is not None:
         raise EUAError(
-            "ref_model was given, but FSDP and ZeRO-3 spread one model over the processes, and the reference would stand whole "
-            'in each: leave ref_model out and keep retain_loss = "nll", whose boundaries need no second model.'
+            "ref_model was given, but FSDP and ZeRO-3 shard only the model in training, and each process would hold all of the "
+            'reference: leave ref_model out and keep retain_loss = "nll", whose boundaries need no second model.'
         )
     if getattr(model, "is_distributed_loading_by_transformers", False):
         raise EUAError(
@@ -123,7 +123,7 @@ def check_setup(accelerator: Accelerator, model: torch.nn.Module, reference: obj
 
 @torch.no_grad()
 def check_padding_free(model: nn.Module) -> None:
-    """Raise :class:`EUAError` when the model does not keep rows apart that follow one another in one row."""
+    """Raise if rows that follow one another in one row influence each other in this model."""
     vocabulary, device = vocabulary_and_device(model)
     starts_and_lengths = ((1, 7), (3, 4), (2, 6))
     rows = [EncodedRow([i % vocabulary for i in range(start, start + n)], 1) for start, n in starts_and_lengths]
@@ -142,7 +142,7 @@ def check_padding_free(model: nn.Module) -> None:
         model.train(training)
     largest, eps = alone.abs().max(), torch.finfo(alone.dtype).eps
     mixed = (after_another - found)[~is_first].abs().max() / largest
-    off = (found - alone).abs().max() / largest  # positions that do not start anew show here, above the dtype's rounding
+    off = (found - alone).abs().max() / largest  # larger than rounding if positions do not restart with each row
     if not (mixed <= 8 * eps and off <= max(16 * eps, 1e-4)):
         raise EUAError(
             "padding_free = True, but this model does not keep rows apart that follow one another in one row (its hidden "

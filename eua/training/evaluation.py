@@ -1,4 +1,4 @@
-"""What a model in training loses, meets and tells apart on rows held out from it."""
+"""The metrics of a model in training on held-out rows: the D² loss, its parts, and how well energies separate prompts."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def held_out_metrics(
     progress: bool = True,
     kl_reference: Reference | None = None,
 ) -> dict[str, float]:
-    """The D² loss of held-out rows, its parts, and how well the score of prompts tells forget from retain rows.
+    """The D² loss of held-out rows, its parts, and how well the scores of prompts separate forget from retain rows.
 
-    It draws no random number and leaves the model in the mode it was in, so training goes on as if nothing had happened.
+    It draws no random number and restores the model's mode, so training goes on as if nothing had happened.
 
     Args:
         model: the model in training.
@@ -39,10 +39,10 @@ def held_out_metrics(
         gamma, alpha: weights of the loss.
         temperature: T of the energy.
         batch_size: rows per forward.
-        kl_reference: given, KL to it takes the place of the retained tokens' NLL in the loss.
+        kl_reference: if given, the loss contains KL to this model instead of the retained tokens' NLL.
 
     Returns:
-        ``loss``, the names of :func:`eua.methods.d2.loss_means`, and ``auroc``: of the prompts' scores, forget against retain.
+        ``loss``, the names of :func:`eua.methods.d2.loss_means`, and ``auroc``: the prompts' scores, forget against retain.
     """
     head = output_head(model)
     totals: list[Tensor] = []
@@ -61,10 +61,10 @@ def held_out_metrics(
             is_forget = torch.full_like(boundary, kind == "forget", dtype=torch.bool)
             kl = None
             if kl_reference is not None and reference is not None:
-                _, theirs = next(reference)  # of the same rows: batches depend on the rows alone
+                _, theirs = next(reference)  # of the same rows: batches depend on nothing but the rows
                 kl = kl_reference.kl(answer_states(theirs, batch), states, head)
             totals.append(loss_sums(energy, nll, boundary, is_forget, ~is_forget, kl))
-            # What predicts an answer's first token is the prompt's last one: its energy is the prompt's score.
+            # The prompt's last token predicts the answer's first one. Its energy is the prompt's score.
             starts = torch.tensor([0, *(len(row.answer_ids) for row in batch[:-1])], device=energy.device).cumsum(0)
             of_prompts.append(energy[starts].float().cpu())
         scores[kind] = torch.cat(of_prompts)

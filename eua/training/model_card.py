@@ -59,7 +59,7 @@ rows. None of them measures what can still be extracted: `eua evaluate` does, wi
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eua import EnergyGuard
-from eua.generation import answer
+from eua.model.asking import answer
 
 name = "{name}"
 model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
@@ -102,7 +102,7 @@ def model_card(
     model, args, state = trainer.model, trainer.args, trainer.state
     best_is_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None and not trainer.is_in_train
     step = state.best_global_step if best_is_loaded else state.global_step
-    base = finetuned_from or _hub_name(getattr(model.config, "_name_or_path", None))
+    base = finetuned_from or _hub_name(getattr(model.config, "name_or_path", None))
     is_adapter = isinstance(model, PeftModel)
     data = ModelCardData(
         base_model=base,

@@ -1,4 +1,4 @@
-"""A frozen model beside the one in training: boundaries of a batch as it comes, and what KL compares with."""
+"""Reference: the frozen model before unlearning, for boundaries at every step and for the KL loss."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Reference:
 
     Args:
         model: the reference; moved to ``device``.
-        trained: the model in training, with whose parameters it may share none.
+        trained: the model in training; the two may share no parameter.
 
     Raises:
-        EUAError: when it is the model in training, has another vocabulary, or a head that is not understood.
+        EUAError: if it shares parameters with the model in training, or has another vocabulary or an unsupported head.
     """
 
     def __init__(self, model: PreTrainedModel, trained: PreTrainedModel, device: torch.device) -> None:
@@ -61,7 +61,7 @@ class Reference:
         return boundary
 
     def kl(self, states: Tensor, hidden: Tensor, head: Head) -> Tensor:
-        """KL(reference ‖ model) of each position, (N,), from hidden states (N, H) of both and the model's head.
+        """KL(reference ‖ model) at each position, (N,), from the hidden states (N, H) of both and the model's head.
 
         The heads run in their weights' dtype, not under autocast: logits in bfloat16 would be off by a tenth of a nat.
         """

@@ -1,4 +1,4 @@
-"""The fields of EUAConfig by name: their types, help and defaults, and their values from text and from YAML files.
+"""The fields of EUAConfig: their types, help texts and defaults, and how their values are read from text and YAML files.
 
 The command line, the settings file and :class:`eua.EUAConfig` share these, so that a setting has one name everywhere.
 """
@@ -27,7 +27,7 @@ class Setting(NamedTuple):
     kind: Any  # its type, or a union of types
     help: str
     default: Any
-    is_ours: bool  # else it is one of TrainingArguments'
+    is_ours: bool  # False: inherited from TrainingArguments
 
 
 def all_settings() -> dict[str, Setting]:

@@ -1,4 +1,4 @@
-"""When training ends before its last step."""
+"""Callbacks that end training before its last step: on a signal, or once the forget tokens lie above their boundaries."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from eua.methods.d2 import loss_means
 logger = logging.get_logger(__name__)
 
 _SECONDS_OF_ONE_REQUEST = 1.0
+_SAVED_AS = "stop_when_beyond_boundary"  # in the trainer's state; a callback's own name there is for Trainer to restore
+_NOTHING_SAVED: dict[str, Any] = {"sums": None, "last_epoch": 0.0}
 
 
 class StopOnSignal(TrainerCallback):
-    """While entered: on SIGINT or SIGTERM the step is finished, a checkpoint saved, and training ended."""
+    """Inside its ``with`` block SIGINT and SIGTERM finish the step, save a checkpoint and end training."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -46,61 +48,64 @@ class StopOnSignal(TrainerCallback):
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             if time.monotonic() < self.at + _SECONDS_OF_ONE_REQUEST:
-                return  # a launcher passes on to its processes what a terminal has sent them already
-            raise KeyboardInterrupt  # asked twice: stop now
+                return  # the terminal and the launcher both pass one request on to each process
+            raise KeyboardInterrupt  # a second request: stop at once
         self.received, self.at = number, time.monotonic()
         logger.warning("Stopping after this step; a checkpoint will be saved. Interrupt again to stop at once.")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Processes hear of it at different steps, or one alone does: they stop together.
+        # Processes may receive the signal at different steps, or only one may receive it; all stop at the same step.
         if any_process(self.received is not None, args.device):
             self.received = self.received or signal.SIGTERM
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.received is not None and state.epoch % 1:
-            control.should_evaluate = False  # the epoch is not over: the whole run would not have evaluated here either
+            control.should_evaluate = False  # the epoch is not over: without the signal nothing would be evaluated here
 
 
 class StopWhenBeyondBoundary(TrainerCallback):
-    """Ends training after an epoch in which at least a share of the forget tokens lay above their boundary.
+    """Ends training after an epoch in which at least a share of the forget tokens lay above their boundaries.
 
-    The share is that of a whole epoch since an epoch meets every forget row once: a window of the log sees some of them, and
-    training would end earlier or later with another logging_steps.
+    The share is taken over a whole epoch, since an epoch visits every forget row once. The share in the log is taken over
+    ``logging_steps`` steps, and with it the end of training would depend on that setting.
 
     Args:
         share: in (0, 1].
-        over_processes: sums a tensor over all processes.
+        reduce: sums a tensor over all processes.
     """
 
-    def __init__(self, share: float, over_processes: Callable[[Tensor], Tensor]) -> None:
-        self.share, self.over_processes = share, over_processes
-        self.sums: Tensor | None = None  # of the epoch so far, see loss_sums
-        self.last_epoch = 0.0  # the share met in the last whole epoch
+    def __init__(self, share: float, reduce: Callable[[Tensor], Tensor]) -> None:
+        self.share, self.reduce = share, reduce
+        self.sums: Tensor | None = None  # of the current epoch in this process, see loss_sums
+        self.last_epoch = 0.0  # the share in the last completed epoch
 
     def add(self, sums: Tensor) -> None:
+        """Add the sums of one batch, see :func:`eua.methods.d2.loss_sums`."""
         self.sums = sums if self.sums is None else self.sums + sums
 
-    def exported(self) -> dict[str, Any]:
-        """What a checkpoint must hold so that a resumed run ends where the whole one does; all processes call this."""
-        sums = None if self.sums is None else self.over_processes(self.sums).tolist()
-        return {"sums": sums, "last_epoch": self.last_epoch}
+    def save_to(self, state: TrainerState) -> None:
+        """Put into ``state`` what a resumed run needs to end at the same step; all processes call this."""
+        sums = None if self.sums is None else self.reduce(self.sums).tolist()
+        state.stateful_callbacks[_SAVED_AS] = {"sums": sums, "last_epoch": self.last_epoch}
+
+    def has_ended(self, state: TrainerState) -> bool:
+        """Whether the run that saved ``state`` had reached the share."""
+        return state.stateful_callbacks.get(_SAVED_AS, _NOTHING_SAVED)["last_epoch"] >= self.share
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        kept = state.stateful_callbacks.get(type(self).__name__, {"sums": None, "last_epoch": 0.0})
-        sums, self.last_epoch = kept["sums"], kept["last_epoch"]
-        # The sums of all processes go on in one of them.
+        saved = state.stateful_callbacks.get(_SAVED_AS, _NOTHING_SAVED)
+        sums, self.last_epoch = saved["sums"], saved["last_epoch"]
+        # These are the sums over all processes, so only one process goes on from them.
         self.sums = torch.tensor(sums, device=args.device) if sums is not None and args.process_index == 0 else None
-        if self.last_epoch >= self.share:
-            control.should_training_stop = True  # the run to resume had ended
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # The last step of an epoch, rather than its end, comes before any checkpoint that is saved at this step.
+        # At the epoch's last step rather than its end: a checkpoint may be saved in between.
         if state.epoch % 1 or self.sums is None:
             return
-        self.last_epoch, self.sums = loss_means(self.over_processes(self.sums))["beyond_boundary_forget"], None
+        self.last_epoch, self.sums = loss_means(self.reduce(self.sums))["beyond_boundary_forget"], None
         if self.last_epoch >= self.share:
             control.should_training_stop = True
-            # As Trainer does at the last step of all; what goes by epochs comes at the epoch's end.
+            # As Trainer does after its last step. Strategies "epoch" follow at the epoch's end.
             control.should_evaluate = control.should_evaluate or args.eval_strategy == IntervalStrategy.STEPS
             control.should_save = control.should_save or args.save_strategy == SaveStrategy.STEPS

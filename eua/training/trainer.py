@@ -1,8 +1,10 @@
-"""EUATrainer: energy-based unlearning alignment on transformers' Trainer."""
+"""EUATrainer: energy-based unlearning on transformers' Trainer."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
+    TrainerState,
+    TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import logging
 
@@ -29,7 +34,7 @@ from eua.methods.d2 import d2_loss, loss_means, loss_sums, scheduled_gamma
 from eua.model.forward import check_head, check_token_ids, hidden_states, token_energies
 from eua.model.head import output_head
 from eua.model.loading import load_model, load_tokenizer
-from eua.training.boundaries import RunBoundaries
+from eua.training.boundaries import BoundaryStore
 from eua.training.checkpoints import CheckpointingTrainer, last_checkpoint
 from eua.training.checks import check_arguments, check_model, check_padding_free, check_setup, check_trainable
 from eua.training.config import EUAConfig
@@ -43,11 +48,25 @@ logger = logging.get_logger(__name__)
 BOUNDARIES_FILE = "boundaries.safetensors"
 
 
+class OnTrainBegin(TrainerCallback):
+    """Calls a function once the model is wrapped and a checkpoint to resume from is loaded, before the first step."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.function()
+
+
+def _read_state(path: Path) -> TrainerState | None:
+    return TrainerState.load_from_json(str(path)) if path.is_file() else None
+
+
 class EUATrainer(CheckpointingTrainer):
     """Trains forgotten tokens above one energy boundary and retained tokens below another (D², method.md §3–4).
 
-    Boundaries are computed once, at the start of :meth:`train`, from the model as it was handed in; they are kept in
-    ``output_dir/boundaries.safetensors`` and reused by a resumed run. No second model is held while training.
+    Boundaries are computed once, at the start of :meth:`train`, from the model as it was passed in; they are kept in
+    ``output_dir/boundaries.safetensors``, where a resumed run finds them. Training holds no second model.
 
     Args:
         model: a causal language model, or the name or path of one.
@@ -56,14 +75,14 @@ class EUATrainer(CheckpointingTrainer):
             name of a data set on the hub, a ``datasets.Dataset``, a ``DataFrame`` or a list.
         eval_forget_dataset, eval_retain_dataset: rows held out from training, from the same sources, for :meth:`evaluate`,
             which ``eval_strategy="steps"`` or ``"epoch"`` calls during training.
-        ref_model: the model before unlearning, or its name or path, kept beside the one in training: boundaries are then taken
-            from it at every step, not computed beforehand, and ``retain_loss="kl"`` compares with it.
-        processing_class: the model's tokenizer; loaded beside the model when left out.
+        ref_model: the model before unlearning, or its name or path. It stays in memory: boundaries are then computed from it at
+            every step, not beforehand, and ``retain_loss="kl"`` compares the model in training with it.
+        processing_class: the model's tokenizer; loaded from the model's folder if None.
         peft_config: trains an adapter (LoRA, …) on the frozen model.
         callbacks, optimizers: as in transformers' Trainer.
 
     Raises:
-        EUAError: on rows, settings or models that cannot work, saying why.
+        EUAError: if rows, settings or the model cannot work; the message says why.
     """
 
     control: TrainerControl
@@ -85,7 +104,7 @@ class EUATrainer(CheckpointingTrainer):
     ) -> None:
         check_arguments(args, ref_model, eval_forget_dataset, eval_retain_dataset)
         if processing_class is None:
-            processing_class = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
+            processing_class = load_tokenizer(model if isinstance(model, str) else model.config.name_or_path)
         sets = {"forget": forget_dataset, "retain": retain_dataset}
         if eval_forget_dataset is not None and eval_retain_dataset is not None:
             sets |= {"eval_forget": eval_forget_dataset, "eval_retain": eval_retain_dataset}
@@ -112,20 +131,21 @@ class EUATrainer(CheckpointingTrainer):
                 ref_model, _ = load_model(ref_model, place=False)
             self.reference = Reference(ref_model, model, args.device)
 
-        use_cache = getattr(model.config, "use_cache", None)  # a multimodal model's config leaves it to its text part
+        use_cache = getattr(model.config, "use_cache", None)  # a multimodal model's config has it only in its text part
         self._stop_when_beyond_boundary: StopWhenBeyondBoundary | None = None
         if args.stop_when_beyond_boundary is not None:
             self._stop_when_beyond_boundary = StopWhenBeyondBoundary(
                 args.stop_when_beyond_boundary, lambda x: self.accelerator.reduce(x, reduction="sum")
             )
             callbacks = [*(callbacks or []), self._stop_when_beyond_boundary]
+        self._resumed_state: TrainerState | None = None
         super().__init__(
             model=model,
             args=args,
             data_collator=ForgetRetainCollator(args.padding_free),
             eval_dataset=rows.get("eval_forget"),  # Trainer asks that there be one; evaluate() reads encoded_rows
             processing_class=processing_class,
-            callbacks=callbacks,
+            callbacks=[OnTrainBegin(self._complete_sharded_boundaries), *(callbacks or [])],
             optimizers=optimizers,
         )
         model.config.use_cache = use_cache  # Trainer turns it off for good; the saved model should generate at full speed
@@ -137,8 +157,8 @@ class EUATrainer(CheckpointingTrainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self._tallies: Tensor | None = None
-        self.boundaries = RunBoundaries(
-            self.run_folder / BOUNDARIES_FILE,
+        self.boundaries = BoundaryStore(
+            self.output_folder / BOUNDARIES_FILE,
             rows,
             constants=args.constant_boundaries,
             every_step=self.reference is not None,
@@ -150,25 +170,39 @@ class EUATrainer(CheckpointingTrainer):
     # ---- before the first step ----------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Compute (or reuse) the boundaries, then train; see ``transformers.Trainer.train``.
+        """Compute the boundaries or read them from their file, then train; see ``transformers.Trainer.train``.
 
-        SIGINT or SIGTERM finishes the step, saves a checkpoint and ends in ``KeyboardInterrupt``.
+        SIGINT or SIGTERM finishes the step, saves a checkpoint and raises ``KeyboardInterrupt``.
         """
-        earlier = last_checkpoint(self.run_folder)
+        earlier = last_checkpoint(self.output_folder)
         if earlier is not None and not resume_from_checkpoint:
             raise EUAError(
                 f"{earlier} belongs to an earlier run, and a later resume could take it for one of this run: pass "
                 "resume_from_checkpoint=True to go on with that run, or delete its checkpoints, or name another output_dir."
             )
         boundaries = self._find_boundaries(resuming=bool(resume_from_checkpoint))
+        checkpoint = earlier if resume_from_checkpoint is True else resume_from_checkpoint
+        if is_sharded(self.accelerator) and checkpoint and self.boundaries.missing:
+            raise EUAError(
+                f"{self.boundaries.path} lacks the boundaries of {self.boundaries.missing} rows, and weights in "
+                f"{checkpoint} have been trained since: put that file back, or train anew into another folder."
+            )
+        self._resumed_state = _read_state(Path(checkpoint) / TRAINER_STATE_NAME) if checkpoint else None
         self.train_dataset = ForgetRetainDataset(self.encoded_rows, boundaries)
         with self.stop_on_signal as stop:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.is_interrupted():
             raise KeyboardInterrupt(f"stopped by signal {stop.received} after step {self.state.global_step}")
         self.check_weights()
-        self.model.eval()  # what comes next is calibrating and generating, without dropout
+        self.model.eval()  # without dropout, for calibration and generation
         return result
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
+        """As Trainer's, but without an epoch to train if the run to resume has ended: Trainer would make one more step."""
+        epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        state, stop = self._resumed_state, self._stop_when_beyond_boundary
+        has_ended = state is not None and (state.global_step >= max_steps or (stop is not None and stop.has_ended(state)))
+        return (0 if has_ended else epochs, *others, max_steps)
 
     def _check_forward(self) -> None:
         check_head(self.model)
@@ -176,9 +210,9 @@ class EUATrainer(CheckpointingTrainer):
             check_padding_free(self.model)
 
     def _find_boundaries(self, *, resuming: bool) -> dict[str, list[Tensor]]:
-        """One float per answer token, of the weights the trainer was made with: a second ``train()`` reuses them.
+        """The boundaries from the weights that the trainer was created with; a second ``train()`` uses the same ones.
 
-        With sharded weights they are there once training is prepared.
+        Sharded weights give them only once training is prepared, see :meth:`_complete_sharded_boundaries`.
         """
         self.boundaries.look_up(self._reference_model, resuming=resuming)
         if not is_sharded(self.accelerator):
@@ -194,17 +228,10 @@ class EUATrainer(CheckpointingTrainer):
     def _reference_model(self) -> nn.Module:
         return self.model if self.reference is None else self.reference.model
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if is_sharded(self.accelerator):  # only now has every process its part of the weights
-            if resume_from_checkpoint and self.boundaries.missing:
-                raise EUAError(
-                    f"{self.boundaries.path} lacks the boundaries of {self.boundaries.missing} rows, and weights in "
-                    f"{resume_from_checkpoint} have been trained since: put that file back, or train anew into another folder."
-                )
+    def _complete_sharded_boundaries(self) -> None:
+        if is_sharded(self.accelerator):  # every process has its shard of the weights only now
             self._check_forward()
             self._complete_boundaries()
-        return prepared
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PairedSampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -214,13 +241,16 @@ class EUATrainer(CheckpointingTrainer):
 
     # ---- the step -----------------------------------------------------------------------------------------------
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """Answer tokens to forget and to retain, (2,), over the accumulation window and all processes."""
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The batches of one step, and how many answer tokens to forget and to retain all processes have in them, (2,)."""
+        batches = list(islice(epoch_iterator, num_batches))
         counts = torch.zeros(2, device=device)
-        for batch in batch_samples:
+        for batch in batches:
             counted, forget = batch["labels"][:, 1:] != IGNORE_INDEX, batch["forget"][:, 1:]
             counts += torch.stack([(counted & forget).sum(), (counted & ~forget).sum()]).to(device)
-        return self.accelerator.reduce(counts, reduction="sum")
+        return batches, self.accelerator.reduce(counts, reduction="sum")
 
     def compute_loss(
         self,
@@ -229,7 +259,7 @@ class EUATrainer(CheckpointingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """The D² loss of one batch, as its share of the accumulation window."""
+        """The D² loss of one batch, as its share of the step's loss."""
         hidden = None
         with self.accelerator.autocast():  # the head runs here, outside the forward that accelerate casts
             if self.args.retain_loss == "kl":
@@ -280,19 +310,15 @@ class EUATrainer(CheckpointingTrainer):
         steps = max(self.state.max_steps, 1)
         return scheduled_gamma(settings.gamma, settings.gamma_schedule, settings.gamma_warmup_ratio, step, steps)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if not self.control.should_training_stop:  # else what was resumed had ended
-            super()._run_epoch(*args, **kwargs)
-
     def _save_state(self, folder: Path) -> None:
         if self._stop_when_beyond_boundary is not None:
-            self.state.stateful_callbacks[StopWhenBeyondBoundary.__name__] = self._stop_when_beyond_boundary.exported()
+            self._stop_when_beyond_boundary.save_to(self.state)
         super()._save_state(folder)
 
-    # ---- what one sees ------------------------------------------------------------------------------------------
+    # ---- metrics ------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the parts of the loss, mean energies, the share of tokens beyond their boundary, and γ of the last step."""
+        """As Trainer's, with the parts of the loss, mean energies, shares of tokens beyond their boundaries, and the last γ."""
         if self._tallies is not None:
             logs["gamma"] = self._gamma(self.state.global_step - 1)
             logs.update(loss_means(self.accelerator.reduce(self._tallies, reduction="sum")))
@@ -304,8 +330,8 @@ class EUATrainer(CheckpointingTrainer):
     ) -> dict[str, float]:
         """The D² loss of the held-out rows, its parts, and ``auroc``, see :mod:`eua.training.evaluation`.
 
-        Every process measures all rows, so there is nothing to gather. Trainer's own loop is not used: its data loader draws
-        from the random state, and training would go on differently than without evaluation.
+        Every process measures all rows, so nothing is gathered. Trainer's own loop is not used: its data loader draws from the
+        random state, and the steps that follow would differ from those without evaluation.
         """
         if eval_dataset is not None:
             raise EUAError(
@@ -320,10 +346,10 @@ class EUATrainer(CheckpointingTrainer):
         started = time.time()
         if is_sharded(self.accelerator) and self.boundaries.missing:
             raise EUAError(
-                "evaluate() was called before train(), but it is train() that spreads the model over the processes and "
-                "computes its boundaries: set eval_on_start = True to evaluate before the first step."
+                "evaluate() was called before train(), but only train() shards the model over the processes and computes its "
+                "boundaries: set eval_on_start = True to evaluate before the first step."
             )
-        boundaries = self._find_boundaries(resuming=last_checkpoint(self.run_folder) is not None)
+        boundaries = self._find_boundaries(resuming=last_checkpoint(self.output_folder) is not None)
         rows = {kind: self.encoded_rows[f"eval_{kind}"] for kind in ("forget", "retain")}
         with self.accelerator.autocast():
             measured = held_out_metrics(
@@ -339,10 +365,10 @@ class EUATrainer(CheckpointingTrainer):
             )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         metrics |= speed_metrics(metric_key_prefix, started, num_samples=sum(map(len, rows.values())))
-        super().log(metrics)  # not through log(), which would add what training has tallied since
+        super().log(metrics)  # self.log() would add the sums of the training steps since the last line
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def model_card(self, **metadata: Any) -> str:
-        """What README.md of the saved model says, see :func:`eua.training.model_card.model_card`."""
+        """The README.md of the saved model, see :func:`eua.training.model_card.model_card`."""
         return model_card(self, **metadata)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -15,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from eua.data.batches import pad_rows
 from eua.data.rows import EncodedRow
-from eua.distributed import any_process, from_first, gather, share
+from eua.distributed import any_process, own_part
 from eua.guard.scores import prompt_scores
 from eua.model.forward import check_head, token_energies
 from eua.model.head import output_head
@@ -26,9 +29,16 @@ from tests.processes import Ranks
 ROWS = [EncodedRow([3 + (7 * i + 5 * j) % 60 for j in range(5 + i % 4)], 2) for i in range(8)]
 
 
+def start_accelerate() -> None:
+    """As a launcher, which sets these variables, and then a trainer do."""
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "OMP_NUM_THREADS": "1"}
+    assert PartialState(cpu=True).num_processes == dist.get_world_size()
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> Iterator[Ranks]:
-    started = Ranks(tmp_path_factory.mktemp("ranks"))
+    started = Ranks(tmp_path_factory.mktemp("ranks"), start_accelerate)
     yield started
     started.stop()
 
@@ -105,13 +115,13 @@ def test_mixed_precision(ranks):
 
 def check_world(group: dist.ProcessGroup) -> None:
     rank = dist.get_rank()
-    assert from_first(f"of {rank}") == "of 0"
+    assert broadcast_object_list([f"of {rank}"]) == ["of 0"]
     assert any_process(rank == 1, torch.device("cpu"))
     assert not any_process(False, torch.device("cpu"))
     for count in range(8):
-        mine = share(list(range(count)))
+        mine = own_part(list(range(count)))
         assert len(mine) == -(-count // dist.get_world_size())
-        assert set(gather(mine)) == set(range(count))
+        assert set(gather_object(mine)) == set(range(count))
     model = sharded(tiny_llama(64, seed=0), group)
     assert fingerprint(model, {"forget": ROWS}, {}) == fingerprint(tiny_llama(64), {"forget": ROWS}, {})
 

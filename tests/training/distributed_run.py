@@ -68,6 +68,7 @@ def train(output: Path, model: str, rows: dict[str, str], options: dict[str, Any
             (output / "interrupted").write_text(str(trainer.state.global_step))
         return
     trainer.save_model(str(output / "model"))
+    trainer.save_model(str(output / "pushed"), _internal_call=True)  # as push_to_hub does
     if trainer.is_world_process_zero():
         (output / "log.json").write_text(json.dumps(trainer.state.log_history))
 

@@ -102,8 +102,8 @@ def launched(tokenizer, rows, tmp_path_factory) -> Callable[[str], Path]:
     return run
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    (path,) = run.glob("model/*.safetensors")
+def weights(run: Path, folder: str = "model") -> dict[str, torch.Tensor]:
+    (path,) = run.glob(f"{folder}/*.safetensors")
     return load_file(path)
 
 
@@ -131,6 +131,8 @@ def test_processes_follow_one_process(launched, setup, run):
     output, one = launched(setup), launched("one") / ("lora" if run == "lora" else "plain")
     assert_same_log(output / run, one)
     assert_same_weights(weights(output / run), weights(one))
+    pushed = weights(output / run, "pushed")
+    assert all(torch.equal(pushed[name], tensor) for name, tensor in weights(output / run).items())
     start = load_file(output.parent / "model" / "model.safetensors")
     assert run == "lora" or max((tensor - start[name]).abs().max() for name, tensor in weights(one).items()) > 5e-3
 

@@ -84,7 +84,7 @@ def test_shares_met_are_those_of_the_held_out_rows(model, tokenizer, rows, tmp_p
     for m_in, m_out, forget, retain in ((100.0, 100.0, 0, 1), (-100.0, -100.0, 1, 0)):
         trainer = evaluated(model, tokenizer, rows, tmp_path, m_in=m_in, m_out=m_out)
         found = trainer.evaluate(metric_key_prefix="test")
-        assert (found["test_met_forget"], found["test_met_retain"]) == (forget, retain)
+        assert (found["test_beyond_boundary_forget"], found["test_beyond_boundary_retain"]) == (forget, retain)
 
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
@@ -218,7 +218,9 @@ def test_an_interrupted_run_resumes_to_the_same_best_model(tokenizer, rows, tmp_
     assert is_those(resumed.model, weights(whole.model))
 
 
-@pytest.mark.parametrize(("metric", "best"), [("eval_loss_forget", 1), ("eval_energy_retain", 1), ("eval_met_forget", 2)])
+@pytest.mark.parametrize(
+    ("metric", "best"), [("eval_loss_forget", 1), ("eval_energy_retain", 1), ("eval_beyond_boundary_forget", 2)]
+)
 def test_it_is_known_which_way_a_metric_is_better(metric, best, tmp_path):
     settings = config(tmp_path, metric_for_best_model=metric)
     assert settings.greater_is_better == (best == 2)

@@ -145,6 +145,7 @@ def test_a_run_resumes_only_with_the_reference_it_had(tokenizer, rows, tmp_path)
 
 def test_a_reference_can_be_a_path(tokenizer, rows, tmp_path):
     sharp(tokenizer).save_pretrained(tmp_path / "before")
+    tokenizer.save_pretrained(tmp_path / "before")
     trainer = make(
         sharp(tokenizer), tokenizer, rows, tmp_path / "run", passed={"ref_model": str(tmp_path / "before")}, max_steps=1
     )

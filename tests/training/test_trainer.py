@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM, TrainerCallback
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 from eua import EUAConfig, EUAError, EUATrainer
 from eua.data.batches import ForgetRetainDataset, pad_rows
@@ -24,6 +25,7 @@ from eua.training.checkpoints import last_checkpoint
 from tests.conftest import tiny_llama
 from tests.methods.test_d2 import transcription
 
+ROOT = Path(__file__).parents[2]
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=True)
 
 
@@ -384,6 +386,13 @@ def test_a_saved_model_loads(model, tokenizer, rows, tmp_path):
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "model")
     assert all(torch.equal(p, weights(loaded)[name]) for name, p in weights(model).items())
     assert {path.suffix for path in (tmp_path / "model").iterdir()} == {".json", ".safetensors", ".md"}
+
+
+def test_private_methods_of_trainer_that_are_overridden_are_listed():
+    ours = [name for kind in EUATrainer.__mro__ if kind.__module__.startswith("eua.") for name in vars(kind)]
+    overridden = {f"Trainer.{name}" for name in ours if hasattr(Trainer, name) and re.match("_[^_]", name)}
+    listed = re.findall(r"^\| `(Trainer\._\w+)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert overridden == set(listed)
 
 
 # ---- refusing what cannot work --------------------------------------------------------------------------------------
