@@ -20,7 +20,8 @@ from steps import make_model, our_step
 
 from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset
 from eua.data.pairing import PairedSampler
-from eua.data.rows import encode_rows, read_rows
+from eua.data.rows import encode_rows
+from eua.data.sources import read_rows
 from eua.demo.target import train_tokenizer
 
 TOFU = Path(os.environ.get("EUA_TOFU", Path(__file__).parents[2] / "shared" / "tofu"))

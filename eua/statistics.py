@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from eua.errors import EUAError
 def conformal_threshold(
     scores: Tensor,
     tolerance: float,
-    groups: Sequence[Hashable] | None = None,
+    groups: Iterable[Hashable] | None = None,
     confidence: float | None = None,
 ) -> float:
     """The lowest threshold such that at most a fraction ε of new retained prompts is expected to score above it.
@@ -38,8 +38,9 @@ def conformal_threshold(
         confidence: 1 − δ, in (0, 1), or None for the bound on average.
 
     Raises:
-        EUAError: if there are fewer than ⌈1/ε⌉ − 1 scores or groups, or with a confidence fewer than ⌈ln δ / ln(1 − ε)⌉ (the
-            text says how many are missing); if scores are NaN; if ε or 1 − δ is outside (0, 1).
+        EUAError: if :func:`group_list` refuses the groups; if there are fewer than ⌈1/ε⌉ − 1 scores or groups, or with a
+            confidence fewer than ⌈ln δ / ln(1 − ε)⌉ (the text says how many are missing); if scores are NaN; if ε or 1 − δ is
+            outside (0, 1).
     """
     if not 0 < tolerance < 1:
         raise EUAError(f"tolerance = {tolerance}, but a rate of false refusals lies strictly between 0 and 1, e.g. 0.05.")
@@ -47,9 +48,7 @@ def conformal_threshold(
         raise EUAError(f"confidence = {confidence}, but a probability lies strictly between 0 and 1, e.g. 0.95.")
     if torch.isnan(scores).any():
         raise EUAError(f"{int(torch.isnan(scores).sum())} of {len(scores)} scores are NaN: fix the model or the prompts first.")
-    if groups is not None and len(groups) != len(scores):
-        raise EUAError(f"{len(groups)} groups were given for {len(scores)} scores: name the group of every prompt.")
-    owners: Sequence[Hashable] = range(len(scores)) if groups is None else groups
+    owners = list(range(len(scores))) if groups is None else group_list(groups, len(scores))
     members = Counter(owners)
     count = len(members)
     if confidence is None:
@@ -76,17 +75,50 @@ def conformal_threshold(
     return float(order.values[int((above <= allowed + 1e-9).sum()) - 1])
 
 
-def group_shares(scores: Tensor, threshold: float, groups: Sequence[Hashable]) -> dict[Hashable, float]:
-    """The share of each group's scores above the threshold, largest first."""
+def group_list(groups: Iterable[Hashable], count: int) -> list[Hashable]:
+    """The group of each of ``count`` prompts, as a list.
+
+    >>> group_list(("Ann", "Ann", "Bob"), 3)
+    ['Ann', 'Ann', 'Bob']
+
+    Raises:
+        EUAError: one string, of which every letter would be a group; another number of groups; or a group that cannot be
+            compared (a list, a dict).
+    """
+    if isinstance(groups, (str, bytes)):
+        raise EUAError(
+            f"groups = {groups!r} is one text, of which every letter would be a group: give a list with the group of every "
+            f"prompt, e.g. [row[{groups!r}] for row in rows]."
+        )
+    listed = list(groups)
+    if len(listed) != count:
+        raise EUAError(f"{len(listed)} groups were given for {count} scores: name the group of every prompt.")
+    for index, group in enumerate(listed):
+        if not isinstance(group, Hashable):
+            raise EUAError(
+                f"Group {index} is a {type(group).__name__}, which cannot be compared with others: give texts or numbers."
+            )
+    return listed
+
+
+def group_shares(scores: Tensor, threshold: float, groups: Iterable[Hashable]) -> dict[Hashable, float]:
+    """The share of each group's scores above the threshold, largest first.
+
+    >>> group_shares(torch.tensor([1.0, 3.0, 3.0]), 2.0, ["Ann", "Ann", "Bob"])
+    {'Bob': 1.0, 'Ann': 0.5}
+
+    Raises:
+        EUAError: groups that :func:`group_list` refuses.
+    """
     above: dict[Hashable, list[bool]] = {}
-    for group, score in zip(groups, scores.tolist(), strict=True):
+    for group, score in zip(group_list(groups, len(scores)), scores.tolist(), strict=True):
         above.setdefault(group, []).append(score > threshold)
     shares = {group: sum(of_group) / len(of_group) for group, of_group in above.items()}
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
 def bootstrap_interval(
-    values: Tensor, groups: Sequence[Hashable] | None = None, *, level: float = 0.95, draws: int = 2000, seed: int = 0
+    values: Tensor, groups: Iterable[Hashable] | None = None, *, level: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """Confidence interval of the mean (percentile bootstrap, Efron 1979).
 
@@ -96,9 +128,13 @@ def bootstrap_interval(
         level: the share of resampled means that the interval contains.
         draws: number of resamples.
         seed: of the resamples; the same seed gives the same interval.
+
+    Raises:
+        EUAError: if :func:`group_list` refuses the groups.
     """
-    owners = {owner: i for i, owner in enumerate(dict.fromkeys(range(len(values)) if groups is None else groups))}
-    index = torch.tensor([owners[owner] for owner in (range(len(values)) if groups is None else groups)])
+    listed = list(range(len(values))) if groups is None else group_list(groups, len(values))
+    owners = {owner: i for i, owner in enumerate(dict.fromkeys(listed))}
+    index = torch.tensor([owners[owner] for owner in listed])
     sums = torch.zeros(len(owners), dtype=torch.float64).index_add(0, index, values.double())
     sizes = torch.zeros(len(owners), dtype=torch.float64).index_add(0, index, torch.ones(len(values), dtype=torch.float64))
     generator = torch.Generator().manual_seed(seed)

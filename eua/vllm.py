@@ -1,8 +1,9 @@
 """The guard inside vLLM: ``vllm serve MODEL --logits-processors eua.vllm:EnergyGuardProcessor``.
 
-The processor reads ``energy_guard.json`` from the folder that ``EUA_GUARD`` names, else from the model's, and without one vLLM
-does not start. Written against the sources of vLLM 0.24.0, 0.27.1, 0.30.0, 0.31.0, 0.32.0 and 0.33.0. These have two model
-runners, and from 0.31 on each has an interface of its own for logits processors, so that vLLM is handed one class for both.
+The processor reads ``energy_guard.json`` from the folder or the repository on the hub that ``EUA_GUARD`` names, else from the
+model's, and without one vLLM does not start. Written against the sources of vLLM 0.24.0, 0.27.1, 0.30.0, 0.31.0, 0.32.0 and
+0.33.0. These have two model runners, and from 0.31 on each has an interface of its own for logits processors, so that vLLM is
+handed one class for both.
 
 Rows of logits reach a processor as the model's final logits: scaled, soft-capped, cut to the ``vocab_size`` of its config, as
 float32. What changes them before the processor (logit bias, allowed tokens, bad words, minimal length, a grammar, and in the
@@ -17,17 +18,15 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
 from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor as FirstInterface
 from vllm.v1.sample.logits_processor import MoveDirectionality
 
 from eua.errors import EUAError
-from eua.guard.guard import GUARD_FILE, EnergyGuard
+from eua.guard.guard import EnergyGuard
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondInterface
@@ -218,16 +217,15 @@ class _Rule:
                 "leave out --speculative-config."
             )
         model = vllm_config.model_config
-        folder = _guard_folder(model.model, model.revision)
-        guard = EnergyGuard.from_pretrained(folder)
+        guard, place = _read_guard(model.model, model.revision)
         if guard.first_tokens:
             raise EUAError(
-                f"The guard in {folder} waits for the first {guard.first_tokens} generated tokens, which vLLM has shown by "
+                f"The guard of {place} waits for the first {guard.first_tokens} generated tokens, which vLLM has shown by "
                 "then: calibrate one with first_tokens = 0."
             )
         if guard.probe_threshold is not None:
             raise EUAError(
-                f"The guard in {folder} has a probe, and this processor decides at the prompt's last token only, so it would "
+                f"The guard of {place} has a probe, and this processor decides at the prompt's last token only, so it would "
                 "stop no answer midway: calibrate one without a probe."
             )
         self.threshold, self.temperature = guard.threshold, guard.temperature
@@ -235,7 +233,7 @@ class _Rule:
         self.vocabulary = model.get_vocab_size()
         if max(self.refusal) >= self.vocabulary:
             raise EUAError(
-                f"The refusal of the guard in {folder} has token {max(self.refusal)}, and the model {self.vocabulary} tokens, "
+                f"The refusal of the guard of {place} has token {max(self.refusal)}, and the model {self.vocabulary} tokens, "
                 f"so it was calibrated for another model: calibrate one for this, or name its folder with {GUARD_VARIABLE}."
             )
         self._refusal_on_device = torch.tensor(self.refusal, device=device)
@@ -266,18 +264,15 @@ class _Rule:
         return all(token in (-1, self.token(step)) for step, token in enumerate(output_ids))
 
 
-def _guard_folder(model: str, revision: str | None) -> Path:
-    """Where the guard lies; of a model on the Hugging Face Hub, its one file is fetched as the model's others are."""
+def _read_guard(model: str, revision: str | None) -> tuple[EnergyGuard, str]:
+    """The guard, and the name of its folder or repository: the one named in the environment, else the model's."""
     named = os.environ.get(GUARD_VARIABLE)
     try:
-        if named or Path(model).is_dir():
-            path = Path(named or model) / GUARD_FILE
-            path.stat()
-        else:
-            path = Path(hf_hub_download(model, GUARD_FILE, revision=revision))
-    except (OSError, ValueError) as error:
+        if named:
+            return EnergyGuard.from_pretrained(named), named
+        return EnergyGuard.from_pretrained(model, revision=revision), model
+    except EUAError as error:
         raise EUAError(
-            f"vLLM was started with {model}, and no {GUARD_FILE} is to be had ({error}), so there is nothing to guard it by: "
-            f"name the folder that holds one in the environment variable {GUARD_VARIABLE}, or calibrate one (`eua calibrate`)."
+            f"vLLM was started with {model}, and there is no guard to read for it: {error} The environment variable "
+            f"{GUARD_VARIABLE} may name another folder or repository that holds one."
         ) from error
-    return path.parent

@@ -21,7 +21,8 @@ from pathlib import Path
 from torch import Tensor
 
 from eua import EnergyGuard
-from eua.data.rows import Row, encode_prompts, read_rows
+from eua.data.rows import encode_prompts
+from eua.data.sources import Row, read_rows
 from eua.guard.scores import answer_scores, prompt_scores
 from eua.model.loading import load_model
 from eua.statistics import auroc, false_positive_rate

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from eua.data.rows import read_rows
+from eua.data.sources import read_rows
 from eua.demo.target import train_target
 
 

@@ -21,15 +21,15 @@ LAYERS: list[dict[str, set[str]]] = [
     {
         "eua.evaluation": {"matplotlib", "torch", "transformers"},
         "eua.serving": {"prometheus_client", "starlette", "torch", "transformers", "uvicorn"},
-        "eua.vllm": {"huggingface_hub", "torch", "vllm"},
+        "eua.vllm": {"torch", "vllm"},
     },
     {
         "eua.training": {"accelerate", "huggingface_hub", "peft", "safetensors", "torch", "tqdm", "transformers", "yaml"},
-        "eua.guard": {"einops", "jinja2", "peft", "torch", "tqdm", "transformers"},
+        "eua.guard": {"einops", "huggingface_hub", "jinja2", "peft", "torch", "tqdm", "transformers"},
     },
     {"eua.methods": {"torch"}},
     {"eua.model": {"peft", "torch", "tqdm", "transformers"}},
-    {"eua.data": {"torch", "transformers"}},
+    {"eua.data": {"datasets", "pyarrow", "torch", "transformers"}},
     {"eua.statistics": {"torch"}, "eua.files": set(), "eua.distributed": {"accelerate", "deepspeed", "torch"}},
     {"eua.errors": set()},
     {"fused_energy.module": {"torch"}},

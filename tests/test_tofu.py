@@ -21,8 +21,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eua.cli import INTERRUPTED, _parser
-from eua.data.rows import read_rows
+from eua.cli.main import INTERRUPTED
+from eua.data.sources import read_rows
 from eua.demo.target import train_target
 from eua.files import write_jsonl
 from eua.training.checkpoints import STAGING_FOLDER
@@ -223,14 +223,3 @@ def check_that_it_forgets(steps: list[dict[str, Any]], rise: float) -> None:
     assert mean("beyond_boundary_forget") > first["beyond_boundary_forget"]
     assert mean("loss_forget") < first["loss_forget"] / 2
     assert mean("nll_retain") < first["nll_retain"]
-
-
-def test_the_readme_creates_the_files_that_the_example_reads_and_runs_it():
-    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    before, command, after = readme.partition(f"\neua unlearn --config examples/{EXAMPLE.name}\n")
-    assert command
-    run = vars(_parser(EXAMPLE).parse_args(["unlearn", "--config", str(EXAMPLE)]))
-    for path in (run["retain"], run["eval_retain"]):
-        assert f" > {path} " in before
-    assert f"train_target.py --rows tofu/full.jsonl --output {run['model']} " in before
-    assert f"eua calibrate --model {run['output']} " in after

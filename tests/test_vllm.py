@@ -231,7 +231,9 @@ def test_requests_that_the_guard_would_not_cover_are_refused(vllm, name, value):
 def test_the_guard_is_read_from_the_models_folder_or_from_the_one_named(vllm, folder, tmp_path, monkeypatch):
     other = tmp_path / "other"
     other.mkdir()
-    with pytest.raises(EUAError, match=r"other, and no energy_guard\.json is to be had .*EUA_GUARD.*eua calibrate"):
+    with pytest.raises(
+        EUAError, match=r"other, and there is no guard .*other holds no energy_guard\.json.*eua calibrate.*EUA_GUARD"
+    ):
         vllm.EnergyGuardProcessor(config_of(other), torch.device("cpu"), False)
     monkeypatch.setenv("EUA_GUARD", str(folder))
     vllm.EnergyGuardProcessor(config_of(other), torch.device("cpu"), False)
@@ -243,13 +245,17 @@ def test_the_guard_is_read_from_the_models_folder_or_from_the_one_named(vllm, fo
 def test_the_guard_of_a_model_on_the_hub_is_fetched(vllm, folder, monkeypatch):
     asked = []
 
-    def download(model, name, revision):
+    def download(model, name, *, revision, **options):
         asked.append((model, name, revision))
         return str(folder / name)
 
-    monkeypatch.setattr(vllm, "hf_hub_download", download)
-    vllm.EnergyGuardProcessor(config_of("someone/model"), torch.device("cpu"), False)
-    assert asked == [("someone/model", GUARD_FILE, None)]
+    monkeypatch.setattr("eua.guard.hub.hf_hub_download", download)
+    config = config_of("someone/model")
+    config.model_config.revision = "v2"
+    vllm.EnergyGuardProcessor(config, torch.device("cpu"), False)
+    monkeypatch.setenv("EUA_GUARD", "someone/guard")
+    vllm.EnergyGuardProcessor(config, torch.device("cpu"), False)
+    assert asked == [("someone/model", GUARD_FILE, "v2"), ("someone/guard", GUARD_FILE, None)]
 
 
 @RUNNERS

@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from eua.data.rows import read_rows
+    from eua.data.sources import read_rows
     from eua.guard.guard import DEFAULT_REFUSAL, EnergyGuard
     from eua.model.loading import load_model
     from eua.statistics import bootstrap_interval, group_shares

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from eua.cli.options import Parser, add_model, add_sets, read_guard, read_sets
+from eua.cli.options import Parser, add_model, add_sets, read_sets
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,9 +31,10 @@ def main(argv: Sequence[str]) -> None:
 
     from eua.evaluation.pictures import energy_histograms
     from eua.evaluation.report import evaluate, render_tables
+    from eua.guard.guard import find_guard
     from eua.model.loading import load_model
 
-    (sets, forgotten), guard = read_sets(arguments), read_guard(arguments)
+    (sets, forgotten), guard = read_sets(arguments), find_guard(arguments.model, arguments.guard)
     reports, scores = {}, {}
     for title, name in (("before", arguments.before), ("after", arguments.model)):
         if name is None:

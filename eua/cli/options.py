@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from eua.errors import EUAError, did_you_mean
@@ -98,7 +97,7 @@ def _named_source(text: str) -> tuple[str, str]:
 
 def read_sets(arguments: argparse.Namespace) -> tuple[dict[str, list[Any]], tuple[str, ...]]:
     """The rows of what :func:`add_sets` takes, by name, and the names of the sets that are forgotten."""
-    from eua.data.rows import read_rows
+    from eua.data.sources import read_rows
 
     sources = {"forget": arguments.forget, "retain": arguments.retain}
     for name, source in arguments.also + arguments.also_forget:
@@ -107,11 +106,3 @@ def read_sets(arguments: argparse.Namespace) -> tuple[dict[str, list[Any]], tupl
         sources[name] = source
     forgotten = ("forget", *(name for name, _ in arguments.also_forget))
     return {name: read_rows(source, f"{name} set") for name, source in sources.items()}, forgotten
-
-
-def read_guard(arguments: argparse.Namespace) -> Any:
-    """The guard of ``--guard``, else of the model's folder, else None."""
-    from eua.guard.guard import GUARD_FILE, EnergyGuard
-
-    folder = arguments.guard or (arguments.model if (Path(arguments.model) / GUARD_FILE).is_file() else None)
-    return EnergyGuard.from_pretrained(folder) if folder else None

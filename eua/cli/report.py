@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from eua.cli.options import Parser, add_model, add_sets, positive, read_guard, read_sets
+from eua.cli.options import Parser, add_model, add_sets, positive, read_sets
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,9 +31,10 @@ def main(argv: Sequence[str]) -> None:
     check_output_file(arguments.output, allowed=arguments.overwrite, how="--overwrite")
 
     from eua.evaluation.page import page_data, write_page
+    from eua.guard.guard import find_guard
     from eua.model.loading import load_model
 
-    (sets, forgotten), guard = read_sets(arguments), read_guard(arguments)
+    (sets, forgotten), guard = read_sets(arguments), find_guard(arguments.model, arguments.guard)
     named = {"model": arguments.model, "model before unlearning": arguments.before}
     data = page_data(
         sets,

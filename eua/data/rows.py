@@ -14,25 +14,21 @@ Prompts and answers are tokenized apart and joined, so the (first) prompt's ids 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from eua.data.answers_in_chats import cut_text, turn_texts
+from eua.data.sources import ROW_FORMATS, Prompts, Row, Source, read_prompts, read_rows
 from eua.errors import EUAError
 
 logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100
 QUESTION_TEMPLATE = "Question: {question}\nAnswer:"
-ROW_FORMATS = '"question"/"answer", "prompt"/"completion", or "messages" that end with the assistant\'s'
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -59,42 +55,6 @@ class EncodedRow:
     @property
     def answer_ids(self) -> list[int]:
         return [self.input_ids[p] for p in self.answer_positions]
-
-
-def read_rows(source: str | Path | Iterable[Row], name: str = "dataset") -> list[Row]:
-    """Rows of a JSONL file, a ``datasets.Dataset`` or a list. ``name`` is what error messages call them.
-
-    Raises:
-        EUAError: a missing or malformed file, something that is not a row, or no rows at all.
-    """
-    if isinstance(source, (str, Path)):
-        rows: list[Row] = _read_jsonl(Path(source), name)
-    else:
-        rows = list(source)
-    for index, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise EUAError(f"Row {index} of the {name} is a {type(row).__name__}, not a mapping: give {ROW_FORMATS}.")
-    if not rows:
-        raise EUAError(f"The {name} is empty, so there is nothing to train or measure on: give at least one row.")
-    return rows
-
-
-def _read_jsonl(path: Path, name: str) -> list[Row]:
-    if not path.is_file():
-        raise EUAError(f"The {name} {path} is not a file: give the path of a JSONL file, one row a line.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise EUAError(f"The {name} {path} is not UTF-8 text ({error}): save it as UTF-8.") from None
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise EUAError(f"Line {number} of the {name} {path} is not JSON ({error}): give one JSON object a line.") from None
-    return rows
 
 
 def format_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mapping[str, str]]) -> str:
@@ -141,10 +101,22 @@ def row_texts(
     return cut_text(whole, [(len(before), len(whole))], eos), False
 
 
-def encode_prompts(prompts: Sequence[Row | str], tokenizer: PreTrainedTokenizerBase, name: str = "prompts") -> list[list[int]]:
-    """Token ids of questions (strings) or of the prompts of rows, whose answers are not looked at."""
+def encode_prompts(prompts: Prompts, tokenizer: PreTrainedTokenizerBase, name: str = "prompts") -> list[list[int]]:
+    """Token ids of questions (strings) or of the prompts of rows, whose answers are not looked at.
+
+    >>> encode_prompts("Who wrote it?", tokenizer)       # doctest: +SKIP
+    [[464, 21]]
+
+    Args:
+        prompts: one question, or a source of questions and rows, see :func:`eua.data.sources.read_prompts`.
+        tokenizer: the model's.
+        name: what error messages call the prompts.
+
+    Raises:
+        EUAError: prompts that cannot be read, of unknown format, or that become no token.
+    """
     encoded = []
-    for index, row in enumerate(prompts):
+    for index, row in enumerate(read_prompts(prompts, name, string_is_question=True)):
         where = f"Row {index} of the {name}"
         prompt, _, literal = (row, None, False) if isinstance(row, str) else _split_row(row, where)
         ids = encode_prompt(prompt if literal else format_prompt(tokenizer, prompt), tokenizer, literal=literal)
@@ -185,7 +157,7 @@ def _check_part(part: Any, key: str, where: str, kinds: tuple[type[str] | type[l
 
 
 def encode_rows(
-    rows: Sequence[Row],
+    rows: Source,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     name: str = "dataset",
@@ -194,15 +166,16 @@ def encode_rows(
     """Tokenize rows; what runs past ``max_length`` is cut, and the number of rows cut is logged.
 
     Args:
-        rows: of any format, see :mod:`eua.data.rows`.
+        rows: of any format, see :mod:`eua.data.rows`, from any source, see :mod:`eua.data.sources`.
         tokenizer: the model's.
         max_length: of a row, in tokens. None: no limit.
         name: what error messages call the rows.
         assistant_turns: of a chat, ``"last"`` counts the answer that ends it, ``"all"`` every message of the assistant.
 
     Raises:
-        EUAError: a row without an answer, of unknown format, or whose answers are all cut away.
+        EUAError: rows that cannot be read, a row without an answer, of unknown format, or whose answers are all cut away.
     """
+    rows = read_rows(rows, name)
     encoded, cut = [], 0
     for index, row in enumerate(rows):
         where = f"Row {index} of the {name}"

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from eua.data.rows import Row
+from eua.data.sources import Row
 from eua.demo import target
 from eua.demo.world import Fact, World, make_world
 from eua.errors import EUAError
@@ -26,7 +26,7 @@ from eua.model.asking import answer
 from eua.training.config import EUAConfig
 from eua.training.trainer import EUATrainer
 
-# The released settings are meant for models of 1B parameters; CONTRIBUTING.md says how these were found.
+# The released settings are meant for models of 1B parameters; docs/measurements.md says how these were found.
 UNLEARNING: dict[str, Any] = {
     "learning_rate": 2e-4,
     "num_train_epochs": 12,

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from eua.data.batches import pad_rows
-from eua.data.rows import IGNORE_INDEX, QUESTION_TEMPLATE, EncodedRow, Row, encode_rows
+from eua.data.rows import IGNORE_INDEX, QUESTION_TEMPLATE, EncodedRow, encode_rows
+from eua.data.sources import Row
 from eua.files import fill_folder
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eua.data.rows import EncodedRow, Row, encode_rows
+from eua.data.rows import EncodedRow, encode_rows
+from eua.data.sources import Source, read_rows
 from eua.errors import EUAError
 from eua.model.forward import answer_states, check_finite, eval_hidden_states
 from eua.model.head import Head, output_head
@@ -46,9 +48,21 @@ def measure_answers(
 ) -> AnswerMeasures:
     """Measure how well ``model`` knows the answers of encoded rows.
 
+    >>> rows = encode_rows("forget.jsonl", tokenizer, None)     # doctest: +SKIP
+    >>> measure_answers(model, rows).probability                # doctest: +SKIP
+    tensor([0.9312, 0.8710])
+
+    Args:
+        model: a causal language model.
+        rows: what :func:`eua.data.rows.encode_rows` gives; it has the tokenizer that rows from elsewhere would need here.
+        temperature: T of the energy.
+        batch_size: rows per forward.
+        progress: title of a progress bar, or None for no bar.
+
     Raises:
-        EUAError: on NaN or infinite hidden states, or a model without a plain head.
+        EUAError: rows that are not encoded, NaN or infinite hidden states, or a model without a plain head.
     """
+    _check_encoded(rows)
     head = output_head(model)
     values = torch.empty(len(rows), 4)
     for indices, hidden in eval_hidden_states(model, rows, batch_size, progress):
@@ -67,6 +81,15 @@ def measure_answers(
     return AnswerMeasures(*values.unbind(dim=1))
 
 
+def _check_encoded(rows: Sequence[EncodedRow]) -> None:
+    wrong = rows if isinstance(rows, (str, PathLike)) else next((row for row in rows if not isinstance(row, EncodedRow)), None)
+    if wrong is not None:
+        raise EUAError(
+            f"measure_answers() was given {wrong!r}, which is not an encoded row, and has no tokenizer to encode it: pass "
+            "encode_rows(rows, tokenizer, None) of eua.data.rows, or call eua.evaluation.evaluate()."
+        )
+
+
 def greedy_tokens(head: Head, hidden: Tensor) -> Tensor:
     """The most likely next token at each position: (N, H) → (N,), in blocks of bounded size."""
     block = max(1, GREEDY_BLOCK_BYTES // (4 * head.vocabulary))
@@ -76,7 +99,7 @@ def greedy_tokens(head: Head, hidden: Tensor) -> Tensor:
 def truth_ratios(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Source,
     *,
     batch_size: int = 32,
     progress: str | None = None,
@@ -87,15 +110,32 @@ def truth_ratios(
     ``paraphrased_answer`` if it has one, else its ``answer``; the wrong ones are its ``perturbed_answer``. Near 0 a model
     prefers the truth; near 1 it does not tell them apart.
 
+    >>> truth_ratios(model, tokenizer, "locuslab/TOFU:forget10_perturbed:train")     # doctest: +SKIP
+    tensor([0.4127, 0.3908, ...])
+
+    Args:
+        model, tokenizer: what is measured.
+        rows: "question"/"answer" rows with ``perturbed_answer``, from any source of :mod:`eua.data.sources`.
+        batch_size: answers per forward.
+        progress: title of a progress bar, or None for no bar.
+
     Raises:
-        EUAError: a row without ``perturbed_answer``.
+        EUAError: rows that cannot be read, or one without ``question``, an answer or ``perturbed_answer``.
     """
+    rows = read_rows(rows)
     candidates, wrong_counts = [], []
     for index, row in enumerate(rows):
         wrong = row.get("perturbed_answer")
         if not wrong:
             raise EUAError(f'Row {index} has no "perturbed_answer", so it has no truth ratio: use TOFU\'s perturbed files.')
-        answers = [row.get("paraphrased_answer") or row["answer"], *wrong]
+        if isinstance(wrong, str):
+            raise EUAError(f'Row {index} has one text as its "perturbed_answer", where a list is expected: put it in a list.')
+        right = row.get("paraphrased_answer") or row.get("answer")
+        if "question" not in row or not right:
+            raise EUAError(
+                f'Row {index} has the keys {sorted(row)}, but a truth ratio needs "question" and "answer": add them.'
+            )
+        answers = [right, *wrong]
         candidates += [{"question": row["question"], "answer": answer} for answer in answers]
         wrong_counts.append(len(wrong))
     encoded = encode_rows(candidates, tokenizer, None, "perturbed answers")

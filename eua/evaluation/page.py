@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eua.data.rows import EncodedRow, Row, encode_rows
-from eua.errors import EUAError
+from eua.data.rows import EncodedRow, encode_rows
+from eua.data.sources import Row, Source
 from eua.evaluation.metrics import greedy_tokens, measure_answers
-from eua.evaluation.report import evaluate
+from eua.evaluation.report import evaluate, forgotten_names, read_sets
 from eua.files import replacing
 from eua.guard.guard import EnergyGuard
 from eua.model.forward import check_finite, eval_hidden_states
@@ -59,11 +59,11 @@ def render_page(data: Mapping[str, Any]) -> str:
 
 
 def page_data(
-    sets: Mapping[str, Sequence[Row]],
+    sets: Mapping[str, Source],
     after: Load,
     before: Load | None = None,
     *,
-    forget: Sequence[str] = ("forget",),
+    forget: str | Sequence[str] = ("forget",),
     guard: EnergyGuard | None = None,
     evaluated: Mapping[str, Evaluation] | None = None,
     rows: int = 50,
@@ -74,10 +74,10 @@ def page_data(
     """What the page shows, ready for JSON.
 
     Args:
-        sets: name → rows.
+        sets: name → rows, from any source of :mod:`eua.data.sources`.
         after, before: give the model after and before unlearning, and its tokenizer. They are called one after the other, so
             that one model at a time is in memory. Knowledge is measured with the guard off.
-        forget: the names of the sets that should be forgotten.
+        forget: the name, or names, of the sets that should be forgotten.
         guard: of the model after; its threshold is where the page starts. Without one the page says that none is calibrated.
         evaluated: what :func:`evaluate` gave of these sets for the models ``"after"`` and ``"before"``, where that is known.
         rows: how many rows of a set are shown token by token: one half the worst ones, the other spread over the rest.
@@ -86,13 +86,18 @@ def page_data(
         progress: show progress bars.
 
     Raises:
-        EUAError: no set to forget, one that is not there, or a model that cannot be measured.
+        EUAError: sets that cannot be read, no set to forget, one that is not there, or a model that cannot be measured.
+
+    >>> data = page_data(                                                       # doctest: +SKIP
+    ...     {"forget": "forget.jsonl", "retain": "retain.jsonl"}, lambda: load_model("unlearned"), guard=guard
+    ... )
+    >>> write_page(Path("report.html"), data)                                   # doctest: +SKIP
     """
-    if not forget or set(forget) - set(sets):
-        raise EUAError(f"forget = {list(forget)}, but the sets are {list(sets)}: name one or more of these to be forgotten.")
+    rows_of = read_sets(sets)
+    forget = forgotten_names(forget, rows_of)
     temperature, first_tokens = (guard.temperature, guard.first_tokens) if guard else (1.0, 0)
     entries: dict[str, dict[str, Any]] = {
-        name: {"name": name, "forget": name in forget, "rows": len(sets[name]), "shown": []} for name in sets
+        name: {"name": name, "forget": name in forget, "rows": len(of_set), "shown": []} for name, of_set in rows_of.items()
     }
     ranks: dict[str, dict[int, int]] = {}
     start = 0.0 if guard is None else guard.threshold
@@ -104,7 +109,7 @@ def page_data(
         report, scores = known or evaluate(
             model,
             tokenizer,
-            sets,
+            rows_of,
             forget=forget,
             temperature=temperature,
             first_tokens=first_tokens,
@@ -112,15 +117,15 @@ def page_data(
             progress=progress,
         )
         if title == "after":
-            ranks = {name: rows_to_show(scores[name], rows, lowest_first=name in forget) for name in sets}
+            ranks = {name: rows_to_show(scores[name], rows, lowest_first=name in forget) for name in rows_of}
             if guard is None:
-                start = _high_score([scores[name] for name in sets if name not in forget] or list(scores.values()))
+                start = _high_score([scores[name] for name in rows_of if name not in forget] or list(scores.values()))
         for name, entry in entries.items():
             entry[title] = {key: value for key, value in report["sets"][name].items() if key in MEASURES}
             entry[title]["auroc"] = report["separation"].get(name, {}).get("auroc")
             entry[title]["scores"] = [_decimal(score) for score in _spread(scores[name].sort().values)]
-            picked = [sets[name][index] for index in ranks[name].values()]
-            encoded = encode_rows(picked, tokenizer, None, f"{name} rows shown")
+            picked = [rows_of[name][index] for index in ranks[name].values()]
+            encoded = encode_rows(picked, tokenizer, None, f"{name} rows shown") if picked else []
             if title == "after":
                 texts = [_texts(row, ids, tokenizer) for row, ids in zip(picked, encoded, strict=True)]
                 places = [{"rank": rank, "row": index} for rank, index in ranks[name].items()]

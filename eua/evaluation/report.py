@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eua.data.rows import Row, encode_prompts, encode_rows
+from eua.data.rows import encode_prompts, encode_rows
+from eua.data.sources import Row, Source, read_rows
+from eua.errors import EUAError
 from eua.evaluation.metrics import measure_answers, truth_ratios
 from eua.guard.guard import EnergyGuard
 from eua.guard.questions import Turns
@@ -32,9 +34,9 @@ COLUMNS = {
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    sets: Mapping[str, Sequence[Row]],
+    sets: Mapping[str, Source],
     *,
-    forget: Sequence[str] = ("forget",),
+    forget: str | Sequence[str] = ("forget",),
     guard: EnergyGuard | None = None,
     temperature: float = 1.0,
     first_tokens: int = 0,
@@ -45,9 +47,9 @@ def evaluate(
 
     Args:
         model, tokenizer: what is measured. Knowledge is measured with the guard off.
-        sets: name → rows. Rows with ``perturbed_answer`` get a truth ratio, rows with ``paraphrased_question`` a second
-            share of refusals.
-        forget: the names of the sets that should be forgotten; the first is told from each of the others.
+        sets: name → rows, from any source of :mod:`eua.data.sources`. Rows with ``perturbed_answer`` get a truth ratio, rows
+            with ``paraphrased_question`` a second share of refusals.
+        forget: the name, or names, of the sets that should be forgotten; the first is compared with each of the others.
         guard: adds the share of prompts it refuses.
         temperature: T of the energies; a guard's own is used when there is one.
         first_tokens: how many generated tokens the prompt scores take in; a guard's own is used when there is one.
@@ -57,7 +59,17 @@ def evaluate(
     Returns:
         The report ``{"sets": {name: {measure: mean over rows}}, "separation": {name: {"auroc", "fpr_at_95_tpr"}},
         "threshold"}``, and the prompt scores of each set, (rows,) in nats.
+
+    >>> report, scores = evaluate(                                              # doctest: +SKIP
+    ...     model, tokenizer, {"forget": "forget.jsonl", "retain": "retain.csv"}, guard=guard
+    ... )
+    >>> print(render_tables({"after": report}))                                 # doctest: +SKIP
+
+    Raises:
+        EUAError: sets that cannot be read, a set to forget that is not there, or a model that cannot be measured.
     """
+    rows_of = read_sets(sets)
+    forget = forgotten_names(forget, rows_of)
     temperature = guard.temperature if guard else temperature
     first_tokens = guard.first_tokens if guard else first_tokens
     turns = guard.turns if guard else Turns.of(tokenizer)
@@ -70,7 +82,7 @@ def evaluate(
         settings: dict[str, Any] = {"temperature": temperature, "first_tokens": first_tokens, "batch_size": batch_size}
         return prompt_scores(model, ids, turns=turns, progress=title, **settings)
 
-    for name, rows in sets.items():
+    for name, rows in rows_of.items():
         encoded = encode_rows(rows, tokenizer, None, f"{name} rows")
         title = f"{name}: answers" if progress else None
         measures = measure_answers(model, encoded, temperature=temperature, batch_size=batch_size, progress=title)
@@ -87,13 +99,39 @@ def evaluate(
                 paraphrased = score([row["paraphrased_question"] for row in rows], f"{name}, paraphrased")
                 entry["refused_paraphrased"] = float((paraphrased > guard.threshold).float().mean())
         report["sets"][name] = entry
-    for name in sets:
+    for name in rows_of:
         if name not in forget:
             report["separation"][name] = {
                 "auroc": auroc(scores[forget[0]], scores[name]),
                 "fpr_at_95_tpr": false_positive_rate(scores[forget[0]], scores[name]),
             }
     return report, scores
+
+
+def read_sets(sets: Mapping[str, Source]) -> dict[str, list[Row]]:
+    """Name → rows of what :func:`evaluate` takes.
+
+    Raises:
+        EUAError: sets that have no names, or whose rows cannot be read.
+    """
+    if not isinstance(sets, Mapping):
+        raise EUAError(
+            f"sets is a {type(sets).__name__}, but every set of rows has a name in the report: "
+            'pass a mapping, e.g. {"forget": "forget.jsonl", "retain": "retain.jsonl"}.'
+        )
+    return {name: read_rows(rows, f"{name} set") for name, rows in sets.items()}
+
+
+def forgotten_names(forget: str | Sequence[str], sets: Mapping[str, Source]) -> tuple[str, ...]:
+    """The names of the sets to forget; a string is one name.
+
+    Raises:
+        EUAError: no name, or one that no set has.
+    """
+    names = (forget,) if isinstance(forget, str) else tuple(forget)
+    if not names or set(names) - set(sets):
+        raise EUAError(f"forget = {list(names)}, but the sets are {list(sets)}: name one or more of these to be forgotten.")
+    return names
 
 
 def render_tables(reports: Mapping[str, dict[str, Any]]) -> str:

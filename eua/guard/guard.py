@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Sequence
+import os
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from huggingface_hub import CommitInfo
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eua.data.rows import Row, encode_prompts
+from eua.data.rows import encode_prompts
+from eua.data.sources import Prompts, read_prompts
 from eua.errors import EUAError
 from eua.files import write_json
 from eua.guard.guarded_generate import GuardHandle
+from eua.guard.hub import MissingFileError, find_file, send_file
 from eua.guard.questions import Turns
 from eua.guard.scores import answer_scores, prompt_scores
 from eua.model.fingerprints import model_fingerprint, tokenizer_fingerprint
-from eua.statistics import conformal_threshold
+from eua.statistics import conformal_threshold, group_list
 
 GUARD_FILE = "energy_guard.json"
 DEFAULT_REFUSAL = "I cannot help with that question."
@@ -95,12 +100,12 @@ class EnergyGuard:
         cls,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[Row | str],
+        prompts: Prompts,
         *,
-        groups: Sequence[Hashable] | None = None,
+        groups: Iterable[Hashable] | None = None,
         tolerance: float = 0.05,
         confidence: float | None = None,
-        seen: Sequence[Row | str] | None = None,
+        seen: Prompts | None = None,
         first_tokens: int = 0,
         probe_window: int = 0,
         probe_tokens: int = 64,
@@ -114,14 +119,16 @@ class EnergyGuard:
         Args:
             model: the model that will be deployed, after quantization. The guarantee holds for it alone.
             tokenizer: its tokenizer, with the chat template that will be used.
-            prompts: retained prompts that unlearning has not seen: questions, or rows of :mod:`eua.data.rows`. At 5 % at
-                least 19 are needed. With chats of several turns or system prompts among them, context counts from then on.
-            groups: whom or what each prompt is about. Several prompts about one person resemble each other; with their groups
-                named, the promise holds for people, not just for prompts, that are new. At 5 % at least 19 are needed.
+            prompts: retained prompts that unlearning has not seen: a file, the name of a data set or any other source of
+                :mod:`eua.data.sources`, or a list of questions and rows. At 5 % at least 19 are needed. With chats of several
+                turns or system prompts among them, context counts from then on.
+            groups: whom or what each prompt is about, one entry for each prompt. Several prompts about one person resemble each
+                other; with their groups named, the promise holds for people, not just for prompts, that are new. At 5 % at
+                least 19 are needed.
             tolerance: ε, the tolerated rate of false refusals.
             confidence: 1 − δ. The rate is at most ε on average over calibration sets; with a confidence, of this one too,
                 but for a chance of δ. At ε = δ = 5 % that takes 59 prompts, or groups.
-            seen: prompts, or rows, that unlearning was trained on; none of them may be among ``prompts``.
+            seen: what unlearning was trained on, from the same sources; none of it may be among ``prompts``.
             first_tokens: how many generated tokens the score takes in. More of them tell forgotten prompts from retained ones
                 better; a refusal then takes as many steps longer, and streams hold back so many tokens. They are generated
                 greedily here, so the promise is for greedy generation.
@@ -134,15 +141,22 @@ class EnergyGuard:
             progress: show a progress bar.
 
         Raises:
-            EUAError: too few prompts, prompts that were trained on, a model or tokenizer that cannot be guarded, or NaN in
-                hidden states.
+            EUAError: prompts that cannot be read, too few of them, prompts that were trained on, groups that are not one for
+                each prompt, a model or tokenizer that cannot be guarded, or NaN in hidden states.
+
+        >>> guard = EnergyGuard.calibrate(                                     # doctest: +SKIP
+        ...     model, tokenizer, "held_out.jsonl", seen="retain.jsonl"
+        ... )
+        >>> guard.save_pretrained("unlearned")                                 # doctest: +SKIP
         """
         _check_settings(temperature, first_tokens, probe_window, probe_tokens)
-        if not prompts:
+        if isinstance(prompts, (list, tuple)) and not prompts:
             raise EUAError("There are no calibration prompts: give held-out prompts that must be answered, 19 or more at 5 %.")
         refusal_ids, stop_ids = _refusal_ids(refusal_text, tokenizer)
-        ids = encode_prompts(prompts, tokenizer, "calibration prompts")
-        _check_unseen(ids, encode_prompts(seen or [], tokenizer, "seen prompts"))
+        ids = encode_prompts(read_prompts(prompts, "calibration prompts"), tokenizer, "calibration prompts")
+        groups = None if groups is None else group_list(groups, len(ids))
+        if seen is not None and not (isinstance(seen, (list, tuple)) and not seen):
+            _check_unseen(ids, encode_prompts(read_prompts(seen, "seen prompts"), tokenizer, "seen prompts"))
         turns = Turns.of(tokenizer)
         turns = turns and turns.for_prompts(ids)
         settings: dict[str, Any] = {"temperature": temperature, "batch_size": batch_size}
@@ -192,12 +206,21 @@ class EnergyGuard:
         return replace(self, refusal_text=text, refusal_ids=refusal_ids, stop_ids=stop_ids)
 
     def score(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Row | str], batch_size: int = 32
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, batch_size: int = 32
     ) -> Tensor:
         """The score of each prompt, (P,) float32, in nats; those above ``threshold`` would be refused.
 
+        >>> guard.score(model, tokenizer, "Where was Ann born?") > guard.threshold     # doctest: +SKIP
+        tensor([True])
+
+        Args:
+            model, tokenizer: what the guard was calibrated for.
+            prompts: one question, or a list of questions and rows; a ``Path`` or any other source of :mod:`eua.data.sources`
+                gives the prompts of its rows.
+            batch_size: prompts per forward.
+
         Raises:
-            EUAError: see :meth:`check`.
+            EUAError: prompts that cannot be read, or another model or tokenizer, see :meth:`check`.
         """
         self.check(model, tokenizer)
         return self.score_ids(model, encode_prompts(prompts, tokenizer), batch_size, check=True)
@@ -229,16 +252,86 @@ class EnergyGuard:
         """Write ``energy_guard.json`` into ``folder``, usually the model's."""
         write_json(Path(folder) / GUARD_FILE, asdict(self) | {"promise": self.promise})
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> EnergyGuard:
-        """Read what :meth:`save_pretrained` wrote.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Upload ``energy_guard.json``, and nothing else, to a repository on the Hugging Face Hub, usually the model's.
+
+        >>> guard.push_to_hub("org/model-unlearned")                           # doctest: +SKIP
+        >>> EnergyGuard.from_pretrained("org/model-unlearned") == guard        # doctest: +SKIP
+        True
+
+        Args:
+            repo_id: the repository; it is created where there is none.
+            revision: a branch to commit to; it is created where there is none.
+            commit_message: of the commit (default: "Upload energy_guard.json").
+            private: whether a repository that is created is private.
+            token: of the hub; the one of ``hf auth login`` when left out.
+            create_pr: open a pull request in place of a commit.
+
+        Returns:
+            What the hub says of the commit, e.g. its ``commit_url``.
 
         Raises:
-            EUAError: no guard in ``folder``, or a file that is not one.
+            EUAError: a name that no repository can have, or an upload that the hub does not accept.
         """
-        path = Path(folder) / GUARD_FILE
-        if not path.is_file():
-            raise EUAError(f"{folder} holds no {GUARD_FILE}: calibrate a guard for this model first (`eua calibrate`).")
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return send_file(
+                Path(folder) / GUARD_FILE,
+                repo_id,
+                revision=revision,
+                commit_message=commit_message or f"Upload {GUARD_FILE}",
+                private=private,
+                token=token,
+                create_pr=create_pr,
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        subfolder: str = "",
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> EnergyGuard:
+        """Read what :meth:`save_pretrained` wrote or :meth:`push_to_hub` uploaded.
+
+        >>> guard = EnergyGuard.from_pretrained("org/model-unlearned")          # doctest: +SKIP
+
+        Args:
+            pretrained_model_name_or_path: a folder or, where there is none of that name, a repository on the Hugging Face Hub.
+                A ``Path`` is a folder only.
+            revision, subfolder, token, cache_dir, force_download, local_files_only: as in transformers; of a folder,
+                ``subfolder`` alone counts.
+
+        Raises:
+            EUAError: no such folder or repository, no guard in it, a hub that cannot be reached, or a file that is not a guard.
+        """
+        try:
+            path = find_file(
+                pretrained_model_name_or_path,
+                GUARD_FILE,
+                revision=revision,
+                subfolder=subfolder,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+            )
+        except MissingFileError as error:
+            raise MissingFileError(f"{error}: calibrate a guard for this model first (`eua calibrate`).") from error
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             content.pop("promise", None)
@@ -270,6 +363,33 @@ class EnergyGuard:
             "This holds for the model, chat template and quantization that were calibrated, and says nothing of the share of "
             "forgotten prompts that is refused, which has to be measured."
         )
+
+
+def find_guard(
+    model: str | os.PathLike[str], guard: str | os.PathLike[str] | None = None, **options: Any
+) -> EnergyGuard | None:
+    """The guard that a command should use for a model: the one named, else the model's own, else None.
+
+    None means that the model is known to have no guard: its folder, its repository or, offline, what was downloaded of that
+    repository holds none. Where that cannot be known, it is an error, so that no model answers unguarded because of a bad
+    connection.
+
+    >>> find_guard("org/model-unlearned", revision="v2")                        # doctest: +SKIP
+
+    Args:
+        model: the model's folder or name on the hub.
+        guard: folder or name on the hub of another guard, which then has to be there.
+        options: ``revision`` and others of :meth:`EnergyGuard.from_pretrained`, for the place that is looked in.
+
+    Raises:
+        EUAError: ``guard`` without a guard, a file that is not a guard, no such repository, or a hub that cannot be reached.
+    """
+    if guard is not None:
+        return EnergyGuard.from_pretrained(guard, **options)
+    try:
+        return EnergyGuard.from_pretrained(model, **options)
+    except MissingFileError:
+        return None
 
 
 def _check_unseen(prompts: Sequence[Sequence[int]], seen: Sequence[Sequence[int]]) -> None:

@@ -15,14 +15,15 @@ from eua.errors import EUAError
 def load_model(name: str, dtype: Any = "auto", *, place: bool = True) -> tuple[Any, Any]:
     """Model and tokenizer of a folder or hub name, in eval mode, with ``place`` on the fastest device there is.
 
-    The tokenizer is loaded first: it is small, and a name that is wrong fails at once.
+    The tokenizer is loaded first: it is small, and a name that is wrong fails at once. Weights are read from safetensors only,
+    since other formats can be pickles.
 
     Raises:
         EUAError: when nothing of that name can be loaded as a causal language model.
     """
     tokenizer = load_tokenizer(name)
     with _explained(name):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)  # no pickles
     if place and torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     return model.eval(), tokenizer
@@ -44,4 +45,7 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise EUAError(f"{name!r} cannot be loaded as a causal language model ({reason}): check the path or name.") from error
+        raise EUAError(
+            f"{name!r} cannot be loaded as a causal language model ({reason}): check the path or name. Its weights must be "
+            "safetensors."
+        ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from transformers.utils import logging
 
 from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset
 from eua.data.pairing import PairedSampler
-from eua.data.rows import IGNORE_INDEX, Row, encode_rows, read_rows
+from eua.data.rows import IGNORE_INDEX, encode_rows
+from eua.data.sources import Source
 from eua.distributed import is_sharded
 from eua.errors import EUAError
 from eua.methods.d2 import d2_loss, loss_means, loss_sums, scheduled_gamma
@@ -70,9 +71,10 @@ class EUATrainer(CheckpointingTrainer):
     Args:
         model: a causal language model, or the name or path of one.
         args: :class:`EUAConfig`.
-        forget_dataset, retain_dataset: a JSONL path, a ``datasets.Dataset`` or a list of rows, see :mod:`eua.data.rows`.
-        eval_forget_dataset, eval_retain_dataset: rows held out from training, in the same formats, for :meth:`evaluate`, which
-            ``eval_strategy="steps"`` or ``"epoch"`` calls during training.
+        forget_dataset, retain_dataset: rows of :mod:`eua.data.rows`, from any source of :mod:`eua.data.sources`: a file, the
+            name of a data set on the hub, a ``datasets.Dataset``, a ``DataFrame`` or a list.
+        eval_forget_dataset, eval_retain_dataset: rows held out from training, from the same sources, for :meth:`evaluate`,
+            which ``eval_strategy="steps"`` or ``"epoch"`` calls during training.
         ref_model: the model before unlearning, or its name or path. It stays in memory: boundaries are then computed from it at
             every step, not beforehand, and ``retain_loss="kl"`` compares the model in training with it.
         processing_class: the model's tokenizer; loaded from the model's folder if None.
@@ -90,10 +92,10 @@ class EUATrainer(CheckpointingTrainer):
         model: str | PreTrainedModel,
         args: EUAConfig,
         *,
-        forget_dataset: str | Path | Iterable[Row],
-        retain_dataset: str | Path | Iterable[Row],
-        eval_forget_dataset: str | Path | Iterable[Row] | None = None,
-        eval_retain_dataset: str | Path | Iterable[Row] | None = None,
+        forget_dataset: Source,
+        retain_dataset: Source,
+        eval_forget_dataset: Source | None = None,
+        eval_retain_dataset: Source | None = None,
         ref_model: str | PreTrainedModel | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
@@ -107,7 +109,7 @@ class EUATrainer(CheckpointingTrainer):
         if eval_forget_dataset is not None and eval_retain_dataset is not None:
             sets |= {"eval_forget": eval_forget_dataset, "eval_retain": eval_retain_dataset}
         rows = {  # before a model is loaded, which may take minutes
-            kind: encode_rows(read_rows(dataset, name), processing_class, args.max_length, name, args.assistant_turns)
+            kind: encode_rows(dataset, processing_class, args.max_length, name, args.assistant_turns)
             for kind, dataset in sets.items()
             for name in [f"{kind.replace('_', ' ')} set"]
         }

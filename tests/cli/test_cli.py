@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -309,7 +310,7 @@ def test_the_overview_names_every_command(argv, capsys):
 
 def test_version(capsys):
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out.startswith(f"eua {eua.__version__} (torch {torch.__version__}, ")
+    assert capsys.readouterr().out.startswith(f"eua {eua.__version__} (torch {version('torch')}, ")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -11,7 +11,8 @@ import torch
 from eua import EUAError
 from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset, pad_rows
 from eua.data.pairing import PairedSampler
-from eua.data.rows import EncodedRow, encode_prompts, encode_rows, read_rows
+from eua.data.rows import EncodedRow, encode_prompts, encode_rows
+from eua.data.sources import read_rows
 from eua.files import write_jsonl
 
 CHAT_TEMPLATE = """
@@ -82,7 +83,8 @@ def test_long_answers_are_cut_and_counted(tokenizer, caplog):
         ([{"question": "Who? " * 40, "answer": "I."}], "max_length = 32 cuts its answer away"),
         ([{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}], "no chat template"),
         ([{"question": 5, "answer": "I."}], 'has 5 as its "question", which must be a text'),
-        ([{"messages": None}], 'has None as its "messages", which must be a list of'),
+        ([{"messages": None}], r"has the keys \[\], which are no known format"),
+        ([{"messages": "Hi"}], "has 'Hi' as its \"messages\", which must be a list of"),
         ([{"messages": ["x"]}], 'which must be a list of {"role", "content"} messages'),
         ([{"prompt": "a", "completion": ["b"]}], 'as its "completion", which must be a text'),
         (["Who?"], "Row 0 of the forget set is a str, not a mapping"),

@@ -18,7 +18,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from eua import EnergyGuard, EUAError
-from eua.cli import main
+from eua.cli.main import main
 from eua.data.rows import encode_prompts, encode_rows
 from eua.evaluation import measure_answers, page
 from eua.evaluation.page import page_data, render_page, rows_to_show, write_page

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from eua import EnergyGuard, EUAError
-from eua.data.rows import EncodedRow, encode_rows, read_rows
+from eua.data.rows import EncodedRow, encode_rows
+from eua.data.sources import read_rows
 from eua.evaluation import evaluate, measure_answers, render_tables, truth_ratios
 from eua.evaluation.pictures import energy_histograms
 from tests.guard.test_guarded_generate import CHAT, messages

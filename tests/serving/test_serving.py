@@ -36,7 +36,7 @@ from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eua import EnergyGuard, EUAError
-from eua.cli import main
+from eua.cli.main import main
 from eua.data.rows import encode_prompts
 from eua.guard.guard import DEFAULT_REFUSAL
 from eua.guard.guarded_generate import GuardHandle
