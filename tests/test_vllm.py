@@ -232,7 +232,7 @@ def test_the_guard_is_read_from_the_models_folder_or_from_the_one_named(vllm, fo
     other = tmp_path / "other"
     other.mkdir()
     with pytest.raises(
-        EUAError, match=r"other, and there is no guard .*other holds no energy_guard\.json.*eua calibrate.*EUA_GUARD"
+        EUAError, match=r"other, and there is no guard .*other contains no energy_guard\.json.*eua calibrate.*EUA_GUARD"
     ):
         vllm.EnergyGuardProcessor(config_of(other), torch.device("cpu"), False)
     monkeypatch.setenv("EUA_GUARD", str(folder))

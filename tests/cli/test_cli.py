@@ -215,7 +215,7 @@ MISSING = ["--forget", "none.jsonl", "--retain", "none.jsonl"]
         (["calibrate", "--model", "{tiny}", "--prompts", "{data}/retain.jsonl", "--group-by", "city"], "no 'city' to group by"),
         (["calibrate", "--model", "{tiny}", "--prompts", "{data}/retain.jsonl", "--group-by", "person"], "add 9 more"),
         (["calibrate", "--model", "{tiny}", "--prompts", "{data}/retain.jsonl", "--tolerance", "2"], "tolerance = 2.0"),
-        (["ask", "--model", "{tiny}", "Who?"], "holds no energy_guard.json: calibrate a guard for this model first"),
+        (["ask", "--model", "{tiny}", "Who?"], "contains no energy_guard.json: calibrate a guard for this model first"),
         (["calibrate", "--model", "org/name", "--prompts", "{data}/retain.jsonl"], "pass --output"),
         (["unlearn", "--model", "{tiny}", *ROWS, "--output", "{data}", "--resume"], "no interrupted run to resume"),
         (["evaluate", "--model", "{tiny}", *ROWS, "--also", "forget={data}/test.jsonl"], "gives a second set this name"),
