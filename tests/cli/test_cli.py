@@ -283,7 +283,7 @@ def test_rows_are_checked_before_a_model_is_loaded(tiny_folder, data, tmp_path, 
     write_jsonl(tmp_path / "bad.jsonl", [{"frage": "Wer?"}])
     command = unlearn_command(tiny_folder, data, tmp_path / "new", "--forget", str(tmp_path / "bad.jsonl"))
     assert main(command) == 2
-    assert "Row 0 of the forget set has the keys ['frage'], which are no known format" in capsys.readouterr().err
+    assert "Row 0 of the forget set has the keys ['frage'], which are not a known format" in capsys.readouterr().err
 
 
 def test_every_field_of_the_config_is_an_option(capsys):

@@ -244,7 +244,7 @@ def test_what_cannot_be_guarded_raises(known, tokenizer, questions, guard):
         guard.attach(known.model)
 
 
-# ---- what the promise covers ------------------------------------------------------------------------------------------
+# ---- what the promise covers ----------------------------------------------------------------------------------------
 
 
 def test_a_guard_is_for_the_weights_it_was_calibrated_for(known, tokenizer, questions, guard, tmp_path):

@@ -334,7 +334,7 @@ def test_a_guard_is_for_the_adapters_that_act(known, tokenizer, questions):
             adapted.generate(**batch_of(tokenizer, questions), adapter_names=["__base__"] * len(questions))
 
 
-# ---- other users at the same time --------------------------------------------------------------------------------------
+# ---- other users at the same time -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("probes", [False, True], ids=["prompt", "probe"])
