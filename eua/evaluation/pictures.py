@@ -1,4 +1,4 @@
-"""Pictures of energies. matplotlib is imported only here."""
+"""Draws pictures of energies. matplotlib is imported only here."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def energy_histograms(
     threshold: float | None = None,
     boundaries: Mapping[str, float] | None = None,
 ) -> None:
-    """Write a PNG: one panel per model, the prompt energies of the forgotten and the retained rows in each.
+    """Write a PNG with one panel per model, which shows the prompt energies of the forgotten and the retained rows.
 
     Args:
-        path: the file to write, whole or not at all.
+        path: the file to write, completely or not at all.
         scores: panel title → {"forget": (P,), "retain": (P,)} energies in nats.
         threshold: drawn as the guard's line in the last panel.
         boundaries: label → energy, drawn as dashed lines in every panel.

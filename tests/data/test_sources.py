@@ -486,7 +486,7 @@ def test_evaluation_reads_any_source(model, tokenizer, rows, files):
     assert evaluate(model, tokenizer, sets, forget="forget")[0] == expected
     splits = datasets.DatasetDict({name: datasets.Dataset.from_list(rows[name]) for name in ("forget", "retain")})
     assert evaluate(model, tokenizer, splits)[0] == expected
-    with pytest.raises(EUAError, match=r"sets is a str, but every set of rows has a name .*pass a mapping"):
+    with pytest.raises(EUAError, match=r"sets is a str, but every set of rows needs a name: pass a mapping"):
         evaluate(model, tokenizer, files["forget"])
     with pytest.raises(EUAError, match=r"forget = \['other'\], but the sets are \['forget'\]"):
         evaluate(model, tokenizer, {"forget": files["forget"]}, forget="other")
@@ -511,7 +511,7 @@ def test_measures_read_any_source_or_say_what_they_take(model, tokenizer, rows, 
     with pytest.raises(EUAError, match=r"Row 0 has the keys \['perturbed_answer'\], but a truth ratio needs"):
         truth_ratios(model, tokenizer, [{"perturbed_answer": ["Nobody."]}])
     for wrong in ("perturbed.jsonl", Path("perturbed.jsonl"), perturbed):
-        with pytest.raises(EUAError, match=r"measure_answers\(\) was given .* is not an encoded row, .*pass encode_rows"):
+        with pytest.raises(EUAError, match=r"measure_answers\(\) got .* is not an encoded row, .*pass encode_rows"):
             measure_answers(model, wrong)
 
 
