@@ -233,7 +233,7 @@ class _Rule:
         if max(self.refusal) >= self.vocabulary:
             raise EUAError(
                 f"The refusal of the guard of {place} has token {max(self.refusal)}, but the model has {self.vocabulary} "
-                f"tokens, so the guard is for another model: calibrate one for this model, or set {GUARD_VARIABLE} to its folder."
+                f"tokens, so the guard is for another model: calibrate one for this, or set {GUARD_VARIABLE} to its folder."
             )
         self._refusal_on_device = torch.tensor(self.refusal, device=device)
 

@@ -22,7 +22,7 @@ def commit_of(branch: str) -> str:
 
 
 class Hub:
-    """``files``: repository → branch → path → content. Reading private repositories and writing to any repository takes TOKEN."""
+    """``files``: repository → branch → path → content. Reading private repositories and writing to any one takes TOKEN."""
 
     def __init__(self) -> None:
         self.files: dict[str, dict[str, dict[str, bytes]]] = {}

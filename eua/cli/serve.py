@@ -11,7 +11,7 @@ from eua.errors import EUAError
 def main(argv: Sequence[str]) -> None:
     parser = Parser(
         "serve",
-        "Serves OpenAI's chat endpoint, /v1/chat/completions. There is no authentication: put a proxy in front if others use it.",
+        "Serves OpenAI's chat endpoint, /v1/chat/completions. There is no authentication: other users need a proxy before it.",
         ("eua serve --model unlearned", "eua serve --model unlearned --port 0 --max-batch 1"),
     )
     add_model(parser)

@@ -55,7 +55,7 @@ def energy_histograms(
         axes[-1].axvline(threshold, color="black", linewidth=1.5, label=f"threshold ({threshold:.2f}): refused beyond")
     for axis in axes:
         axis.legend(fontsize=7, frameon=False)
-    axes[-1].set_xlabel("energy at the last prompt token, nats (low: the model holds an answer)")
+    axes[-1].set_xlabel("energy at the last prompt token, nats (low: the model knows an answer)")
     axes[-1].set_xlim(low, high)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
