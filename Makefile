@@ -1,10 +1,10 @@
-# Each target does all of its own set-up, in a local virtual environment. Needs Python 3.11 or newer and nothing else.
+# Each target sets up everything it needs in a local virtual environment. The only requirement is Python 3.11 or newer.
 PYTHON ?= python3
 VENV ?= .venv
 READY := $(VENV)/.ready
 LOWEST := $(VENV)-lowest
-# What has to work with the lowest versions: rows, training, calibration, guarded generate, the command line. Runs that are killed
-# take long and are not among them.
+# What must work with the lowest versions: rows, training, calibration, guarded generate, the command line. Tests that interrupt
+# runs are left out because they take long.
 LOWEST_TESTS := tests/data tests/methods tests/training/test_trainer.py tests/training/test_model_card.py tests/cli \
 	tests/guard/test_guard.py tests/evaluation/test_report.py tests/test_package.py -k 'not interrupted'
 PACKAGE := build/package
@@ -14,17 +14,17 @@ PACKAGE := build/package
 demo: $(READY)  ## a model learns, forgets and refuses; results in demo-output
 	$(VENV)/bin/eua demo --output demo-output --cache .cache --overwrite
 
-test: $(READY)  ## three processes: Triton either compiles kernels or interprets them
+test: $(READY)  ## in three processes, because Triton either compiles kernels or interprets them
 	$(VENV)/bin/python -m pytest --ignore tests/fused_energy/test_triton_compiled.py
 ifeq ($(shell uname),Linux)
 	$(VENV)/bin/python -m pytest tests/fused_energy/test_triton_compiled.py
 	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/fused_energy/test_triton.py
 endif
 
-test-lowest: $(LOWEST)/.ready  ## part of the suite with the lowest versions that pyproject.toml allows
+test-lowest: $(LOWEST)/.ready  ## a part of the suite, with the lowest versions that pyproject.toml allows
 	$(LOWEST)/bin/python -m pytest $(LOWEST_TESTS)
 
-test-package: $(READY)  ## sdist and wheel, installed and used as a user does
+test-package: $(READY)  ## sdist and wheel, installed and used as by a user
 	rm -rf $(PACKAGE)
 	$(VENV)/bin/python -m build --outdir $(PACKAGE)
 	$(call environment,$(PACKAGE)/venv,constraints.txt,"$$(echo $(PACKAGE)/*.whl)[test]" mypy)
@@ -54,8 +54,8 @@ $(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
 	$(call environment,$(LOWEST),constraints-lowest.txt,--editable '.[test]')
 	touch $@
 
-# $(call environment,FOLDER,CONSTRAINTS,WHAT): a virtual environment with WHAT in it. On Linux torch brings gigabytes of CUDA along;
-# where no GPU is, its CPU build is asked for first, without dependencies: only torch comes from that index.
+# $(call environment,FOLDER,CONSTRAINTS,WHAT): a virtual environment with WHAT in it. On Linux, torch comes with gigabytes of CUDA.
+# Without a GPU, its CPU build is tried first, without dependencies, so only torch comes from that index.
 PIP := -m pip install --quiet --disable-pip-version-check
 define environment
 $(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'

@@ -1,6 +1,6 @@
-"""Make a language model forget what it must not know, and refuse, coherently, when asked for it.
+"""Make a language model forget what it must not know, and refuse coherently when asked for it.
 
-Names are imported when they are first used: ``import eua`` loads neither torch nor transformers.
+Names are imported on first use: ``import eua`` loads neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# At import it reports as a failure that an optional kernel is missing, which nothing here uses.
+# At import it logs an error about a missing optional kernel, which nothing here uses.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _MODULES = {

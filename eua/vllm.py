@@ -1,15 +1,14 @@
 """The guard inside vLLM: ``vllm serve MODEL --logits-processors eua.vllm:EnergyGuardProcessor``.
 
-The processor reads ``energy_guard.json`` from the folder or the repository on the hub that ``EUA_GUARD`` names, else from the
-model's, and without one vLLM does not start. Written against the sources of vLLM 0.24.0, 0.27.1, 0.30.0, 0.31.0, 0.32.0 and
-0.33.0. These have two model runners, and from 0.31 on each has an interface of its own for logits processors, so that vLLM is
-handed one class for both.
+The processor reads ``energy_guard.json`` from the folder or hub repository that ``EUA_GUARD`` names, else from the model's.
+Without a guard, vLLM does not start. The code follows the sources of vLLM 0.24.0, 0.27.1, 0.30.0, 0.31.0, 0.32.0 and 0.33.0.
+These have two model runners. From 0.31 on, each runner has its own interface for logits processors, so one class serves both.
 
-Rows of logits reach a processor as the model's final logits: scaled, soft-capped, cut to the ``vocab_size`` of its config, as
-float32. What changes them before the processor (logit bias, allowed tokens, bad words, minimal length, a grammar, and in the
-second runner penalties) would change the score, and what shows or steers answers past it (logprobs, beam search, a thinking
-budget) would go around the refusal: requests that ask for these are refused by :meth:`EnergyGuardProcessor.validate_params`.
-Temperature, top-k, top-p, min-p, presence and frequency penalties change neither.
+A processor gets rows of the model's final logits: scaled, soft-capped, cut to the ``vocab_size`` of its config, as float32.
+Settings that change them before the processor (logit bias, allowed tokens, bad words, minimal length, a grammar, and in the
+second runner penalties) would change the score. Settings that show or steer answers independently of the processor (logprobs,
+beam search, a thinking budget) would bypass the refusal. :meth:`EnergyGuardProcessor.validate_params` rejects requests with
+such settings. Temperature, top-k, top-p, min-p, presence and frequency penalties affect neither the score nor the refusal.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from eua.guard.guard import EnergyGuard
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondInterface
-except ImportError:  # before vLLM 0.31 the second runner took no processors, and vLLM used the first for a model with one
+except ImportError:  # before 0.31 the second runner took no processors, and vLLM used the first runner for a model with one
     SecondInterface = object
 
 GUARD_VARIABLE = "EUA_GUARD"
-# Fields of SamplingParams under which the guard would not see the model's logits, or not decide what is answered, with the
-# values that leave it alone. Some versions lack some of them.
+# Fields of SamplingParams with which the guard would not see the model's logits or not control the answer, and their harmless
+# values. Some versions lack some of these fields.
 CHANGE_THE_SCORE: dict[str, tuple[Any, ...]] = {
     "logit_bias": (None, {}),
     "allowed_token_ids": (None, []),
@@ -54,10 +53,10 @@ GO_AROUND: dict[str, tuple[Any, ...]] = {
 
 
 class EnergyGuardProcessor(FirstInterface, SecondInterface):
-    """What vLLM loads by its class path; called, it becomes the processor of the runner that calls it.
+    """The class that vLLM loads by its path. A call returns the processor for the runner that calls it.
 
     Raises:
-        EUAError: no guard to read, a guard of another vocabulary, or speculative decoding.
+        EUAError: if no guard can be read, if it belongs to another vocabulary, or with speculative decoding.
     """
 
     def __new__(cls, vllm_config: Any, *place: Any) -> Any:
@@ -66,24 +65,24 @@ class EnergyGuardProcessor(FirstInterface, SecondInterface):
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Raise :class:`EUAError`, which vLLM's server answers with status 400, for requests the guard would not cover."""
+        """Raise :class:`EUAError`, which vLLM's server turns into status 400, for requests that the guard would not cover."""
         for fields, why in (
-            (CHANGE_THE_SCORE, "it changes logits before the guard scores the prompt"),
-            (GO_AROUND, "it shows or steers answers past the guard"),
+            (CHANGE_THE_SCORE, "this changes logits before the guard scores the prompt"),
+            (GO_AROUND, "this shows or steers answers without the guard"),
         ):
             for name, harmless in fields.items():
                 value = getattr(sampling_params, name, harmless[0])
                 if value not in harmless:
                     raise EUAError(
-                        f"The request sets {name} = {value!r}, and this server guards its answers; {why}: leave it at "
-                        f"{harmless[0]!r}. (Beam search sets logprobs; what the model's generation_config.json sets, the "
-                        "server's --override-generation-config takes back.)"
+                        f"The request sets {name} = {value!r}, but this server guards its answers, and {why}: leave it at "
+                        f"{harmless[0]!r}. (Beam search sets logprobs. If the model's generation_config.json sets the field, "
+                        "undo that with the server's --override-generation-config.)"
                     )
 
 
 @dataclass
 class _Request:
-    """A row of the first runner's batch. ``refused`` is final once there is output."""
+    """A row in the first runner's batch. ``refused`` is final as soon as there is output."""
 
     prompt_ids: list[int] | None
     output_ids: list[int]  # vLLM's own list, which grows
@@ -95,21 +94,21 @@ class _Request:
 
 
 class FirstRunnerGuard(FirstInterface):
-    """For the runner whose batch is a list of rows (``vllm/v1/worker/gpu_model_runner.py``).
+    """The processor for the runner whose batch is a list of rows (``vllm/v1/worker/gpu_model_runner.py``).
 
-    A row is scored whenever its request has no output yet, since the runner also gives logits, which it throws away, of a
-    prompt that is not all read: the last such score is the prompt's. Requests that are paused leave the batch and come back
-    with their output; :meth:`_resume` says what becomes of them.
+    A row is scored as long as its request has no output. The runner also computes logits, which it drops, for a prompt that is
+    only partly read, so the last such score is the prompt's. Paused requests leave the batch and come back with their output;
+    :meth:`_resume` decides about them.
     """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self.rule = _Rule(vllm_config, device)
         self.requests: dict[int, _Request] = {}
-        # Paused with an answer that so far might be the refusal as well.
+        # Paused requests whose answer so far could also be the beginning of the refusal.
         self.paused: deque[_Request] = deque(maxlen=2 * vllm_config.scheduler_config.max_num_seqs)
 
     def is_argmax_invariant(self) -> bool:
-        return False  # those that say True are run after the temperature, and never for greedy rows
+        return False  # True would mean: after the temperature, and never for greedy rows
 
     def update_state(self, batch_update: Any) -> None:
         if batch_update is None:
@@ -137,10 +136,10 @@ class FirstRunnerGuard(FirstInterface):
                 request.refused = self._resume(request)
 
     def _resume(self, request: _Request) -> bool:
-        """Whether a request that comes with output was refused: its output tells, and where it does not, memory.
+        """Whether a request that comes with output was refused, as its output shows or, if that is unclear, as was remembered.
 
-        An answer may begin as the refusal does. Those that left so are remembered by the prompt they have, which stays one
-        object as long as the request lives; what is not remembered counts as refused.
+        An answer may begin like the refusal. Such paused requests are remembered by their prompt, which stays the same object
+        as long as the request exists. A request that is not remembered counts as refused.
         """
         if not self.rule.may_be_refusal(request.output_ids):
             return False
@@ -162,11 +161,11 @@ class FirstRunnerGuard(FirstInterface):
 
 
 class SecondRunnerGuard(SecondInterface):
-    """For "Model Runner V2" (``vllm/v1/worker/gpu/model_runner.py``): requests keep a slot, and nothing waits for the device.
+    """The processor for "Model Runner V2" (``vllm/v1/worker/gpu/model_runner.py``). Requests keep their slots.
 
-    A slot counts as refused until the last token of its prompt has been scored. A request that was preempted comes back with
-    its output and in any slot: it goes on with the refusal if its output so far is the beginning of one, which an answer that
-    begins as the refusal does cannot be told from.
+    A slot counts as refused until the last token of its prompt has been scored. A preempted request comes back with its output
+    in any slot. It continues with the refusal if its output so far is the beginning of one, even if it is an answer that
+    begins like the refusal. Nothing here waits for the device.
     """
 
     def __init__(self, vllm_config: Any, req_states: Any) -> None:
@@ -192,7 +191,7 @@ class SecondRunnerGuard(SecondInterface):
         self.added.clear()
 
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
-        """(R, V) → (R, V), in place. One row per request of the batch, since there are no drafts."""
+        """(R, V) → (R, V), in place. One row per request in the batch, since there are no drafts."""
         self.rule.check_vocabulary(logits)
         slots = ctx.expanded_idx_mapping.long()
         lengths = ctx.seq_lens_upper_bound_np[: len(ctx.idx_mapping_np)]  # exact without drafts; may be padded
@@ -208,64 +207,64 @@ class SecondRunnerGuard(SecondInterface):
 
 
 class _Rule:
-    """The guard of the model vLLM was started with: which rows of logits to refuse, and what to write into these."""
+    """The guard of the model that vLLM serves: which rows of logits to refuse, and what to write into them."""
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         if vllm_config.speculative_config is not None:
             raise EUAError(
-                "vLLM was started with speculative decoding, whose drafts have rows of logits the guard does not follow: "
-                "leave out --speculative-config."
+                "vLLM was started with speculative decoding, but the guard cannot follow the logits of drafts: leave out "
+                "--speculative-config."
             )
         model = vllm_config.model_config
         guard, place = _read_guard(model.model, model.revision)
         if guard.first_tokens:
             raise EUAError(
-                f"The guard of {place} waits for the first {guard.first_tokens} generated tokens, which vLLM has shown by "
-                "then: calibrate one with first_tokens = 0."
+                f"The guard of {place} reads the first {guard.first_tokens} generated tokens, but vLLM shows them before the "
+                "guard can decide: calibrate one with first_tokens = 0."
             )
         if guard.probe_threshold is not None:
             raise EUAError(
-                f"The guard of {place} has a probe, and this processor decides at the prompt's last token only, so it would "
-                "stop no answer midway: calibrate one without a probe."
+                f"The guard of {place} has a probe, but this processor decides only at the prompt's last token and cannot stop "
+                "an answer midway: calibrate one without a probe."
             )
         self.threshold, self.temperature = guard.threshold, guard.temperature
         self.refusal = guard.refusal_ids
         self.vocabulary = model.get_vocab_size()
         if max(self.refusal) >= self.vocabulary:
             raise EUAError(
-                f"The refusal of the guard of {place} has token {max(self.refusal)}, and the model {self.vocabulary} tokens, "
-                f"so it was calibrated for another model: calibrate one for this, or name its folder with {GUARD_VARIABLE}."
+                f"The refusal of the guard of {place} has token {max(self.refusal)}, but the model has {self.vocabulary} "
+                f"tokens, so the guard is for another model: calibrate one for this, or set {GUARD_VARIABLE} to its folder."
             )
         self._refusal_on_device = torch.tensor(self.refusal, device=device)
 
     def check_vocabulary(self, logits: Tensor) -> None:
-        """Raise where logits have another width than those the threshold was calibrated on."""
+        """Raise if logits have another width than in the calibration."""
         if logits.shape[1] != self.vocabulary:
             raise EUAError(
-                f"vLLM gives {logits.shape[1]} logits a row, and the model has {self.vocabulary} tokens, so its energies would "
-                "be over another vocabulary than the guard was calibrated on: this model is not supported."
+                f"vLLM returns {logits.shape[1]} logits per row, but the model has {self.vocabulary} tokens, so its energies "
+                "would be over another vocabulary than in the calibration: this model is not supported."
             )
 
     def refuses(self, logits: Tensor) -> Tensor:
-        """(R, V) raw logits at the last tokens of R prompts → (R,) bool; a NaN is refused."""
+        """(R, V) raw logits at the last tokens of R prompts → (R,) bool. A NaN is refused."""
         energy = -self.temperature * torch.logsumexp(logits.float() / self.temperature, dim=-1)
         return ~(energy <= self.threshold)
 
     def token(self, step: int) -> int:
-        """What is written at ``step`` of a refusal, which past its end repeats the end-of-sequence token."""
+        """The token at ``step`` of a refusal, which repeats the end-of-sequence token after its end."""
         return self.refusal[min(step, len(self.refusal) - 1)]
 
     def tokens(self, steps: Tensor) -> Tensor:
-        """:meth:`token` on the device; steps before the first are the first."""
+        """:meth:`token` on the device. Negative steps count as step 0."""
         return self._refusal_on_device[steps.clamp(0, len(self.refusal) - 1)]
 
     def may_be_refusal(self, output_ids: Sequence[int]) -> bool:
-        """Whether an output is one that a refused request has; −1 is vLLM's place for a token it does not know yet."""
+        """Whether a refused request could have this output. −1 is vLLM's placeholder for a token that it does not know yet."""
         return all(token in (-1, self.token(step)) for step, token in enumerate(output_ids))
 
 
 def _read_guard(model: str, revision: str | None) -> tuple[EnergyGuard, str]:
-    """The guard, and the name of its folder or repository: the one named in the environment, else the model's."""
+    """The guard, and the name of its folder or repository: the one that the environment names, else the model's."""
     named = os.environ.get(GUARD_VARIABLE)
     try:
         if named:
@@ -273,6 +272,6 @@ def _read_guard(model: str, revision: str | None) -> tuple[EnergyGuard, str]:
         return EnergyGuard.from_pretrained(model, revision=revision), model
     except EUAError as error:
         raise EUAError(
-            f"vLLM was started with {model}, and there is no guard to read for it: {error} The environment variable "
-            f"{GUARD_VARIABLE} may name another folder or repository that holds one."
+            f"vLLM was started with {model}, but no guard can be read for it: {error} The environment variable "
+            f"{GUARD_VARIABLE} may name another folder or repository that contains one."
         ) from error

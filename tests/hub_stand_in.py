@@ -1,6 +1,6 @@
-"""What the guard needs of the Hugging Face Hub, served from this process: repositories of small files, by the hub's protocol.
+"""A stand-in for the Hugging Face Hub in this process, which serves repositories of small files by the hub's protocol.
 
-The requests are those of ``huggingface_hub`` itself, which is not changed: it sends them to another address.
+Requests come from ``huggingface_hub`` itself, which is unchanged except that it sends them to another address.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ TOKEN = "hf_of_a_test"
 
 
 def commit_of(branch: str) -> str:
-    """The hash of a branch's last commit, which here never changes."""
+    """The hash of a branch's last commit, which never changes here."""
     return hashlib.sha1(branch.encode()).hexdigest()
 
 
 class Hub:
-    """``files``: repository → branch → path → content. Private repositories are read, and all are written, with TOKEN only."""
+    """``files``: repository → branch → path → content. Reading private repositories and writing to any one takes TOKEN."""
 
     def __init__(self) -> None:
         self.files: dict[str, dict[str, dict[str, bytes]]] = {}
@@ -79,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
             if name in self.hub.files:
                 return self._json({"url": f"{self.address}/{name}"}, status=409)
             self.hub.files[name] = {"main": {}}
-            if asked.get("private") or asked.get("visibility") == "private":  # by version of huggingface_hub
+            if asked.get("private") or asked.get("visibility") == "private":  # depends on the version of huggingface_hub
                 self.hub.private.add(name)
             return self._json({"url": f"{self.address}/{name}"})
         found = re.fullmatch(r"/api/models/(.+)/(branch|preupload|commit)/([^/?]+)(\?.*)?", self.path)

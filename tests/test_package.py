@@ -1,4 +1,4 @@
-"""What a package index, an installer and a type checker see: requirements, pins, files, links."""
+"""The package as an index, an installer and a type checker see it: requirements, pins, files, links."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 PACKAGES = ("eua", "fused_energy")
-# Imported where they are present, and explained where they are not.
+# Imported if they are installed, and explained if not.
 OPTIONAL = {"deepspeed", "triton", "vllm"}
-EXTRAS = {"serve": "eua/serving"}  # extra → the one folder that imports what it names
+EXTRAS = {"serve": "eua/serving"}  # extra → the only folder that imports its packages
 IMPORTED_AS = {"yaml": "pyyaml"}
-COMES_WITH = {"pyarrow": "datasets"}  # what is imported and not required itself, since a requirement requires it
+COMES_WITH = {"pyarrow": "datasets"}  # imported package → the requirement that installs it
 
 
 def name_of(requirement: str) -> str:
@@ -27,7 +27,7 @@ def name_of(requirement: str) -> str:
 
 
 def lower_bounds(requirements: list[str]) -> dict[str, str]:
-    """Of each requirement, which has to be of the form ``name>=version``."""
+    """Name → lowest version of requirements, which must have the form ``name>=version``."""
     parsed = [re.fullmatch(r"([\w.-]+)>=([\w.]+)", requirement) for requirement in requirements]
     assert all(parsed), requirements
     return {name_of(match[1]): match[2] for match in parsed}
@@ -39,7 +39,7 @@ def pins(file: str) -> dict[str, str]:
 
 
 def imports(folder: str) -> set[str]:
-    """Distributions that the modules in a folder import, at the top or later."""
+    """Distributions that the modules in a folder import, anywhere in their code."""
     found = set()
     for path in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -232,7 +232,7 @@ def test_the_guard_is_read_from_the_models_folder_or_from_the_one_named(vllm, fo
     other = tmp_path / "other"
     other.mkdir()
     with pytest.raises(
-        EUAError, match=r"other, and there is no guard .*other holds no energy_guard\.json.*eua calibrate.*EUA_GUARD"
+        EUAError, match=r"other, but no guard can be read .*other contains no energy_guard\.json.*eua calibrate.*EUA_GUARD"
     ):
         vllm.EnergyGuardProcessor(config_of(other), torch.device("cpu"), False)
     monkeypatch.setenv("EUA_GUARD", str(folder))
@@ -266,15 +266,15 @@ def test_what_cannot_be_guarded_does_not_start(vllm, folder, runner_class):
 
     with pytest.raises(EUAError, match=r"speculative decoding.*leave out --speculative-config"):
         start(config_of(folder, speculative_config=object()))
-    with pytest.raises(EUAError, match=r"has token 3, and the model 3 tokens.*calibrate one"):
+    with pytest.raises(EUAError, match=r"has token 3, but the model has 3 tokens.*calibrate one"):
         start(config_of(folder, vocabulary=3))
-    with pytest.raises(EUAError, match=r"gives 5 logits a row, and the model has 6 tokens"):
+    with pytest.raises(EUAError, match=r"returns 5 logits per row, but the model has 6 tokens"):
         start(config_of(folder, vocabulary=6))
     replace(guard_of(0.0), first_tokens=2).save_pretrained(folder)
-    with pytest.raises(EUAError, match="waits for the first 2 generated tokens.*calibrate one with first_tokens = 0"):
+    with pytest.raises(EUAError, match="reads the first 2 generated tokens.*calibrate one with first_tokens = 0"):
         start(config_of(folder))
     replace(guard_of(0.0), probe_window=2, probe_threshold=0.0).save_pretrained(folder)
-    with pytest.raises(EUAError, match="has a probe, and this processor decides .* calibrate one without a probe"):
+    with pytest.raises(EUAError, match="has a probe, but this processor decides .* calibrate one without a probe"):
         start(config_of(folder))
 
 

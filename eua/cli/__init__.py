@@ -1,1 +1,1 @@
-"""The command line: ``eua COMMAND``. Each command has a file with its options and what it does."""
+"""The command line: ``eua COMMAND``. Each command has a file with its options and its code."""

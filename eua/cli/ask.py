@@ -1,4 +1,4 @@
-"""``eua ask``: questions to a model in plain text."""
+"""``eua ask``: asks a model questions in plain text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from eua.cli.options import Parser, add_guard, add_model, positive
 def main(argv: Sequence[str]) -> None:
     parser = Parser(
         "ask",
-        "Prints the model's answer to each question, and the energy of the question.",
+        "Prints the model's answer to each question and the energy of the question.",
         ('eua ask --model unlearned "Where was Ann born?"', 'eua ask --model unlearned --no-guard "Where was Ann born?"'),
     )
     add_model(parser)

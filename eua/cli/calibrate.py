@@ -1,4 +1,4 @@
-"""``eua calibrate``: a guard from held-out prompts, saved with the model."""
+"""``eua calibrate``: calibrates a guard on held-out prompts and saves it with the model."""
 
 from __future__ import annotations
 
@@ -26,11 +26,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--prompts", required=True, help="retained rows that unlearning has not seen")
     groups = parser.add_mutually_exclusive_group()
     groups.add_argument(
-        "--group-by", metavar="KEY", help="rows with the same value of this key resemble each other (one person's)"
+        "--group-by", metavar="KEY", help="rows with the same value for this key form a group (e.g. of one person)"
     )
-    groups.add_argument(
-        "--group-size", type=positive(int), help="this number of consecutive rows resemble each other (TOFU: 20)"
-    )
+    groups.add_argument("--group-size", type=positive(int), help="this number of consecutive rows form a group (TOFU: 20)")
     parser.add_argument("--tolerance", type=float, default=0.05, help="tolerated rate of false refusals")
     parser.add_argument(
         "--confidence", type=float, help="probability with which this calibration keeps the tolerance (default: on average)"
@@ -38,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--seen", action="append", default=[], metavar="ROWS", help="rows that unlearning was trained on; may be repeated"
     )
-    parser.add_argument("--temperature", type=float, default=1.0, help="temperature of the energy; that of training")
+    parser.add_argument("--temperature", type=float, default=1.0, help="temperature of the energy, as in training")
     parser.add_argument(
         "--first-tokens", type=int, default=0, help="generated tokens that a score includes after the prompt's last one"
     )
@@ -86,10 +84,10 @@ def _run(arguments: argparse.Namespace) -> None:
     if groups:
         shares = group_shares(guard.score(model, tokenizer, rows), guard.threshold, groups)
         most = [f"{group} ({share:.2f})" for group, share in shares.items() if share][:5]
-        print(f"Of {len(shares)} groups, with prompts above the threshold (their share): {', '.join(most) or 'none'}")
+        print(f"Groups with prompts above the threshold (and their share), of {len(shares)}: {', '.join(most) or 'none'}")
     if forget:
         refused = (guard.score(model, tokenizer, forget) > guard.threshold).float()
-        # Forgotten rows are grouped, too, if they name their groups.
+        # Forgotten rows are grouped, too, if all of them have the key.
         has_groups = arguments.group_by is None or all(arguments.group_by in row for row in forget)
         low, high = bootstrap_interval(refused, _groups(forget, arguments) if has_groups else None)
         print(
@@ -105,6 +103,7 @@ def _groups(rows: Sequence[Any], arguments: argparse.Namespace) -> list[Any] | N
     for index, row in enumerate(rows):
         if arguments.group_by not in row:
             raise EUAError(
-                f"Row {index} of the calibration prompts has no {arguments.group_by!r} to group by: it has {sorted(row)}."
+                f"Row {index} of the calibration prompts has no {arguments.group_by!r} to group by: pass one of "
+                f"its keys {sorted(row)}."
             )
     return [row[arguments.group_by] for row in rows]

@@ -1,4 +1,4 @@
-"""``eua demo``: the whole story on a small model."""
+"""``eua demo``: trains a small model, makes it forget, and shows the result."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def main(argv: Sequence[str]) -> None:
         "--output", type=Path, default=Path("eua-demo"), help="folder for the unlearned model, figures and rows"
     )
     parser.add_argument(
-        "--cache", type=Path, default=_default_cache(), help="folder that keeps the trained model for the next run"
+        "--cache", type=Path, default=_default_cache(), help="folder in which the trained model is kept for the next run"
     )
-    parser.add_argument("--people", type=positive(int), default=200, help="how many people to make up; 100 or more")
+    parser.add_argument("--people", type=positive(int), default=200, help="number of people to make up; 100 or more")
     parser.add_argument("--target-epochs", type=positive(float), default=20, help="passes over all facts before unlearning")
     parser.add_argument("--seed", type=int, default=0, help="seed of the people, of training and of pairing")
     parser.add_argument("--overwrite", action="store_true", help="write into an output folder that is not empty")

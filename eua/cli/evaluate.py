@@ -1,4 +1,4 @@
-"""``eua evaluate``: what a model still knows and what it refuses, as tables, JSON and a picture."""
+"""``eua evaluate``: measures what a model still knows and what it refuses, as tables, JSON and a picture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eua.cli.options import Parser, add_model, add_sets, read_sets
 def main(argv: Sequence[str]) -> None:
     parser = Parser(
         "evaluate",
-        "Extraction strength, memorization, probability, truth ratio, energies and refusals, as a table and as JSON.",
+        "Measures extraction strength, memorization, probability, truth ratio, energies and refusals, as a table and as JSON.",
         (
             "eua evaluate --model unlearned --forget forget.jsonl --retain retain.jsonl",
             "eua evaluate --model unlearned --before MODEL --forget forget.jsonl --retain retain.jsonl "
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
         )
     print(render_tables(reports))
     if guard is None:
-        print("No guard was found, so no refusals were counted: run `eua calibrate` first.")
+        print("No guard was found, so refusals were not counted: run `eua calibrate` first.")
     if arguments.output:
         write_json(arguments.output / "report.json", reports)
         picked = {title: {kind: panel[kind] for kind in ("forget", "retain")} for title, panel in scores.items()}

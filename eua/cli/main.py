@@ -1,6 +1,6 @@
 """The entry point of ``eua``: finds the command, runs it, and turns errors into one line on stderr and an exit code.
 
-A command's file is imported when the command is called, so that ``eua --help`` takes no time.
+A command's file is imported only when the command is called, so ``eua --help`` is fast.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COMMANDS = {
     "ask": "ask a model, guard on",
     "serve": "serve a model over HTTP, guard on",
     "evaluate": "measure what a model still knows and what it refuses",
-    "report": "write one HTML file to look at an unlearned model",
+    "report": "write an HTML report of an unlearned model",
 }
 OVERVIEW = """\
 usage: eua COMMAND [OPTIONS]
@@ -29,11 +29,11 @@ Make a language model forget what it must not know, and refuse when asked for it
 {commands}
 
 Start with `eua demo`. `eua COMMAND --help` explains a command and shows examples; `eua --version` prints versions.
-Rows are JSONL, JSON, CSV or Parquet files, or data sets of the Hugging Face Hub, with question/answer, prompt/completion or
+Rows are JSONL, JSON, CSV or Parquet files, or data sets on the Hugging Face Hub, with question/answer, prompt/completion or
 messages."""
 
 BAD_INPUT = 2
-INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
+INTERRUPTED = 130  # the exit code that shells report for a program ended by SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:

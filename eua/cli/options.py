@@ -1,4 +1,4 @@
-"""The parser that all commands use, and the options that several of them share."""
+"""The parser of all commands, and the options that several commands share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eua.errors import EUAError, did_you_mean
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Shows defaults that say something, and leaves the examples as they are written."""
+    """Shows only useful defaults, and keeps the line breaks of the examples."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         is_stated = not action.help or "(default:" in action.help or action.default in (None, False, argparse.SUPPRESS)
@@ -23,9 +23,9 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         command: its name.
-        description: what it does, in a sentence or two.
-        examples: whole command lines.
-        usage: the line on top, where argparse's would be too long.
+        description: what it does, in one or two sentences.
+        examples: complete command lines.
+        usage: the first line of the help, if argparse's would be too long.
     """
 
     def __init__(self, command: str, description: str, examples: Sequence[str], usage: str | None = None) -> None:
@@ -73,17 +73,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_guard(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--guard", help="folder or hub name that holds the guard (default: the model's)")
+    parser.add_argument("--guard", help="folder or hub name of the guard (default: the model's)")
 
 
 def add_sets(parser: argparse.ArgumentParser) -> None:
-    """What commands that measure a model take: sets of rows, the model before unlearning, a guard."""
+    """Add the options of commands that measure a model: sets of rows, the model before unlearning, a guard."""
     parser.add_argument("--forget", required=True, help="rows that the model has forgotten")
     parser.add_argument("--retain", required=True, help="rows that the model has kept")
     for name, kind in (("--also", "rows to keep"), ("--also-forget", "forgotten rows, e.g. in other words")):
         what = f"a further set of {kind}; may be repeated"
         parser.add_argument(name, action="append", default=[], metavar="NAME=ROWS", type=_named_source, help=what)
-    parser.add_argument("--before", help="the model before unlearning, to compare with")
+    parser.add_argument("--before", help="the model before unlearning, for comparison")
     add_guard(parser)
     parser.add_argument("--batch-size", type=positive(int), default=32, help="rows in a forward pass")
 
@@ -96,13 +96,13 @@ def _named_source(text: str) -> tuple[str, str]:
 
 
 def read_sets(arguments: argparse.Namespace) -> tuple[dict[str, list[Any]], tuple[str, ...]]:
-    """The rows of what :func:`add_sets` takes, by name, and the names of the sets that are forgotten."""
+    """Read the sets of :func:`add_sets`: the rows of each set by name, and the names of the forgotten sets."""
     from eua.data.sources import read_rows
 
     sources = {"forget": arguments.forget, "retain": arguments.retain}
     for name, source in arguments.also + arguments.also_forget:
         if name in sources:
-            raise EUAError(f"--also {name}={source} gives a second set this name: choose another one.")
+            raise EUAError(f"--also {name}={source} gives this name to a second set: choose another name.")
         sources[name] = source
     forgotten = ("forget", *(name for name, _ in arguments.also_forget))
     return {name: read_rows(source, f"{name} set") for name, source in sources.items()}, forgotten

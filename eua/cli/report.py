@@ -1,4 +1,4 @@
-"""``eua report``: one HTML file to look at an unlearned model with."""
+"""``eua report``: writes an HTML report of an unlearned model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from eua.cli.options import Parser, add_model, add_sets, positive, read_sets
 def main(argv: Sequence[str]) -> None:
     parser = Parser(
         "report",
-        "Energies before and after, a threshold to drag, the worst leaks and false refusals, rows token by token. The file "
-        "holds texts of the rows; it loads nothing from elsewhere.",
+        "Shows energies before and after, a threshold to drag, the worst leaks and false refusals, and rows token by token. "
+        "The file contains texts of the rows, and loads nothing from elsewhere.",
         (
             "eua report --model unlearned --forget forget.jsonl --retain retain.jsonl",
             "eua report --model unlearned --before MODEL --forget forget.jsonl --retain retain.jsonl --output look.html",
@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
     )
     add_model(parser)
     add_sets(parser)
-    parser.add_argument("--rows", type=positive(int), default=50, help="rows of a set that are shown token by token")
+    parser.add_argument("--rows", type=positive(int), default=50, help="rows per set to show token by token")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     arguments = parser.parse_args(argv)
@@ -43,10 +43,10 @@ def main(argv: Sequence[str]) -> None:
         forget=forgotten,
         guard=guard,
         rows=arguments.rows,
-        # A folder is shown by its name alone: its path is nobody else's business.
+        # Only the name of a folder is shown, since its path may be private.
         settings={key: Path(name).resolve().name if Path(name).is_dir() else name for key, name in named.items() if name},
         batch_size=arguments.batch_size,
         progress=True,
     )
     write_page(arguments.output, data)
-    print(f"Written: {arguments.output} (it holds texts of the rows)")
+    print(f"Written: {arguments.output} (it contains texts of the rows)")

@@ -1,4 +1,4 @@
-"""``eua serve``: a chat endpoint over HTTP."""
+"""``eua serve``: serves a model as a chat endpoint over HTTP."""
 
 from __future__ import annotations
 
@@ -11,23 +11,29 @@ from eua.errors import EUAError
 def main(argv: Sequence[str]) -> None:
     parser = Parser(
         "serve",
-        "OpenAI's chat endpoint, /v1/chat/completions. There is no authentication: put a proxy before it to open it to others.",
+        "Serves OpenAI's chat endpoint, /v1/chat/completions. There is no authentication: other users need a proxy before it.",
         ("eua serve --model unlearned", "eua serve --model unlearned --port 0 --max-batch 1"),
     )
     add_model(parser)
     add_guard(parser)
     parser.add_argument("--no-guard", action="store_true", help="answer everything")
-    parser.add_argument("--name", help="what clients call the model (default: the last part of --model)")
+    parser.add_argument("--name", help="name of the model for clients (default: the last part of --model)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes any free one")
-    parser.add_argument("--max-batch", type=positive(int), default=8, help="requests in a batch; 1 answers exactly as alone")
-    parser.add_argument("--queue", type=positive(int), default=128, help="requests that may wait; more get status 429")
-    parser.add_argument("--timeout", type=positive(float), default=120.0, help="seconds a request may take; then status 504")
     parser.add_argument(
-        "--max-prompt-tokens", type=positive(int), help="longest prompt (default: what the model has positions for)"
+        "--max-batch", type=positive(int), default=8, help="requests in a batch; with 1, an answer is the same as alone"
+    )
+    parser.add_argument("--queue", type=positive(int), default=128, help="requests that may wait; more get status 429")
+    parser.add_argument(
+        "--timeout", type=positive(float), default=120.0, help="seconds that a request may take; then status 504"
+    )
+    parser.add_argument(
+        "--max-prompt-tokens", type=positive(int), help="longest prompt (default: the model's number of positions)"
     )
     parser.add_argument("--max-tokens", type=positive(int), default=512, help="longest answer, and the default of a request")
-    parser.add_argument("--max-body-bytes", type=positive(int), default=2**20, help="largest request; then status 413")
+    parser.add_argument(
+        "--max-body-bytes", type=positive(int), default=2**20, help="largest request; larger ones get status 413"
+    )
     parser.add_argument("--grace", type=positive(float), default=30.0, help="seconds after SIGTERM to finish accepted requests")
     arguments = parser.parse_args(argv)
 

@@ -1,6 +1,6 @@
-"""``eua unlearn``: train in one process or, under ``accelerate launch``, in several; resume; save.
+"""``eua unlearn``: trains in one process or, under ``accelerate launch``, in several; resumes and saves.
 
-Its options are the fields of EUAConfig, by their names, and the few that say what is trained on what.
+The options are the fields of EUAConfig, by name, and a few more for the model, the rows and the output.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from eua.training.settings_file import Setting, all_settings, describe, fits, pa
 from eua.training.trainer import EUATrainer
 
 SETTINGS_FILE = "settings.json"
-# Where the command's defaults differ from EUAConfig's, which are TrainingArguments': every 500 steps, and all are kept.
+# Defaults that differ from EUAConfig's. Those are from TrainingArguments: save every 500 steps, and keep all checkpoints.
 DEFAULTS: dict[str, Any] = {"save_strategy": "epoch", "save_total_limit": 1}
 # Fields of TrainingArguments that --help shows; --help-all shows every one.
 COMMON = (
@@ -34,7 +34,7 @@ COMMON = (
     *("eval_strategy", "save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model"),
     *("train_sampling_strategy", "report_to"),
 )
-NOT_OF_THE_RUN = ("resume", "overwrite", "output", "config", "save_steps", "save_strategy", "save_total_limit")
+MAY_CHANGE_ON_RESUME = ("resume", "overwrite", "output", "config", "save_steps", "save_strategy", "save_total_limit")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -50,8 +50,8 @@ def main(argv: Sequence[str]) -> None:
 def _parser(show_all: bool) -> tuple[Parser, dict[str, Setting]]:
     parser = Parser(
         "unlearn",
-        "Energy-based unlearning alignment (D²): forgotten tokens rise above one energy boundary, retained ones stay below "
-        "another. ROWS is a JSONL, JSON, CSV or Parquet file, or a data set of the Hub (locuslab/TOFU:forget10:train).",
+        "Energy-based unlearning alignment (D²): forgotten tokens rise above one energy boundary, and retained ones stay below "
+        "another. ROWS is a JSONL, JSON, CSV or Parquet file, or a data set on the Hub (locuslab/TOFU:forget10:train).",
         (
             "eua unlearn --model MODEL --forget forget.jsonl --retain retain.jsonl --output unlearned --learning-rate 2e-4",
             "eua unlearn --config run.yaml --resume",
@@ -60,9 +60,11 @@ def _parser(show_all: bool) -> tuple[Parser, dict[str, Setting]]:
     )
     add_model(parser)
     parser.add_argument("--forget", required=True, metavar="ROWS", help="rows to forget")
-    parser.add_argument("--retain", required=True, metavar="ROWS", help="rows to keep; the more of what must stay, the better")
-    parser.add_argument("--eval-forget", metavar="ROWS", help="forget rows held out from training, measured every epoch")
-    parser.add_argument("--eval-retain", metavar="ROWS", help="retain rows held out from training, measured every epoch")
+    parser.add_argument(
+        "--retain", required=True, metavar="ROWS", help="rows to keep; cover as much as possible of what must stay"
+    )
+    parser.add_argument("--eval-forget", metavar="ROWS", help="held-out forget rows, measured every epoch")
+    parser.add_argument("--eval-retain", metavar="ROWS", help="held-out retain rows, measured every epoch")
     parser.add_argument(
         "--output",
         type=Path,
@@ -74,10 +76,10 @@ def _parser(show_all: bool) -> tuple[Parser, dict[str, Setting]]:
         "--lora-rank", type=int, default=0, metavar="N", help="train a LoRA adapter of this rank; 0 trains every weight"
     )
     parser.add_argument(
-        "--config", type=Path, metavar="RUN.yaml", help="YAML file of settings: these options by name; options given here win"
+        "--config", type=Path, metavar="RUN.yaml", help="YAML file with these options by name; options on the command line win"
     )
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the output folder")
-    parser.add_argument("--overwrite", action="store_true", help="start anew in an output folder that is not empty")
+    parser.add_argument("--overwrite", action="store_true", help="start again in an output folder that is not empty")
     parser.add_argument("--help-all", action="store_true", help="show every field of transformers' TrainingArguments, too")
     groups = {
         True: parser.add_argument_group("the method (fields of EUAConfig)"),
@@ -102,7 +104,7 @@ def _add_setting(group: Any, setting: Setting, is_shown: bool) -> None:
         f"--{setting.name.replace('_', '-')}",
         dest=setting.name,
         type=parse,
-        default=argparse.SUPPRESS,  # so that what was given stands out, and the defaults stand in EUAConfig alone
+        default=argparse.SUPPRESS,  # so only given options are set, and defaults come from EUAConfig alone
         metavar=_metavar(setting.kind),
         help=f"{setting.help.replace('%', '%%')} (default: {getattr(default, 'value', default)})"
         if is_shown
@@ -118,25 +120,25 @@ def _metavar(kind: Any) -> str:
 
 
 def _config_path(argv: Sequence[str]) -> Path | None:
-    """What ``--config`` names; the file is read before the other options, whose defaults it sets."""
+    """The file that ``--config`` names. It is read before the other options, because it sets their defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, nargs="?")  # a missing value is the real parser's to complain about
+    parser.add_argument("--config", type=Path, nargs="?")  # the real parser reports a missing value
     path: Path | None = parser.parse_known_args(argv)[0].config
     return path
 
 
 def _apply(path: Path, parser: Parser, settings: dict[str, Setting]) -> None:
-    """Make what the file sets the defaults of the options.
+    """Use the values in the file as the defaults of the options.
 
     Raises:
-        EUAError: a name that no option has, or a value of the wrong kind.
+        EUAError: if no option has one of the names, or if a value has the wrong kind.
     """
     options = {action.dest: action for action in parser._actions if action.dest not in ("help", "help_all", "config")}
     for name, value in read_settings(path).items():
         option = options.get(name)
         if option is None:
             raise EUAError(
-                f"{path} sets {name!r}, which is no option of `{parser.prog}`{did_you_mean(name, options)} "
+                f"{path} sets {name!r}, which is not an option of `{parser.prog}`{did_you_mean(name, options)} "
                 "Correct it, or leave it out."
             )
         own_kind = bool if option.nargs == 0 else int if option.type is int else str
@@ -148,15 +150,15 @@ def _apply(path: Path, parser: Parser, settings: dict[str, Setting]) -> None:
 
 
 def run_unlearn(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
-    """Train as the parsed command says; only the first process looks at and writes the output folder.
+    """Run the parsed command. Only the first process reads and writes the output folder.
 
     Args:
         arguments: the parsed options.
-        settings: those fields of EUAConfig that were given.
+        settings: the fields of EUAConfig that were given.
     """
-    is_first = os.environ.get("RANK", "0") == "0"  # before accelerate is there to ask
+    is_first = os.environ.get("RANK", "0") == "0"  # accelerate is not ready yet
     checkpoints = arguments.output / "checkpoints"
-    identity = {key: str(value) for key, value in sorted(vars(arguments).items()) if key not in NOT_OF_THE_RUN}
+    identity = {key: str(value) for key, value in sorted(vars(arguments).items()) if key not in MAY_CHANGE_ON_RESUME}
     if is_first:
         check_output_folder(arguments.output, allowed=arguments.resume or arguments.overwrite, how="--resume or --overwrite")
         if arguments.resume:
@@ -164,7 +166,7 @@ def run_unlearn(arguments: argparse.Namespace, settings: dict[str, Any]) -> None
     trainer = _trainer(arguments, settings, checkpoints)
     if is_first:
         if not arguments.resume:
-            shutil.rmtree(checkpoints, ignore_errors=True)  # those of an earlier run must not be resumed by a later one
+            shutil.rmtree(checkpoints, ignore_errors=True)  # a later run must not resume an earlier one
         write_json(checkpoints / SETTINGS_FILE, identity)
     PartialState().wait_for_everyone()
     checkpoint = last_checkpoint(checkpoints) if arguments.resume else None
@@ -196,24 +198,26 @@ def _trainer(arguments: argparse.Namespace, settings: dict[str, Any], checkpoint
         retain_dataset=arguments.retain,
         eval_forget_dataset=arguments.eval_forget,
         eval_retain_dataset=arguments.eval_retain,
-        # The reference of KL is the model as it is before unlearning.
+        # The reference for KL is the model before unlearning.
         ref_model=arguments.model if config.retain_loss == "kl" else None,
         peft_config=lora,
     )
 
 
 def _check_same_run(checkpoints: Path, output: Path, identity: dict[str, str]) -> None:
-    """Raise when ``--resume`` would continue another run, or finds files that no run wrote."""
+    """Raise if ``--resume`` would continue another run, or if it finds files that no run wrote."""
     path = checkpoints / SETTINGS_FILE
     if not path.is_file():
         if output.is_dir() and any(output.iterdir()):
-            raise EUAError(f"{output} holds files but no interrupted run to resume: name another folder, or --overwrite.")
-        return  # interrupted before it began: start
+            raise EUAError(
+                f"{output} contains files but no interrupted run to resume: name another folder, or pass --overwrite."
+            )
+        return  # it was interrupted before the first step: start
     earlier = json.loads(path.read_text(encoding="utf-8"))
     keys = [key for key in {**identity, **earlier} if earlier.get(key) != identity.get(key)]
     changed = [f"--{key.replace('_', '-')} {earlier.get(key, '(default)')} → {identity.get(key, '(default)')}" for key in keys]
     if changed:
         raise EUAError(
             f"The run to resume in {checkpoints} had other settings ({', '.join(changed)}), so the result would belong to "
-            "neither run: repeat the command as it was, or start anew with --overwrite."
+            "neither run: repeat the command with the same settings, or start again with --overwrite."
         )

@@ -1,1 +1,1 @@
-"""Rows → token ids → batches that hold forget and retain rows."""
+"""Rows → token ids → batches of forget and retain rows."""

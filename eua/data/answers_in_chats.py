@@ -1,4 +1,4 @@
-"""A chat with several answers → its text, cut where the answers begin and end."""
+"""Splits the text of a chat with several answers where they begin and end."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from eua.errors import EUAError
 
 Chat = Sequence[Mapping[str, Any]]
-Span = tuple[int, int]  # first character of an answer, and the one after its last
+Span = tuple[int, int]  # the first character of an answer, and the first one after it
 
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Text made inside of these is written later, and transformers takes it to stand where they begin.
+# Text inside these blocks is written later, but transformers assumes that it is written where they begin.
 _MISPLACED_MARKER = re.compile(
     r"\{%[-+]?\s*(macro|call|filter|set(?=\s+[\w.]+\s*-?%\}))\b(?:(?!\bend\1\b).)*\{%-?\s*generation\s*-?%\}", re.DOTALL
 )
@@ -24,21 +24,21 @@ _MISPLACED_MARKER = re.compile(
 def turn_texts(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> list[str]:
     """The text of a chat up to the end of its last answer, as prompt, answer, prompt, answer, …
 
-    A template that marks what the assistant generates decides itself, but for the header that ``generate`` is given with the
-    prompt (``<|im_start|>assistant``): it belongs to no answer. With other templates, an answer is what the template appends
-    to the prompt it writes for it.
+    If the template marks what the assistant generates, the marked text is an answer, without the header that ``generate`` gets
+    with the prompt (``<|im_start|>assistant``). With other templates, an answer is the text that the template appends to the
+    prompt for it.
 
     Raises:
-        EUAError: a chat that begins with an answer or does not end with one, or one whose answers cannot be found.
+        EUAError: if the chat begins with an answer or does not end with one, or if its answers cannot be found.
     """
     if chat[-1].get("role") != "assistant":
         raise EUAError(
-            f"{where} ends with a message whose role is {chat[-1].get('role')!r}, so its last answer is not known: "
+            f"{where} ends with a message whose role is {chat[-1].get('role')!r}, so its last answer is unknown: "
             'end it with a message of the role "assistant".'
         )
     if chat[0].get("role") == "assistant":
         raise EUAError(
-            f"{where} begins with the assistant's message, and there is no prompt that it answers: "
+            f"{where} begins with the assistant's message, so that message has no prompt: "
             "put a system or user message before it, or leave it out."
         )
     find = _marked_answers if _MARKER.search(tokenizer.get_chat_template()) else _appended_answers
@@ -49,7 +49,7 @@ def turn_texts(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> li
 def cut_text(text: str, spans: Iterable[Span], eos: str) -> list[str]:
     """``text`` as prompt, answer, prompt, answer, …: an answer ends with its last ``eos``, which ends generation.
 
-    What a template writes after that is the beginning of the next prompt, or dropped where there is none.
+    Text after that ``eos`` begins the next prompt, or is dropped at the end of the chat.
     """
     parts, done = [], 0
     for start, stop in spans:
@@ -61,14 +61,14 @@ def cut_text(text: str, spans: Iterable[Span], eos: str) -> list[str]:
 
 
 def _appended_answers(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[str, list[Span]]:
-    """The chat's text and its answers, found by writing the chat up to each of them."""
+    """The chat's text and its answers, found by rendering the chat up to each of them."""
     text, spans = "", []
     for i in _answers(chat):
         before, after = _render(chat[:i], tokenizer, ask=True), _render(chat[: i + 1], tokenizer)
         if not before.startswith(text) or not after.startswith(before):
             raise EUAError(
-                f"{where}: up to message {i} the chat template does not only append but changes what it wrote of earlier ones, "
-                "so where the assistant's turns begin and end is not known: use a template that marks them with "
+                f"{where}: up to message {i} the chat template does not just append, but changes earlier messages, so it is "
+                "unknown where the assistant's turns begin and end: use a template that marks them with "
                 '{% generation %} ... {% endgeneration %}, or set assistant_turns = "last".'
             )
         spans.append((len(before), len(after)))
@@ -79,14 +79,14 @@ def _appended_answers(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str
 def _marked_answers(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[str, list[Span]]:
     """The chat's text and its answers, as the template marks them.
 
-    Characters are asked for, not ``apply_chat_template``'s mask of tokens: that one counts everything up to the end of the
-    text where an answer ends in a space that no token owns, and no further answer where one begins so.
+    Characters are used, not the token mask of ``apply_chat_template``. If an answer ends with a space that belongs to no token,
+    that mask counts everything up to the end of the text; if an answer begins with one, it counts no later answers.
     """
     template = tokenizer.get_chat_template()
     if _MISPLACED_MARKER.search(template):
         raise EUAError(
             f"{where}: the chat template has a {{% generation %}} marker inside a macro, call, filter or set block, where its "
-            "place in the text is not known: move the marker out of it, around where the result is written."
+            "place in the text is unknown: move the marker out of the block, around the place where its result is written."
         )
     messages = [{key: value for key, value in message.items() if value is not None} for message in chat]
     texts, marked = render_jinja_template(
@@ -104,15 +104,15 @@ def _marked_answers(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) 
             spans.append((start, stop))
     if not spans:
         raise EUAError(
-            f"{where}: the chat template has {{% generation %}} markers, but marks nothing of this chat, so no token would "
-            'count: mend the template, or set assistant_turns = "last".'
+            f"{where}: the chat template has {{% generation %}} markers, but marks nothing in this chat, so no token would "
+            'count: fix the template, or set assistant_turns = "last".'
         )
     start = spans[0][0]
     if text[:start] not in prompts:
         raise EUAError(
             f"{where}: the chat template's {{% generation %}} marker begins the first answer after {text[:start][-40:]!r}, but "
-            f"`generate` is given a prompt that ends with {prompts[0][-40:]!r}: let the template write for "
-            'add_generation_prompt what stands before the marker, or set assistant_turns = "last".'
+            f"`generate` gets a prompt that ends with {prompts[0][-40:]!r}: make add_generation_prompt write the same text as "
+            'before the marker, or set assistant_turns = "last".'
         )
     return text, spans
 

@@ -1,7 +1,7 @@
-"""Encoded rows → tensors, padded or one after another.
+"""Turns encoded rows into batches of tensors, padded or as one long row.
 
-Padding is computed in every layer for nothing. There is less of it where rows of similar length share a batch
-(:class:`eua.data.pairing.PairedSampler` with groups), and none where rows follow one another (:func:`flatten_rows`).
+Padding costs computation in every layer and contributes nothing. There is less of it if rows of similar length share a batch
+(:class:`eua.data.pairing.PairedSampler` with groups), and none if rows follow one another (:func:`flatten_rows`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from eua.data.rows import IGNORE_INDEX, EncodedRow
 def pad_rows(rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
     """``input_ids``, ``attention_mask`` and ``labels`` (B, S), padded on the right.
 
-    Labels are the input ids where they belong to an answer, and -100 elsewhere. The padding id is never read: padding is
-    masked from attention and from the loss.
+    Labels are the input ids of answers, and -100 elsewhere. The value of the padding id has no effect: padding is masked in
+    attention and in the loss.
     """
     width = max(len(row.input_ids) for row in rows)
     batch = {
@@ -38,7 +38,7 @@ def pad_rows(rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` (B, S), padded on the left with ``pad``, as ``generate`` takes them."""
+    """``input_ids`` and ``attention_mask`` (B, S), padded on the left with ``pad``, as ``generate`` needs them."""
     width = max(map(len, prompts))
     ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -46,10 +46,10 @@ def pad_prompts(prompts: Sequence[Sequence[int]], pad: int, device: torch.device
 
 
 def flatten_rows(padded: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A padded batch (B, S) as one row (1, N) without its padding, N tokens in all.
+    """A padded batch (B, S) as one row (1, N) without padding, N tokens in all.
 
-    ``position_ids`` take the place of the attention mask: they start at 0 with every row, by which attention knows rows
-    apart. A row's first token never counts, so no token is trained on what a row before it predicts.
+    ``position_ids`` replace the attention mask: they start at 0 in every row, so attention can separate rows. A row's first
+    token never counts, so no token is trained on the prediction of an earlier row.
     """
     is_token = padded["attention_mask"].bool()
     flat = {name: tensor[is_token][None] for name, tensor in padded.items() if name != "attention_mask"}
@@ -58,11 +58,12 @@ def flatten_rows(padded: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class ForgetRetainDataset(Dataset):
-    """Encoded forget and retain rows with their boundaries; an index names one forget row and its retain rows.
+    """Encoded forget and retain rows with their boundaries. An index selects one forget row and its retain rows.
 
     Args:
         rows: ``"forget"`` and ``"retain"`` rows.
-        boundaries: of these, one float per answer token; they may come later than the dataset, before its first item.
+        boundaries: of these rows, one float per answer token. They may be filled in after the dataset is made, before an item
+            is read.
     """
 
     def __init__(self, rows: Mapping[str, Sequence[EncodedRow]], boundaries: Mapping[str, Sequence[Tensor]]) -> None:
@@ -80,10 +81,10 @@ class ForgetRetainDataset(Dataset):
 
 
 class ForgetRetainCollator:
-    """Items of :class:`ForgetRetainDataset` → one batch holding forget and retain rows.
+    """Makes one batch of forget and retain rows from items of :class:`ForgetRetainDataset`.
 
-    Beside what :func:`pad_rows` gives, or with ``padding_free`` :func:`flatten_rows`, there are ``boundary``, float32, and
-    ``forget``, bool, both of the labels' shape.
+    In addition to the tensors of :func:`pad_rows`, or of :func:`flatten_rows` with ``padding_free``, a batch contains
+    ``boundary``, float32, and ``forget``, bool, both in the shape of the labels.
     """
 
     def __init__(self, padding_free: bool = False) -> None:
@@ -96,6 +97,6 @@ class ForgetRetainCollator:
         for i, entry in enumerate(entries):
             batch["boundary"][i, entry["row"].answer_positions] = entry["boundary"]
         is_forget = torch.tensor([entry["forget"] for entry in entries])
-        # Not expanded: memory that several places share cannot be pinned.
+        # Not expanded: memory that several entries share cannot be pinned.
         batch["forget"] = is_forget[:, None].repeat(1, batch["labels"].shape[1])
         return flatten_rows(batch) if self.padding_free else batch

@@ -1,4 +1,4 @@
-"""The order in which forget and retain rows meet in training."""
+"""The sampler that pairs forget rows with retain rows and orders them for training."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
-_GROUPS_SORTED = 50  # as transformers' LengthGroupedSampler has it
+_GROUPS_SORTED = 50  # as in transformers' LengthGroupedSampler
 
 
 class PairedSampler(Sampler[tuple[int, tuple[int, ...]]]):
-    """Every forget row once an epoch, in a seeded order, each with ``ratio`` retain rows.
+    """Yields every forget row once per epoch, in a seeded order, each with ``ratio`` retain rows.
 
-    Retain rows come from an endless run of seeded permutations that epochs walk on through, so all are visited equally
-    often however few forget rows there are. What an epoch yields depends on the seed and the epoch alone: a resumed run
-    meets the pairs that an uninterrupted one would.
+    Retain rows come from an endless sequence of seeded permutations that continues from epoch to epoch, so all of them are
+    visited equally often, even if there are few forget rows. An epoch depends only on the seed and its number: a resumed run
+    gets the same pairs as an uninterrupted one.
 
     Args:
-        forget_lengths, retain_lengths: tokens of each row.
-        ratio: retain rows beside each forget row.
+        forget_lengths, retain_lengths: number of tokens in each row.
+        ratio: retain rows for each forget row.
         seed: of all orders.
-        group: rows of like length stand together, so many forget rows at a time; 0: they do not. An epoch holds the same rows.
+        group: this number of successive forget rows, and their retain rows, have similar lengths; 0: no grouping. An epoch
+            contains the same rows either way.
     """
 
     def __init__(
@@ -47,19 +48,19 @@ class PairedSampler(Sampler[tuple[int, tuple[int, ...]]]):
         if not self.group:
             yield from pairs
             return
-        whole = len(pairs) // self.group  # groups; what is left over stays at the end
+        whole = len(pairs) // self.group  # whole groups; the rest stays at the end
         for number in [*self._permutation("group", self.epoch, whole), whole]:
             yield from pairs[number * self.group : (number + 1) * self.group]
 
     def _by_length(self, kind: str, rows: list[int], ratio: int) -> list[int]:
-        """Sorts rows by length within stretches, of which an epoch has at least four: so who meets whom stays random."""
+        """Sorts rows by length within stretches. An epoch has at least four stretches, so the pairs stay random."""
         groups = min(_GROUPS_SORTED, max(1, self.forget_rows // (4 * self.group)))
         stretch = groups * self.group * ratio
         starts = range(0, len(rows), stretch)
         return [i for start in starts for i in sorted(rows[start : start + stretch], key=lambda i: -self.lengths[kind][i])]
 
     def _retain_rows(self, start: int, count: int) -> list[int]:
-        """``count`` entries, from ``start`` on, of the endless run of permutations."""
+        """``count`` entries of the endless sequence of permutations, from ``start`` on."""
         first, offset = divmod(start, self.retain_rows)
         rows: list[int] = []
         while len(rows) < offset + count:

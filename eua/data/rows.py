@@ -1,14 +1,14 @@
-"""Rows of any usual format → token ids with the answer marked.
+"""Encodes rows of the usual formats as token ids, with the answers marked.
 
 A row is a mapping with
 
 - ``question`` and ``answer``: put into the tokenizer's chat template, or into :data:`QUESTION_TEMPLATE` if it has none;
-- ``prompt`` and ``completion``: two strings, taken literally, or two lists of chat messages;
-- ``messages``: a chat whose last message is the assistant's; it is the answer, all before it is the prompt.
+- ``prompt`` and ``completion``: two strings, used literally, or two lists of chat messages;
+- ``messages``: a chat whose last message is the assistant's; that message is the answer, and the others are the prompt.
 
 With ``assistant_turns="all"`` every message of the assistant in a chat is an answer, see :mod:`eua.data.answers_in_chats`.
 
-Prompts and answers are tokenized apart and joined, so the (first) prompt's ids are the ones ``generate`` will be given later.
+Prompts and answers are tokenized separately and joined, so the (first) prompt has the ids that ``generate`` gets later.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ QUESTION_TEMPLATE = "Question: {question}\nAnswer:"
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """Token ids of prompt and answer, and how many of them are the prompt.
+    """Token ids of prompt and answer, and the length of the prompt.
 
-    A chat may have several answers: the prompt is then that of the first, and ``later_prompts`` are the positions after it that
-    belong to no answer.
+    A chat may have several answers: the prompt is then that of the first one, and ``later_prompts`` are the positions after it
+    that belong to no answer.
     """
 
     input_ids: list[int]
@@ -49,7 +49,7 @@ class EncodedRow:
 
     @property
     def answer_positions(self) -> list[int]:
-        """Where the tokens that count stand in ``input_ids``, in ascending order."""
+        """The positions in ``input_ids`` of the tokens that count, in ascending order."""
         return [p for p in range(self.prompt_length, len(self.input_ids)) if p not in self.later_prompts]
 
     @property
@@ -58,7 +58,7 @@ class EncodedRow:
 
 
 def format_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mapping[str, str]]) -> str:
-    """The text a model sees for a question (a string) or a chat (a list of messages), ready for its answer."""
+    """The text of a question (a string) or a chat (a list of messages) as a model reads it, ready for the answer."""
     if isinstance(prompt, str):
         if tokenizer.chat_template is None:
             return QUESTION_TEMPLATE.format(question=prompt)
@@ -70,7 +70,7 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Map
         )
     if not prompt:
         raise EUAError(
-            "The row is a chat without a message before its answer, so nothing asks for it: put a user message there."
+            "The row is a chat without a message before its answer, so the answer has no prompt: put a user message there."
         )
     return tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
 
@@ -78,7 +78,7 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Map
 def row_texts(
     row: Row, tokenizer: PreTrainedTokenizerBase, where: str, assistant_turns: str = "last"
 ) -> tuple[list[str], bool]:
-    """The texts of a row that are tokenized (prompt, answer, prompt, answer, …), and whether the row gave them literally."""
+    """The texts of a row to tokenize (prompt, answer, prompt, answer, …), and whether the row states them literally."""
     prompt, answer, literal = _split_row(row, where)
     if not answer or (isinstance(answer, str) and not answer.strip()):
         raise EUAError(f"{where} has no answer (it is {answer!r}): give it one, or leave the row out.")
@@ -95,14 +95,14 @@ def row_texts(
     whole = tokenizer.apply_chat_template(chat + reply, tokenize=False)
     if not whole.startswith(before):
         raise EUAError(
-            f"{where}: the chat template writes the conversation with its answer differently from the prompt alone, so where "
-            'the answer starts is not known: give "prompt"/"completion" texts, or a template that only appends.'
+            f"{where}: the chat template writes the conversation with its answer differently from the prompt alone, so it is "
+            'unknown where the answer starts: give "prompt"/"completion" texts, or a template that only appends.'
         )
     return cut_text(whole, [(len(before), len(whole))], eos), False
 
 
 def encode_prompts(prompts: Prompts, tokenizer: PreTrainedTokenizerBase, name: str = "prompts") -> list[list[int]]:
-    """Token ids of questions (strings) or of the prompts of rows, whose answers are not looked at.
+    """Token ids of questions (strings) or of the prompts of rows, whose answers are ignored.
 
     >>> encode_prompts("Who wrote it?", tokenizer)       # doctest: +SKIP
     [[464, 21]]
@@ -113,7 +113,7 @@ def encode_prompts(prompts: Prompts, tokenizer: PreTrainedTokenizerBase, name: s
         name: what error messages call the prompts.
 
     Raises:
-        EUAError: prompts that cannot be read, of unknown format, or that become no token.
+        EUAError: if prompts cannot be read, have an unknown format, or have no tokens.
     """
     encoded = []
     for index, row in enumerate(read_prompts(prompts, name, string_is_question=True)):
@@ -127,7 +127,7 @@ def encode_prompts(prompts: Prompts, tokenizer: PreTrainedTokenizerBase, name: s
 
 
 def _split_row(row: Row, where: str) -> tuple[Any, Any, bool]:
-    """Prompt and answer as they stand in the row, and whether they are texts to take literally."""
+    """Prompt and answer as the row states them, and whether they are texts to be used literally."""
     if "messages" in row:
         messages = row["messages"]
         _check_part(messages, "messages", where, (list,))
@@ -142,11 +142,11 @@ def _split_row(row: Row, where: str) -> tuple[Any, Any, bool]:
         _check_part(row["prompt"], "prompt", where, (str, list))
         _check_part(row.get("completion"), "completion", where, (str,) if literal else (list,))
         return row["prompt"], row.get("completion"), literal
-    raise EUAError(f"{where} has the keys {sorted(row)}, which are no known format: give {ROW_FORMATS}.")
+    raise EUAError(f"{where} has the keys {sorted(row)}, which are not a known format: give {ROW_FORMATS}.")
 
 
 def _check_part(part: Any, key: str, where: str, kinds: tuple[type[str] | type[list], ...]) -> None:
-    """Raise unless ``part`` is a text or a list of messages, as its place asks; None is an answer that is not there."""
+    """Raise unless ``part`` is a text or a list of messages, of the kinds that its key allows. None is a missing answer."""
     chat_is_sound = not isinstance(part, list) or all(
         isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in part
     )
@@ -163,17 +163,17 @@ def encode_rows(
     name: str = "dataset",
     assistant_turns: str = "last",
 ) -> list[EncodedRow]:
-    """Tokenize rows; what runs past ``max_length`` is cut, and the number of rows cut is logged.
+    """Tokenize rows. Tokens beyond ``max_length`` are cut off, and the number of rows that were cut is logged.
 
     Args:
         rows: of any format, see :mod:`eua.data.rows`, from any source, see :mod:`eua.data.sources`.
         tokenizer: the model's.
         max_length: of a row, in tokens. None: no limit.
         name: what error messages call the rows.
-        assistant_turns: of a chat, ``"last"`` counts the answer that ends it, ``"all"`` every message of the assistant.
+        assistant_turns: ``"last"`` counts the answer at the end of a chat, ``"all"`` every message of the assistant.
 
     Raises:
-        EUAError: rows that cannot be read, a row without an answer, of unknown format, or whose answers are all cut away.
+        EUAError: if rows cannot be read, or if a row has an unknown format, no answer, or no answer left after the cut.
     """
     rows = read_rows(rows, name)
     encoded, cut = [], 0
@@ -188,18 +188,18 @@ def encode_rows(
                 counted += range(len(ids), len(ids) + len(part))
             ids += part
         if not counted:
-            raise EUAError(f"{where} has no answer: {texts[-1]!r} becomes no token. Give it a text, or leave the row out.")
+            raise EUAError(f"{where} has no answer: {texts[-1]!r} has no tokens. Give it a text, or leave the row out.")
         start = counted[0]
         if start == 0:
             raise EUAError(f"{where} has an empty prompt, so nothing predicts the answer's first token: give it a prompt.")
         if max_length is not None and start >= max_length:
             raise EUAError(
-                f"{where} has a prompt of {start} tokens, so max_length = {max_length} cuts its answer away: "
+                f"{where} has a prompt of {start} tokens, so max_length = {max_length} cuts its answer off: "
                 "raise max_length, shorten the prompt, or leave the row out."
             )
         kept = [p for p in counted if max_length is None or p < max_length]
         cut += len(kept) < len(counted)
-        stop = kept[-1] + 1  # what follows the last answer that fits would be read for nothing
+        stop = kept[-1] + 1  # nothing after the last answer that fits has an effect
         encoded.append(EncodedRow(ids[:stop], start, frozenset(range(start, stop)).difference(kept)))
     if cut:
         logger.warning(
@@ -209,7 +209,7 @@ def encode_rows(
 
 
 def rows_digest(rows: Iterable[EncodedRow]) -> str:
-    """SHA-256 of the rows' token ids, in their order, and of which of them are answers: it names rows without showing them."""
+    """SHA-256 of the rows' token ids, in order, and of the positions of answers: identifies rows without revealing them."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr((row.answer_positions, row.input_ids)).encode())
@@ -217,8 +217,8 @@ def rows_digest(rows: Iterable[EncodedRow]) -> str:
 
 
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, *, literal: bool = False) -> list[int]:
-    """Token ids of a prompt. A chat template writes its own special tokens; to literal text the tokenizer adds them."""
+    """Token ids of a prompt. A chat template writes its own special tokens; the tokenizer adds them to other texts."""
     ids = tokenizer(text, add_special_tokens=literal or tokenizer.chat_template is None)["input_ids"]
     if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
-        ids = ids[:-1]  # some tokenizers close every text; the answer is still to come
+        ids = ids[:-1]  # some tokenizers end every text with it, but the answer is still to come
     return ids

@@ -1,21 +1,21 @@
-"""Where rows come from: every public function that takes rows or prompts reads them here.
+"""Reads rows and prompts from files, data sets and objects in memory, for every public function that takes them.
 
 A source of rows is one of
 
 - the path of a file, as a string or a ``Path``: JSONL, a JSON array, CSV or Parquet; text in UTF-8, with or without a byte
   order mark;
-- the name of a data set on the Hugging Face Hub, ``name``, ``name:config`` or ``name:config:split`` (``name::split`` where
-  there is one configuration), e.g. ``"locuslab/TOFU:forget10:train"``; a folder of the same layout is read by the same syntax;
+- the name of a data set on the Hugging Face Hub, ``name``, ``name:config`` or ``name:config:split`` (``name::split`` if there
+  is one configuration), e.g. ``"locuslab/TOFU:forget10:train"``; a folder of the same layout has the same syntax;
 - a ``datasets.Dataset`` or ``IterableDataset``, or a ``DatasetDict`` of one split;
 - a pandas ``DataFrame``;
 - a list, or any other iterable, of mappings.
 
-A string is never read letter by letter: it is a file or a data set, or, where a function asks questions, one question.
+A string is never a list of letters: it is a file or a data set or, for functions that ask questions, one question.
 
-Many formats hold an empty value for what a row lacks, so these count as absent: ``None`` (of a column, or of a key within a
-chat message), a missing cell of a ``DataFrame`` (NaN, ``pandas.NA``), and an empty cell of a CSV file. CSV cells are texts and
-stay as they are: ``007`` is no number, and ``NA`` and ``null`` are words. A CSV column without a name is left out; pandas
-writes its index as one.
+Many formats store an empty value for a key that a row lacks, so these values count as absent: ``None`` (of a column, or of a
+key within a chat message), a missing cell of a ``DataFrame`` (NaN, ``pandas.NA``), and an empty cell of a CSV file. CSV cells
+are texts and stay unchanged: ``007`` is not a number, and ``NA`` and ``null`` are words. A CSV column without a name is left
+out; pandas writes its index as one.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ ROW_FORMATS = '"question"/"answer", "prompt"/"completion", or "messages" that en
 ROW_KEYS = frozenset({"question", "prompt", "messages"})  # every format has one of them
 EXAMPLE_NAME = "locuslab/TOFU:forget10:train"
 READ_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
-# Files that are not read. A string that ends with one of these suffixes is a path all the same, and is never sent to the hub.
+# Files that are not read. A string that ends with one of these suffixes is still a path, and is never sent to the hub.
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 OTHER_SUFFIXES = (*COMPRESSED, ".tsv", ".txt", ".md", ".xls", ".xlsx", ".arrow", ".pkl", ".yaml", ".py")
 _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
 
 class DataFrame(Protocol):
-    """A pandas ``DataFrame``, as far as it is read."""
+    """The part of a pandas ``DataFrame`` that is used here."""
 
     def to_dict(self, orient: Any) -> Any: ...
 
@@ -56,7 +56,7 @@ Prompts: TypeAlias = Source | Iterable[Row | str]
 
 
 def read_rows(source: Source, name: str = "dataset") -> list[Row]:
-    """Rows of a file, of a data set on the hub or in memory, of a ``DataFrame``, or of a list, see :mod:`eua.data.sources`.
+    """Read the rows of a file, a data set on the hub or in memory, a ``DataFrame`` or a list, see :mod:`eua.data.sources`.
 
     >>> read_rows([{"question": "Who?", "answer": "Ann.", "topic": None}])
     [{'question': 'Who?', 'answer': 'Ann.'}]
@@ -66,7 +66,7 @@ def read_rows(source: Source, name: str = "dataset") -> list[Row]:
         name: what error messages call the rows.
 
     Raises:
-        EUAError: a source that does not exist or cannot be read, something that is not a row, or no rows at all.
+        EUAError: if the source does not exist, cannot be read, is empty, or contains something that is not a row.
     """
     rows = []
     for index, item in enumerate(_items(source, name)):
@@ -77,7 +77,7 @@ def read_rows(source: Source, name: str = "dataset") -> list[Row]:
 
 
 def read_prompts(prompts: Prompts, name: str = "prompts", *, string_is_question: bool = False) -> list[Row | str]:
-    """Prompts: questions (strings), rows, or both, from the sources of :func:`read_rows`.
+    """Read prompts (questions as strings, rows, or both) from the sources of :func:`read_rows`.
 
     >>> read_prompts(["Who?", {"question": "Where?"}])
     ['Who?', {'question': 'Where?'}]
@@ -85,17 +85,17 @@ def read_prompts(prompts: Prompts, name: str = "prompts", *, string_is_question:
     Args:
         prompts: where the prompts are.
         name: what error messages call the prompts.
-        string_is_question: whether ``prompts``, given as one string, is a question and not a file or a data set.
+        string_is_question: whether one string as ``prompts`` is a question rather than a file or a data set.
 
     Raises:
-        EUAError: as :func:`read_rows`; a string whose meaning is doubtful: a path where a question is expected, or a list of
-            paths where one path is.
+        EUAError: as in :func:`read_rows`, and if a string is ambiguous: a path where a question is expected, or a list of paths
+            where one path is expected.
     """
     if string_is_question and isinstance(prompts, str):
         if _ends_as_file(prompts) and not re.search(r"\s", prompts):
             raise EUAError(
                 f"{prompts!r} was given as the {name}, which names a file, but one string is one question here: pass "
-                f"Path({prompts!r}) to read the file, or [{prompts!r}] to ask just that."
+                f"Path({prompts!r}) to read the file, or [{prompts!r}] to ask this question."
             )
         return [prompts]
     read: list[Row | str] = []
@@ -109,7 +109,7 @@ def read_prompts(prompts: Prompts, name: str = "prompts", *, string_is_question:
         elif not string_is_question and _names_a_source(item):
             raise EUAError(
                 f"Row {index} of the {name} is {item!r}, which names a file or a data set, but strings in a list are "
-                "questions: pass one name without a list around it, or the rows that eua.data.sources.read_rows reads."
+                "questions: pass one name without a list, or the rows that eua.data.sources.read_rows returns."
             )
         else:
             read.append(item)
@@ -119,7 +119,7 @@ def read_prompts(prompts: Prompts, name: str = "prompts", *, string_is_question:
 def _not_empty(rows: list[Any], name: str) -> list[Any]:
     if not rows:
         are = "are" if name.endswith("s") else "is"
-        raise EUAError(f"The {name} {are} empty, so there is nothing to train or measure on: give at least one row.")
+        raise EUAError(f"The {name} {are} empty, so there is nothing to train on or to measure: give at least one row.")
     return rows
 
 
@@ -127,7 +127,7 @@ def _row(item: Mapping[Any, Any], index: int, name: str) -> Row:
     for key in item:
         if not isinstance(key, str):
             raise EUAError(
-                f"Row {index} of the {name} has the key {key!r}, which is not a text: name the columns, {ROW_FORMATS}."
+                f"Row {index} of the {name} has the key {key!r}, which is not a text: name the columns {ROW_FORMATS}."
             )
     row: Row = _present(item)
     return row
@@ -158,7 +158,7 @@ def _given(item: Any) -> str:
 
 
 def _items(source: Any, name: str) -> Iterable[Any]:
-    """What stands in the rows' places, not yet checked."""
+    """The items of a source, not yet checked to be rows."""
     if isinstance(source, str):
         return _read_named(source, name)
     if isinstance(source, os.PathLike):
@@ -171,20 +171,20 @@ def _items(source: Any, name: str) -> Iterable[Any]:
         return _read_frame(source, name)
     if isinstance(source, Mapping):
         raise EUAError(
-            f"One mapping with the keys {_listed(source)} was given as the {name}, where rows are expected: give a list of "
-            "mappings, one for each row (datasets.Dataset.from_dict makes rows of columns)."
+            f"One mapping with the keys {_listed(source)} was given as the {name}, but rows are expected: give a list of "
+            "mappings, one for each row (datasets.Dataset.from_dict turns columns into rows)."
         )
     if isinstance(source, (bytes, bytearray, io.IOBase)) or not _is_iterable(source):
         raise EUAError(
-            f"{_given(source)} was given as the {name}, which holds no rows: give the path of a "
+            f"{_given(source)} was given as the {name}, which contains no rows: give the path of a "
             f"file ({', '.join(READ_SUFFIXES)}), the name of a data set on the hub, a Dataset, a DataFrame, or a list of rows."
         )
     return source
 
 
 def _is_of(source: Any, library: str, *classes: str) -> bool:
-    """Whether ``source`` is of a class of a library. Whoever passes such an object has imported the library."""
-    loaded = sys.modules.get(library)  # perhaps another module of that name, without these classes
+    """Whether ``source`` is an instance of a class of a library, which is imported if such an object exists."""
+    loaded = sys.modules.get(library)  # it may be another module of that name, without these classes
     found = [getattr(loaded, name, None) for name in classes]
     return isinstance(source, tuple(kind for kind in found if isinstance(kind, type)))
 
@@ -200,8 +200,8 @@ def _is_iterable(source: Any) -> bool:
 def _only_split(splits: Mapping[str, Any], name: str) -> Any:
     if len(splits) != 1:
         raise EUAError(
-            f"A {type(splits).__name__} of the splits {_listed(splits)} was given as the {name}, and none of them is chosen: "
-            f"pass one, e.g. dataset[{next(iter(splits), 'train')!r}]."
+            f"A {type(splits).__name__} of the splits {_listed(splits)} was given as the {name}, but rows come from "
+            f"a single split: pass one, e.g. dataset[{next(iter(splits), 'train')!r}]."
         )
     return next(iter(splits.values()))
 
@@ -210,8 +210,8 @@ def _read_frame(frame: Any, name: str) -> list[dict[str, Any]]:
     if not frame.columns.is_unique:
         twice = sorted({str(column) for column in frame.columns[frame.columns.duplicated()]})
         raise EUAError(
-            f"A DataFrame with several columns named {', '.join(twice)} was given as the {name}, and one row cannot hold both: "
-            "rename or drop all but one."
+            f"A DataFrame with several columns named {', '.join(twice)} was given as the {name}, but a row has one value "
+            "per key: rename or drop all but one."
         )
     rows = zip(frame.to_dict("records"), frame.notna().to_dict("records"), strict=True)
     return [{key: cell for key, cell in row.items() if is_there[key]} for row, is_there in rows]
@@ -223,7 +223,7 @@ def _read_frame(frame: Any, name: str) -> list[dict[str, Any]]:
 def _read_file(path: Path, name: str) -> list[Any]:
     suffix = path.suffix.lower()
     if suffix in COMPRESSED:
-        raise EUAError(f"{path}, given as the {name}, is compressed, and compressed files are not read: unpack it first.")
+        raise EUAError(f"{path}, given as the {name}, is compressed, and compressed files cannot be read: unpack it first.")
     if suffix == ".parquet":
         return _read_parquet(path, name)
     try:
@@ -236,16 +236,16 @@ def _read_file(path: Path, name: str) -> list[Any]:
 
 
 def _read_json(text: str, path: Path, name: str) -> list[Any]:
-    """An array, or one value a line; which of the two the text tells, not the file's suffix."""
+    """Rows of an array, or of one value per line. The text decides which of the two it is, not the suffix of the file."""
     start = text.lstrip()[:1]
     try:
         whole = json.loads(text)
-    except ValueError as error:  # JSONDecodeError, or a number of too many digits
+    except ValueError as error:  # JSONDecodeError, or a number with too many digits
         if start != "[":
             return _read_json_lines(text, path, name)
         line = f"Line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "A line"
         raise EUAError(
-            f"{line} of the {name} {path} is not JSON ({error}): correct it, or give one JSON object a line."
+            f"{line} of the {name} {path} is not JSON ({error}): correct it, or give one JSON object per line."
         ) from None
     if isinstance(whole, list):
         return whole
@@ -253,7 +253,7 @@ def _read_json(text: str, path: Path, name: str) -> list[Any]:
     if holds_others and not ROW_KEYS & whole.keys():
         raise EUAError(
             f"{path}, given as the {name}, is one JSON object with the keys {_listed(whole)}, not rows: save the "
-            "list of rows that it holds as a JSON array of its own, or one row a line."
+            "list of rows in it as a JSON array, or one row per line."
         )
     return [whole]
 
@@ -266,7 +266,7 @@ def _read_json_lines(text: str, path: Path, name: str) -> list[Any]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise EUAError(f"Line {number} of the {name} {path} is not JSON ({error}): give one JSON object a line.") from None
+            raise EUAError(f"Line {number} of the {name} {path} is not JSON ({error}): give one object per line.") from None
     return rows
 
 
@@ -284,7 +284,7 @@ def _read_csv(text: str, path: Path, name: str) -> list[dict[str, str | None]]:
             elif len(cells) != len(columns):
                 raise EUAError(
                     f"Line {reader.line_num} of the {name} {path} ends a row of {len(cells)} cells under {len(columns)} "
-                    f"columns ({', '.join(columns)}): put cells that hold a comma or a line break in double quotes."
+                    f"columns ({', '.join(columns)}): put cells that contain a comma or a line break in double quotes."
                 )
             else:
                 rows.append({key: cell or None for key, cell in zip(columns, cells, strict=True) if key})
@@ -303,7 +303,7 @@ def _check_columns(columns: list[str], path: Path, name: str) -> None:
         )
     if not ROW_KEYS & set(columns):
         raise EUAError(
-            f"The first line of the {name} {path} names the columns {_listed(columns)}, of which none makes a row: "
+            f"The first line of the {name} {path} names the columns {_listed(columns)}, which are not a known format: "
             'name them in the first line, separated by commas, e.g. "question,answer".'
         )
 
@@ -312,7 +312,7 @@ def _read_parquet(path: Path, name: str) -> list[Any]:
     from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped, unused-ignore]
 
     try:
-        with ParquetFile(path) as file:  # not read_table, which makes columns of folders named key=value
+        with ParquetFile(path) as file:  # not read_table, which turns folders named key=value into columns
             rows: list[Any] = file.read().to_pylist()
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise EUAError(f"{path}, given as the {name}, cannot be read as Parquet ({_reason(error)}): save it again.") from error
@@ -323,32 +323,32 @@ def _read_parquet(path: Path, name: str) -> list[Any]:
 
 
 def _read_named(text: str, name: str) -> Iterable[Any]:
-    """Rows of what a string names: a file, a folder, or a data set on the hub."""
+    """The rows of a file, a folder or a data set on the hub, named by a string."""
     if _exists(text) or _looks_like_file(text):
         return _read_path(text, name)
     place, config, split = _parts(text)
     if not _HUB_NAME.fullmatch(place):
         raise EUAError(
             f"{text!r}, given as the {name}, is not a file on this machine, and cannot be the name of a data set on "
-            f'the hub either: give the path of a file ({", ".join(READ_SUFFIXES)}), or a name such as "{EXAMPLE_NAME}".'
+            f'the hub: give the path of a file ({", ".join(READ_SUFFIXES)}), or a name such as "{EXAMPLE_NAME}".'
         )
-    return _load(place, config, split, text, name, "not a file on this machine, and cannot be loaded from the hub either")
+    return _load(place, config, split, text, name, "not a file on this machine, and cannot be loaded from the hub")
 
 
 def _read_path(text: str, name: str) -> Iterable[Any]:
-    """Rows of a file or a folder. Nothing is looked for on the hub."""
+    """The rows of a file or a folder, without a look at the hub."""
     path = os.path.expanduser(text)
     if os.path.isfile(path):
         return _read_file(Path(path), name)
     place, config, split = _parts(path)
     if os.path.isdir(place):
-        # An absolute path, since load_dataset takes some relative ones ("json") for names of its own.
+        # An absolute path, since load_dataset has loaders with names like "json".
         return _load(os.path.abspath(place), config, split, text, name, "a folder that cannot be loaded as a data set")
     raise EUAError(f"The {name} {text} is not a file: check the path ({', '.join(READ_SUFFIXES)} are read).")
 
 
 def _parts(text: str) -> tuple[str, str | None, str | None]:
-    """``name:config:split``; a split may hold colons itself (``train[:100]``)."""
+    """The parts of ``name:config:split``. A split may itself contain colons (``train[:100]``)."""
     place, config, split, *_ = [*text.split(":", 2), "", ""]
     return place, config or None, split or None
 
@@ -359,7 +359,7 @@ def _exists(text: str) -> bool:
 
 
 def _looks_like_file(text: str) -> bool:
-    """Whether a string is a path by its looks, so that it is no name to ask the hub for."""
+    """Whether a string looks like a path, so that the hub is not asked for it."""
     is_written_as_path = text.startswith(("/", "./", "../", "~", ".\\", "..\\")) or re.match(r"[A-Za-z]:[\\/]", text)
     return bool(is_written_as_path) or _ends_as_file(text)
 
@@ -369,7 +369,7 @@ def _ends_as_file(text: str) -> bool:
 
 
 def _names_a_source(text: str) -> bool:
-    """Whether a string among questions is rather the name of a file or a data set."""
+    """Whether a string in a list of questions names a file or a data set instead."""
     if re.search(r"\s", text):
         return False
     place = _parts(text)[0]
@@ -377,7 +377,7 @@ def _names_a_source(text: str) -> bool:
 
 
 def _load(place: str, config: str | None, split: str | None, text: str, name: str, what: str) -> Any:
-    """A data set of a folder or of the hub, by ``datasets.load_dataset``, which runs no code of the data set's."""
+    """A data set in a folder or on the hub, by ``datasets.load_dataset``, which does not run code from the data set."""
     import datasets
 
     try:
@@ -388,10 +388,10 @@ def _load(place: str, config: str | None, split: str | None, text: str, name: st
         return datasets.load_dataset(place, config, split=split)
     except EUAError:
         raise
-    except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow raise theirs, which share no other base
+    except Exception as error:  # from datasets, huggingface_hub, httpx and pyarrow, without another common base class
         raise EUAError(
             f"{text!r}, given as the {name}, is {what} ({_reason(error)}): check the path or name (name:config:split, e.g. "
-            f'"{EXAMPLE_NAME}"), and for the hub the connection and, where the data set is private, `hf auth login`.'
+            f'"{EXAMPLE_NAME}"), and for the hub the connection and, if the data set is private, `hf auth login`.'
         ) from error
 
 
@@ -399,7 +399,7 @@ def _only(found: list[str], what: str, text: str, name: str, config: str | None 
     if len(found) != 1:
         example = ":".join([_parts(text)[0], *([] if config is None else [config]), found[0] if found else "NAME"])
         raise EUAError(
-            f"{text!r}, given as the {name}, has the {what} {', '.join(found)}, and none of them is named: "
+            f"{text!r}, given as the {name}, has the {what} {', '.join(found)}, but the name selects none of them: "
             f"pass one, e.g. {example!r}."
         )
     return found[0]

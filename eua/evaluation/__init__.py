@@ -1,4 +1,4 @@
-"""What a model still knows, what it refuses, and how well energies tell the two apart (method.md §6)."""
+"""Measures what a model still knows, what it refuses, and how well energies separate the two (method.md §6)."""
 
 from eua.evaluation.metrics import AnswerMeasures, measure_answers, truth_ratios
 from eua.evaluation.report import evaluate, render_tables

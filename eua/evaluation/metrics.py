@@ -16,7 +16,7 @@ from eua.errors import EUAError
 from eua.model.forward import answer_states, check_finite, eval_hidden_states
 from eua.model.head import Head, output_head
 
-GREEDY_BLOCK_BYTES = 64 * 2**20  # of logits alive while the most likely tokens are looked up
+GREEDY_BLOCK_BYTES = 64 * 2**20  # of logits in memory during the search for the most likely tokens
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class AnswerMeasures:
     """One value per row, each (R,) float32.
 
     Attributes:
-        extraction_strength: the share of the answer, from its end, that greedy decoding completes without a slip
+        extraction_strength: the share of the answer, counted from its end, that greedy decoding completes without an error
             (Carlini et al. 2021; as a metric of unlearning, Wang et al. 2025).
-        exact_memorization: share of answer tokens that are the most likely ones given what precedes them.
+        exact_memorization: share of answer tokens that are the most likely ones after the preceding tokens.
         probability: ``exp(−mean NLL)`` of the answer's tokens (TOFU; Maini et al. 2024).
         energy: mean energy of the answer's tokens, in nats.
     """
@@ -54,13 +54,13 @@ def measure_answers(
 
     Args:
         model: a causal language model.
-        rows: what :func:`eua.data.rows.encode_rows` gives; it has the tokenizer that rows from elsewhere would need here.
+        rows: rows from :func:`eua.data.rows.encode_rows`, which has the tokenizer that other rows would need here.
         temperature: T of the energy.
-        batch_size: rows per forward.
+        batch_size: rows per forward pass.
         progress: title of a progress bar, or None for no bar.
 
     Raises:
-        EUAError: rows that are not encoded, NaN or infinite hidden states, or a model without a plain head.
+        EUAError: if rows are not encoded, if hidden states are NaN or infinite, or if the model has no plain head.
     """
     _check_encoded(rows)
     head = output_head(model)
@@ -85,13 +85,13 @@ def _check_encoded(rows: Sequence[EncodedRow]) -> None:
     wrong = rows if isinstance(rows, (str, PathLike)) else next((row for row in rows if not isinstance(row, EncodedRow)), None)
     if wrong is not None:
         raise EUAError(
-            f"measure_answers() was given {wrong!r}, which is not an encoded row, and has no tokenizer to encode it: pass "
+            f"measure_answers() got {wrong!r}, which is not an encoded row, and has no tokenizer to encode it: pass "
             "encode_rows(rows, tokenizer, None) of eua.data.rows, or call eua.evaluation.evaluate()."
         )
 
 
 def greedy_tokens(head: Head, hidden: Tensor) -> Tensor:
-    """The most likely next token at each position: (N, H) → (N,), in blocks of bounded size."""
+    """The most likely next token at each position: (N, H) → (N,), in blocks of limited size."""
     block = max(1, GREEDY_BLOCK_BYTES // (4 * head.vocabulary))
     return torch.cat([head.logits(part).argmax(dim=-1) for part in hidden.split(block)])
 
@@ -104,23 +104,23 @@ def truth_ratios(
     batch_size: int = 32,
     progress: str | None = None,
 ) -> Tensor:
-    """TOFU's truth ratio of each row, (R,): mean probability of the wrong answers over that of the right one.
+    """TOFU's truth ratio of each row, (R,): the mean probability of the wrong answers over that of the right one.
 
     ``R = mean_w P(wrong_w | q)^(1/|w|) / P(right | q)^(1/|right|)`` (Maini et al. 2024). The right answer is the row's
     ``paraphrased_answer`` if it has one, else its ``answer``; the wrong ones are its ``perturbed_answer``. Near 0 a model
-    prefers the truth; near 1 it does not tell them apart.
+    prefers the right answer; near 1 it does not distinguish right from wrong.
 
     >>> truth_ratios(model, tokenizer, "locuslab/TOFU:forget10_perturbed:train")     # doctest: +SKIP
     tensor([0.4127, 0.3908, ...])
 
     Args:
-        model, tokenizer: what is measured.
+        model, tokenizer: those to measure.
         rows: "question"/"answer" rows with ``perturbed_answer``, from any source of :mod:`eua.data.sources`.
-        batch_size: answers per forward.
+        batch_size: answers per forward pass.
         progress: title of a progress bar, or None for no bar.
 
     Raises:
-        EUAError: rows that cannot be read, or one without ``question``, an answer or ``perturbed_answer``.
+        EUAError: if rows cannot be read, or if a row lacks ``question``, an answer or ``perturbed_answer``.
     """
     rows = read_rows(rows)
     candidates, wrong_counts = [], []
@@ -129,7 +129,7 @@ def truth_ratios(
         if not wrong:
             raise EUAError(f'Row {index} has no "perturbed_answer", so it has no truth ratio: use TOFU\'s perturbed files.')
         if isinstance(wrong, str):
-            raise EUAError(f'Row {index} has one text as its "perturbed_answer", where a list is expected: put it in a list.')
+            raise EUAError(f'Row {index} has one text as its "perturbed_answer", but a list is expected: put it in a list.')
         right = row.get("paraphrased_answer") or row.get("answer")
         if "question" not in row or not right:
             raise EUAError(

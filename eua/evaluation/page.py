@@ -1,7 +1,7 @@
-"""One HTML file to look at an unlearned model: a threshold to drag, the worst rows, energies token by token.
+"""Writes an HTML report of an unlearned model: a threshold to drag, the worst rows, energies token by token.
 
-The page is ``page.html`` with the data in it as JSON. It loads nothing from elsewhere. Rows are untrusted text: they reach the
-page's elements as text only, and its content security policy lets no script run but the page's own.
+The page is ``page.html`` with the data as JSON. It loads nothing from elsewhere. Rows are untrusted text: the page shows them
+as text only, and its content security policy allows only the page's own script.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from eua.guard.guard import EnergyGuard
 from eua.model.forward import check_finite, eval_hidden_states
 from eua.model.head import output_head
 
-SCORES_KEPT = 5000  # of a set; of a larger one so many, evenly spaced in their order
-TOKENS_KEPT = 512  # of a row shown, around the end of its prompt
+SCORES_KEPT = 5000  # per set; a larger set is reduced to this number, evenly spaced in ascending order
+TOKENS_KEPT = 512  # per row that is shown, around the end of its prompt
 TEXT_KEPT = 600  # characters of a question or an answer
-MEASURES = ("score", "extraction_strength", "probability", "truth_ratio")  # of what evaluate() reports
+MEASURES = ("score", "extraction_strength", "probability", "truth_ratio")  # of those that evaluate() reports
 
 Load = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
-Evaluation = tuple[dict[str, Any], dict[str, Tensor]]  # what evaluate() gives
+Evaluation = tuple[dict[str, Any], dict[str, Tensor]]  # what evaluate() returns
 
 
 def write_page(path: Path, data: Mapping[str, Any]) -> None:
-    """Write what :func:`page_data` gathered as one HTML file, whole or not at all."""
+    """Write the result of :func:`page_data` as one HTML file, completely or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(render_page(data), encoding="utf-8", newline="\n")
 
@@ -51,8 +51,8 @@ def render_page(data: Mapping[str, Any]) -> str:
         content = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         page = page.replace(f"{{{tag}-digest}}", f"'sha256-{digest}'")
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)  # all in ASCII
-    # Nothing in a script element is markup but "<": it stands in strings only, where JSON has another spelling for it.
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)  # ASCII only
+    # In a script element only "<" can begin markup. It occurs only in strings, where JSON can write it as an escape.
     text = re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", text)
     head, tail = page.split("{data}")
     return head + text + tail
@@ -71,22 +71,23 @@ def page_data(
     batch_size: int = 32,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """What the page shows, ready for JSON.
+    """The content of the page, ready for JSON.
 
     Args:
         sets: name → rows, from any source of :mod:`eua.data.sources`.
-        after, before: give the model after and before unlearning, and its tokenizer. They are called one after the other, so
-            that one model at a time is in memory. Knowledge is measured with the guard off.
+        after, before: load the model after and before unlearning, and its tokenizer. They are called one after the other, so
+            that only one model at a time is in memory. Knowledge is measured with the guard off.
         forget: the name, or names, of the sets that should be forgotten.
-        guard: of the model after; its threshold is where the page starts. Without one the page says that none is calibrated.
-        evaluated: what :func:`evaluate` gave of these sets for the models ``"after"`` and ``"before"``, where that is known.
-        rows: how many rows of a set are shown token by token: one half the worst ones, the other spread over the rest.
-        settings: what else the page should tell of how the model came to be.
-        batch_size: rows per forward.
+        guard: of the model after unlearning. The page starts at its threshold; without a guard, the page says that no threshold
+            is calibrated.
+        evaluated: results of :func:`evaluate` on these sets for the models ``"after"`` and ``"before"``, if already known.
+        rows: number of rows per set to show token by token: one half the worst ones, the other half spread over the rest.
+        settings: further facts for the page about how the model was made.
+        batch_size: rows per forward pass.
         progress: show progress bars.
 
     Raises:
-        EUAError: sets that cannot be read, no set to forget, one that is not there, or a model that cannot be measured.
+        EUAError: if sets cannot be read, if no set or a missing one is to be forgotten, or if the model cannot be measured.
 
     >>> data = page_data(                                                       # doctest: +SKIP
     ...     {"forget": "forget.jsonl", "retain": "retain.jsonl"}, lambda: load_model("unlearned"), guard=guard
@@ -145,9 +146,9 @@ def page_data(
 
 
 def rows_to_show(scores: Tensor, count: int, *, lowest_first: bool) -> dict[int, int]:
-    """Rank (from 1, the worst) → index of ``count`` rows: one half the worst, the others evenly spread to the best.
+    """Rank (from 1, the worst) → index, for ``count`` rows: one half the worst ones, the others evenly spread to the best.
 
-    Worst is the lowest of ``scores`` (R,) where a set should be refused, and else the highest.
+    The worst of ``scores`` (R,) is the lowest one in a set that should be refused, and the highest one in other sets.
     """
     order = scores.argsort(descending=not lowest_first, stable=True).tolist()
     worst = math.ceil(count / 2) if count < len(order) else len(order)
@@ -164,11 +165,11 @@ def read_tokens(
     temperature: float,
     batch_size: int,
 ) -> list[dict[str, Any]]:
-    """Each row's tokens with the energy after each, in nats, and what the model knows of the answer.
+    """The tokens of each row with the energy after each token, in nats, and how well the model knows the answer.
 
-    The energy at the prompt's last token is the prompt's score, or the first part of it. ``likely`` holds, of each token shown
-    after the prompt, the one that the model would have said in its place, and ``said`` whether they are the same: their
-    texts are, too, where each is a part of some character.
+    The energy at the prompt's last token is the prompt's score, or the first part of it. ``likely`` contains, for each shown
+    token after the prompt, the token that the model finds most likely in its place. ``said`` says whether the two are the same
+    token: two different tokens can have the same text if each is a part of a character.
     """
     measures = measure_answers(model, rows, temperature=temperature, batch_size=batch_size)
     head = output_head(model)
@@ -197,14 +198,14 @@ def read_tokens(
 
 
 def _texts(row: Row, encoded: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """The question as it stands in the row, or the prompt that the model reads; and the answer."""
+    """The question as the row states it, or else the prompt that the model reads; and the answer."""
     decoded = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (encoded.prompt_ids, encoded.answer_ids)]
     question = row["question"] if isinstance(row.get("question"), str) else decoded[0]
     return {"question": question[:TEXT_KEPT], "answer": decoded[1][:TEXT_KEPT]}
 
 
 class _TokenTexts(dict[int, str]):
-    """Token id → its text within a text: some tokenizers drop the space before a word that is decoded alone."""
+    """Token id → its text within a longer text: some tokenizers drop the space before a word that is decoded alone."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -222,18 +223,18 @@ class _TokenTexts(dict[int, str]):
 
 
 def _high_score(scores: Sequence[Tensor]) -> float:
-    """The score that a twentieth of the prompts exceed: a place to start from where no threshold is calibrated."""
+    """The score that a twentieth of the prompts exceed, where the page starts if no threshold is calibrated."""
     ordered = torch.cat(list(scores)).sort().values
     return float(ordered[math.ceil(0.95 * len(ordered)) - 1])
 
 
 def _spread(ordered: Tensor) -> list[float]:
-    """At most ``SCORES_KEPT`` of ordered scores, the lowest and the highest among them."""
+    """At most ``SCORES_KEPT`` of ordered scores, including the lowest and the highest."""
     if len(ordered) > SCORES_KEPT:
         ordered = ordered[torch.linspace(0, len(ordered) - 1, SCORES_KEPT, dtype=torch.float64).round().long()]
     return ordered.tolist()
 
 
 def _decimal(value: float) -> float:
-    """Nine digits: few to write, and enough that of two float32 values the larger one stays the larger."""
+    """Nine digits, which are short and enough to keep the order of two float32 values."""
     return float(f"{value:.9g}")

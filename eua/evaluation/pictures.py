@@ -1,4 +1,4 @@
-"""Pictures of energies. matplotlib is imported only here."""
+"""Draws pictures of energies. matplotlib is imported only here."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def energy_histograms(
     threshold: float | None = None,
     boundaries: Mapping[str, float] | None = None,
 ) -> None:
-    """Write a PNG: one panel per model, the prompt energies of the forgotten and the retained rows in each.
+    """Write a PNG with one panel per model, which shows the prompt energies of the forgotten and the retained rows.
 
     Args:
-        path: the file to write, whole or not at all.
+        path: the file to write, completely or not at all.
         scores: panel title → {"forget": (P,), "retain": (P,)} energies in nats.
         threshold: drawn as the guard's line in the last panel.
         boundaries: label → energy, drawn as dashed lines in every panel.
@@ -55,7 +55,7 @@ def energy_histograms(
         axes[-1].axvline(threshold, color="black", linewidth=1.5, label=f"threshold ({threshold:.2f}): refused beyond")
     for axis in axes:
         axis.legend(fontsize=7, frameon=False)
-    axes[-1].set_xlabel("energy at the last prompt token, nats (low: the model holds an answer)")
+    axes[-1].set_xlabel("energy at the last prompt token, nats (low: the model knows an answer)")
     axes[-1].set_xlim(low, high)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)

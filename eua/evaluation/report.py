@@ -1,4 +1,4 @@
-"""Sets of rows → one report: a nested dict for JSON, and tables for people."""
+"""Evaluates sets of rows and reports the result as a nested dict for JSON and as tables for people."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from eua.guard.questions import Turns
 from eua.guard.scores import prompt_scores
 from eua.statistics import auroc, false_positive_rate
 
-# Report key → (heading, format). Measures are taken with the guard off; "refused" says what the guard adds.
+# Report key → (heading, format). Knowledge is measured with the guard off; "refused" shows the effect of the guard.
 COLUMNS = {
     "rows": ("rows", "d"),
     "extraction_strength": ("extraction strength", ".3f"),
@@ -43,17 +43,17 @@ def evaluate(
     batch_size: int = 32,
     progress: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Measure every set of rows, and how well the prompt score tells the set to forget from each of the others.
+    """Measure every set of rows, and how well the prompt score separates the set to forget from each of the others.
 
     Args:
-        model, tokenizer: what is measured. Knowledge is measured with the guard off.
-        sets: name → rows, from any source of :mod:`eua.data.sources`. Rows with ``perturbed_answer`` get a truth ratio, rows
-            with ``paraphrased_question`` a second share of refusals.
+        model, tokenizer: those to measure. Knowledge is measured with the guard off.
+        sets: name → rows, from any source of :mod:`eua.data.sources`. Rows with ``perturbed_answer`` get a truth ratio, and
+            rows with ``paraphrased_question`` get a second share of refusals.
         forget: the name, or names, of the sets that should be forgotten; the first is compared with each of the others.
-        guard: adds the share of prompts it refuses.
-        temperature: T of the energies; a guard's own is used when there is one.
-        first_tokens: how many generated tokens the prompt scores take in; a guard's own is used when there is one.
-        batch_size: rows per forward.
+        guard: adds the share of prompts that it refuses.
+        temperature: T of the energies. A guard's own value takes precedence.
+        first_tokens: number of generated tokens that the prompt scores include. A guard's own value takes precedence.
+        batch_size: rows per forward pass.
         progress: show progress bars.
 
     Returns:
@@ -66,7 +66,7 @@ def evaluate(
     >>> print(render_tables({"after": report}))                                 # doctest: +SKIP
 
     Raises:
-        EUAError: sets that cannot be read, a set to forget that is not there, or a model that cannot be measured.
+        EUAError: if sets cannot be read, if a set to forget is missing, or if the model cannot be measured.
     """
     rows_of = read_sets(sets)
     forget = forgotten_names(forget, rows_of)
@@ -109,14 +109,14 @@ def evaluate(
 
 
 def read_sets(sets: Mapping[str, Source]) -> dict[str, list[Row]]:
-    """Name → rows of what :func:`evaluate` takes.
+    """Read the sets that :func:`evaluate` takes: name → rows.
 
     Raises:
-        EUAError: sets that have no names, or whose rows cannot be read.
+        EUAError: if sets have no names, or if their rows cannot be read.
     """
     if not isinstance(sets, Mapping):
         raise EUAError(
-            f"sets is a {type(sets).__name__}, but every set of rows has a name in the report: "
+            f"sets is a {type(sets).__name__}, but every set of rows needs a name: "
             'pass a mapping, e.g. {"forget": "forget.jsonl", "retain": "retain.jsonl"}.'
         )
     return {name: read_rows(rows, f"{name} set") for name, rows in sets.items()}
@@ -126,23 +126,23 @@ def forgotten_names(forget: str | Sequence[str], sets: Mapping[str, Source]) -> 
     """The names of the sets to forget; a string is one name.
 
     Raises:
-        EUAError: no name, or one that no set has.
+        EUAError: if there is no name, or if no set has one of the names.
     """
     names = (forget,) if isinstance(forget, str) else tuple(forget)
     if not names or set(names) - set(sets):
-        raise EUAError(f"forget = {list(names)}, but the sets are {list(sets)}: name one or more of these to be forgotten.")
+        raise EUAError(f"forget = {list(names)}, but the sets are {list(sets)}: name one or more of these.")
     return names
 
 
 def render_tables(reports: Mapping[str, dict[str, Any]]) -> str:
-    """Reports by title ("before", "after") as one Markdown table of sets and one of separation."""
+    """Reports by title ("before", "after") as two Markdown tables, one of sets and one of separation."""
     entries = [(title, name, entry) for title, report in reports.items() for name, entry in report["sets"].items()]
     columns = [key for key in COLUMNS if any(key in entry for _, _, entry in entries)]
     lines = [["rows of", "model", *(COLUMNS[key][0] for key in columns)]]
     for title, name, entry in sorted(entries, key=lambda item: list(reports[item[0]]["sets"]).index(item[1])):
         values = [format(entry[key], COLUMNS[key][1]) if key in entry else "" for key in columns]
         lines.append([name, title, *values])
-    separation = [["prompt energy tells forgotten from", "model", "AUROC", "FPR at 95 % TPR"]]
+    separation = [["prompt energy separates forgotten from", "model", "AUROC", "FPR at 95 % TPR"]]
     for title, report in reports.items():
         for name, entry in report["separation"].items():
             separation.append([name, title, f"{entry['auroc']:.4f}", f"{entry['fpr_at_95_tpr']:.4f}"])

@@ -1,1 +1,1 @@
-"""EnergyGuard: which prompts are refused, and the refusal inside ``generate``."""
+"""EnergyGuard: decides which prompts to refuse, and refuses them inside ``generate``."""

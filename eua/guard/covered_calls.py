@@ -109,7 +109,7 @@ def given_ids(arguments: Mapping[str, Any]) -> Tensor | None:
 
 
 def prompt_mask(arguments: Mapping[str, Any], config: GenerationConfig) -> Tensor | None:
-    """Which positions of the prompts hold tokens, as ``generate`` sees it: (B, S) bool; None when it starts from nothing."""
+    """Which positions of the prompts contain tokens, as ``generate`` sees them: (B, S) bool; None if there is no prompt."""
     mask, ids, pad = arguments.get("attention_mask"), given_ids(arguments), config.pad_token_id
     if mask is not None and mask.ndim == 2:
         return mask.bool()

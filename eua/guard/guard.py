@@ -1,6 +1,6 @@
-"""The guard: a prompt whose energy lies above a calibrated threshold is refused, inside plain ``model.generate``.
+"""The guard, which refuses prompts whose energy exceeds a calibrated threshold, inside plain ``model.generate``.
 
-This refusal rule is this project's own (method.md §5); the paper does not give one in detail.
+The refusal rule is this project's own (method.md §5); the paper does not specify one in detail.
 """
 
 from __future__ import annotations
@@ -37,32 +37,33 @@ DEFAULT_REFUSAL = "I cannot help with that question."
 class EnergyGuard:
     """Refuses prompts whose score exceeds ``threshold``.
 
-    The score is the energy at the prompt's last token, or with ``first_tokens`` the mean over that token and so many generated
-    ones, or up to the answer's end where it comes before.
+    The score is the energy at the prompt's last token. With ``first_tokens`` it is the mean over that token and the first
+    generated tokens, up to that number or to the end of the answer.
 
-    Of a chat it is the score of the user's last turn alone, up to where the assistant's turn begins. So neither earlier turns,
-    a system prompt nor an answer begun by the caller unlock what would be refused without them, and the promise holds whatever
-    they are. Where chats were among the calibration prompts, that turn is scored in its context too; the higher score counts.
+    In a chat, the guard scores the user's last turn alone, up to where the assistant's turn begins. So earlier turns, a system
+    prompt or an answer begun by the caller cannot unlock what would be refused without them, and the promise holds whatever
+    they are. If the calibration prompts include chats, that turn is also scored in its context, and the higher score counts.
 
-    With a probe, the refusal ends an answer midway where the mean energy of ``probe_window`` successive tokens exceeds
+    With a probe, the refusal ends an answer midway if the mean energy of ``probe_window`` successive tokens exceeds
     ``probe_threshold``.
 
     Attributes:
         threshold: in nats.
         temperature: T of the energy.
-        refusal_text: what a refused prompt is answered.
-        refusal_ids: the same as token ids, ended by the end-of-sequence token.
-        stop_ids: the same behind what an answer has said, where the probe ends it.
-        tolerance: ε, the tolerated rate of false refusals the threshold was calibrated for.
-        calibration_prompts: how many held-out prompts it was calibrated on.
-        calibration_groups: how many groups they came in, or None when they were taken one by one.
-        first_tokens: how many generated tokens the score takes in.
-        turns: how prompts are put together; None where the tokenizer's template does not tell.
-        probe_window: how many successive tokens the probe's mean is over; 0: there is no probe.
-        probe_tokens: up to which length of answers the probe was calibrated.
+        refusal_text: text that a refused prompt gets.
+        refusal_ids: token ids of this text, with the end-of-sequence token at the end.
+        stop_ids: the same, tokenized as the continuation of an answer that the probe stops.
+        tolerance: ε, the rate of false refusals that the threshold was calibrated for.
+        calibration_prompts: number of held-out prompts in the calibration.
+        calibration_groups: number of groups among these prompts, or None if they were not grouped.
+        first_tokens: number of generated tokens that the score includes.
+        turns: how the tokenizer's template writes turns; None if they cannot be read from it.
+        probe_window: number of successive tokens in the probe's mean; 0: no probe.
+        probe_tokens: maximal length of the answers that the probe was calibrated on.
         probe_threshold: in nats.
-        confidence: 1 − δ, with which the rate is at most ε for this calibration, or None where it is on average over all.
-        model_fingerprint, tokenizer_fingerprint: of what it was calibrated for, see :mod:`eua.model.fingerprints`.
+        confidence: 1 − δ, the confidence that the rate is at most ε with this calibration; None: it is so on average.
+        model_fingerprint, tokenizer_fingerprint: of the model and tokenizer in the calibration, see
+            :mod:`eua.model.fingerprints`.
     """
 
     threshold: float
@@ -85,7 +86,7 @@ class EnergyGuard:
     def __post_init__(self) -> None:
         _check_settings(self.temperature, self.first_tokens, self.probe_window, self.probe_tokens)
         if math.isnan(self.threshold) or (self.probe_threshold is not None and math.isnan(self.probe_threshold)):
-            raise EUAError("The threshold is not a number, above which nothing would be refused: calibrate the guard again.")
+            raise EUAError("The threshold is not a number, so no score would exceed it: calibrate the guard again.")
         if (self.probe_threshold is None) != (self.probe_window == 0):
             raise EUAError(
                 f"probe_window = {self.probe_window} and probe_threshold = {self.probe_threshold}, but a probe needs both: "
@@ -93,7 +94,9 @@ class EnergyGuard:
             )
         for ids in (self.refusal_ids, self.stop_ids):
             if not ids or not all(isinstance(token, int) and token >= 0 for token in ids):
-                raise EUAError(f"The refusal's token ids are {ids!r}, which say nothing: calibrate the guard again.")
+                raise EUAError(
+                    f"The refusal's token ids are {ids!r}, but must be one or more whole numbers: calibrate the guard again."
+                )
 
     @classmethod
     def calibrate(
@@ -120,29 +123,29 @@ class EnergyGuard:
             model: the model that will be deployed, after quantization. The guarantee holds for it alone.
             tokenizer: its tokenizer, with the chat template that will be used.
             prompts: retained prompts that unlearning has not seen: a file, the name of a data set or any other source of
-                :mod:`eua.data.sources`, or a list of questions and rows. At 5 % at least 19 are needed. With chats of several
-                turns or system prompts among them, context counts from then on.
-            groups: whom or what each prompt is about, one entry for each prompt. Several prompts about one person resemble each
-                other; with their groups named, the promise holds for people, not just for prompts, that are new. At 5 % at
-                least 19 are needed.
+                :mod:`eua.data.sources`, or a list of questions and rows. 5 % takes at least 19 prompts. If they include chats
+                with several turns or system prompts, the guard also scores in context.
+            groups: whom or what each prompt is about, with one entry per prompt. Several prompts about one person resemble each
+                other; with groups, the promise holds for new people, not just for new prompts. 5 % takes at least 19 groups.
             tolerance: ε, the tolerated rate of false refusals.
-            confidence: 1 − δ. The rate is at most ε on average over calibration sets; with a confidence, of this one too,
-                but for a chance of δ. At ε = δ = 5 % that takes 59 prompts, or groups.
-            seen: what unlearning was trained on, from the same sources; none of it may be among ``prompts``.
-            first_tokens: how many generated tokens the score takes in. More of them tell forgotten prompts from retained ones
-                better; a refusal then takes as many steps longer, and streams hold back so many tokens. They are generated
-                greedily here, so the promise is for greedy generation.
-            probe_window: watch answers as they are generated, and stop one where the mean energy of so many successive tokens
-                is as high as at most a share ``tolerance`` of new prompts' answers get. 0: do not watch.
-            probe_tokens: how long the answers are that are generated, greedily, to calibrate the probe.
-            temperature: T of the energy; the one of training.
-            refusal_text: what a refused prompt is answered.
-            batch_size: prompts per forward.
+            confidence: 1 − δ. Without it, the rate is at most ε on average over calibration sets; with it, also for this
+                calibration set, with probability 1 − δ. ε = δ = 5 % takes 59 prompts or groups.
+            seen: rows that unlearning was trained on, from the same sources; ``prompts`` must contain none of them.
+            first_tokens: number of generated tokens that the score includes. More of them separate forgotten prompts from
+                retained ones better, but a refusal takes this number of additional steps, and streams hold this number of
+                tokens back. Calibration generates them greedily, so the promise is for greedy generation.
+            probe_window: watch answers as they are generated, and stop an answer if the mean energy of this number of
+                successive tokens exceeds a threshold, which at most a share ``tolerance`` of the answers to new prompts
+                exceed. 0: do not watch.
+            probe_tokens: length of the answers that are generated, greedily, to calibrate the probe.
+            temperature: T of the energy, as in training.
+            refusal_text: text that a refused prompt gets.
+            batch_size: prompts per forward pass.
             progress: show a progress bar.
 
         Raises:
-            EUAError: prompts that cannot be read, too few of them, prompts that were trained on, groups that are not one for
-                each prompt, a model or tokenizer that cannot be guarded, or NaN in hidden states.
+            EUAError: if prompts cannot be read, are too few or were trained on, if there is not one group per prompt, if the
+                model or tokenizer cannot be guarded, or if hidden states contain NaN.
 
         >>> guard = EnergyGuard.calibrate(                                     # doctest: +SKIP
         ...     model, tokenizer, "held_out.jsonl", seen="retain.jsonl"
@@ -151,7 +154,7 @@ class EnergyGuard:
         """
         _check_settings(temperature, first_tokens, probe_window, probe_tokens)
         if isinstance(prompts, (list, tuple)) and not prompts:
-            raise EUAError("There are no calibration prompts: give held-out prompts that must be answered, 19 or more at 5 %.")
+            raise EUAError("There are no calibration prompts: give held-out prompts that must be answered, at least 19 at 5 %.")
         refusal_ids, stop_ids = _refusal_ids(refusal_text, tokenizer)
         ids = encode_prompts(read_prompts(prompts, "calibration prompts"), tokenizer, "calibration prompts")
         groups = None if groups is None else group_list(groups, len(ids))
@@ -188,15 +191,15 @@ class EnergyGuard:
         )
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Raise :class:`EUAError` for a model or a tokenizer that the promise is not for, see :mod:`eua.model.fingerprints`."""
+        """Raise :class:`EUAError` for another model or tokenizer than in the calibration, see :mod:`eua.model.fingerprints`."""
         if self.model_fingerprint is not None and self.model_fingerprint != model_fingerprint(model):
             raise EUAError(
-                "The guard was calibrated for other weights than this model's (trained on, merged, quantized or in another "
-                "dtype since), and its threshold promises nothing for them: calibrate it again for this model."
+                "The guard was calibrated for other weights than this model's (it may have been trained, merged, quantized or "
+                "cast since), so its threshold promises nothing here: calibrate it again for this model."
             )
         if tokenizer is not None and self.tokenizer_fingerprint not in (None, tokenizer_fingerprint(tokenizer)):
             raise EUAError(
-                "The guard was calibrated with another tokenizer or chat template, by which prompts become other tokens: "
+                "The guard was calibrated with another tokenizer or chat template, which turns prompts into other tokens: "
                 "use that one, or calibrate the guard again."
             )
 
@@ -208,19 +211,19 @@ class EnergyGuard:
     def score(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, batch_size: int = 32
     ) -> Tensor:
-        """The score of each prompt, (P,) float32, in nats; those above ``threshold`` would be refused.
+        """The score of each prompt, (P,) float32, in nats. Prompts above ``threshold`` would be refused.
 
         >>> guard.score(model, tokenizer, "Where was Ann born?") > guard.threshold     # doctest: +SKIP
         tensor([True])
 
         Args:
-            model, tokenizer: what the guard was calibrated for.
-            prompts: one question, or a list of questions and rows; a ``Path`` or any other source of :mod:`eua.data.sources`
-                gives the prompts of its rows.
-            batch_size: prompts per forward.
+            model, tokenizer: those that the guard was calibrated for.
+            prompts: one question, or a list of questions and rows. A ``Path`` or any other source of :mod:`eua.data.sources`
+                stands for the prompts of its rows.
+            batch_size: prompts per forward pass.
 
         Raises:
-            EUAError: prompts that cannot be read, or another model or tokenizer, see :meth:`check`.
+            EUAError: if prompts cannot be read, or for another model or tokenizer, see :meth:`check`.
         """
         self.check(model, tokenizer)
         return self.score_ids(model, encode_prompts(prompts, tokenizer), batch_size, check=True)
@@ -228,7 +231,7 @@ class EnergyGuard:
     def score_ids(
         self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], batch_size: int = 32, *, check: bool = False
     ) -> Tensor:
-        """The same of token ids; whether weights and tokenizer are the guard's is not looked at, see :func:`prompt_scores`."""
+        """Like :meth:`score`, for token ids and without checking the model and tokenizer, see :func:`prompt_scores`."""
         return prompt_scores(
             model,
             prompts,
@@ -240,16 +243,16 @@ class EnergyGuard:
         )
 
     def attach(self, model: PreTrainedModel) -> GuardHandle:
-        """Guard ``model.generate`` until the handle is detached; the handle is a context manager too.
+        """Guard ``model.generate`` until the handle is detached. The handle is also a context manager.
 
         >>> with guard.attach(model) as handle:          # doctest: +SKIP
-        ...     output = model.generate(**batch)         # flagged rows hold the refusal text, others are untouched
+        ...     output = model.generate(**batch)         # flagged rows get the refusal text, others are unchanged
         ...     handle.refused                           # (B,) bool, of the last call
         """
         return GuardHandle(self, model)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``energy_guard.json`` into ``folder``, usually the model's."""
+        """Write ``energy_guard.json`` to ``folder``, usually the model's."""
         write_json(Path(folder) / GUARD_FILE, asdict(self) | {"promise": self.promise})
 
     def push_to_hub(
@@ -269,18 +272,18 @@ class EnergyGuard:
         True
 
         Args:
-            repo_id: the repository; it is created where there is none.
-            revision: a branch to commit to; it is created where there is none.
+            repo_id: the repository; created if it does not exist.
+            revision: the branch to commit to; created if it does not exist.
             commit_message: of the commit (default: "Upload energy_guard.json").
-            private: whether a repository that is created is private.
-            token: of the hub; the one of ``hf auth login`` when left out.
-            create_pr: open a pull request in place of a commit.
+            private: whether a new repository is private.
+            token: of the hub (default: that of ``hf auth login``).
+            create_pr: open a pull request instead of committing.
 
         Returns:
-            What the hub says of the commit, e.g. its ``commit_url``.
+            The hub's description of the commit, e.g. its ``commit_url``.
 
         Raises:
-            EUAError: a name that no repository can have, or an upload that the hub does not accept.
+            EUAError: if the name cannot be a repository's, or if the hub does not accept the upload.
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
@@ -311,13 +314,14 @@ class EnergyGuard:
         >>> guard = EnergyGuard.from_pretrained("org/model-unlearned")          # doctest: +SKIP
 
         Args:
-            pretrained_model_name_or_path: a folder or, where there is none of that name, a repository on the Hugging Face Hub.
-                A ``Path`` is a folder only.
-            revision, subfolder, token, cache_dir, force_download, local_files_only: as in transformers; of a folder,
-                ``subfolder`` alone counts.
+            pretrained_model_name_or_path: a folder or, if no folder has that name, a repository on the Hugging Face Hub. A
+                ``Path`` is always a folder.
+            revision, subfolder, token, cache_dir, force_download, local_files_only: as in transformers. For a folder, only
+                ``subfolder`` has an effect.
 
         Raises:
-            EUAError: no such folder or repository, no guard in it, a hub that cannot be reached, or a file that is not a guard.
+            EUAError: if there is no such folder or repository, if it contains no guard, if the hub cannot be reached, or if the
+                file is not a guard.
         """
         try:
             path = find_file(
@@ -360,29 +364,30 @@ class EnergyGuard:
             )
         return (
             f"{how_sure}The probability that {scope} is falsely refused is at most {self.tolerance:g}. {probed}"
-            "This holds for the model, chat template and quantization that were calibrated, and says nothing of the share of "
-            "forgotten prompts that is refused, which has to be measured."
+            "This holds for the model, chat template and quantization that were calibrated. It says nothing about the share of "
+            "forgotten prompts that are refused, which has to be measured."
         )
 
 
 def find_guard(
     model: str | os.PathLike[str], guard: str | os.PathLike[str] | None = None, **options: Any
 ) -> EnergyGuard | None:
-    """The guard that a command should use for a model: the one named, else the model's own, else None.
+    """The guard that a command should use for a model: the named one, else the model's own, else None.
 
-    None means that the model is known to have no guard: its folder, its repository or, offline, what was downloaded of that
-    repository holds none. Where that cannot be known, it is an error, so that no model answers unguarded because of a bad
+    None means that the model certainly has no guard: its folder, its repository or, offline, the downloaded part of that
+    repository contains none. If that is not certain, it is an error, so that no model answers unguarded because of a bad
     connection.
 
     >>> find_guard("org/model-unlearned", revision="v2")                        # doctest: +SKIP
 
     Args:
         model: the model's folder or name on the hub.
-        guard: folder or name on the hub of another guard, which then has to be there.
-        options: ``revision`` and others of :meth:`EnergyGuard.from_pretrained`, for the place that is looked in.
+        guard: folder or name on the hub of another guard, which then must exist.
+        options: ``revision`` and other options of :meth:`EnergyGuard.from_pretrained`, for the place that is searched.
 
     Raises:
-        EUAError: ``guard`` without a guard, a file that is not a guard, no such repository, or a hub that cannot be reached.
+        EUAError: if ``guard`` contains no guard, if the file is not a guard, if there is no such repository, or if the hub
+            cannot be reached.
     """
     if guard is not None:
         return EnergyGuard.from_pretrained(guard, **options)
@@ -393,19 +398,19 @@ def find_guard(
 
 
 def _check_unseen(prompts: Sequence[Sequence[int]], seen: Sequence[Sequence[int]]) -> None:
-    """Raise when a prompt is among those that were trained on: their scores are lower than those of new prompts."""
+    """Raise if a prompt was trained on: such prompts have lower scores than new ones."""
     trained = {tuple(ids) for ids in seen}
     found = [index for index, ids in enumerate(prompts) if tuple(ids) in trained]
     if found:
         raise EUAError(
-            f"{len(found)} of {len(prompts)} calibration prompts (the first is prompt {found[0]}) were trained on, and a "
+            f"{len(found)} of {len(prompts)} calibration prompts (the first is prompt {found[0]}) were trained on, so a "
             "threshold from them would refuse new prompts too often: calibrate on prompts that unlearning has not seen."
         )
 
 
 def _check_settings(temperature: float, first_tokens: int, probe_window: int, probe_tokens: int) -> None:
     if not temperature > 0:
-        raise EUAError(f"temperature = {temperature}, but energies are divided by it: give one above 0, that of training.")
+        raise EUAError(f"temperature = {temperature}, but energies are divided by it: give a number above 0, as in training.")
     counts = {"first_tokens": first_tokens, "probe_window": probe_window, "probe_tokens": probe_tokens}
     for name, count in counts.items():
         if not isinstance(count, int) or count < 0:
@@ -415,17 +420,17 @@ def _check_settings(temperature: float, first_tokens: int, probe_window: int, pr
 def _check_probe(threshold: float, window: int, tokens: int) -> None:
     if threshold == -math.inf:
         raise EUAError(
-            f"Too few of the answers to the calibration prompts have {window} tokens within the first {tokens}, so their means "
-            "set no threshold for the probe: choose a smaller probe_window."
+            f"Too few answers to the calibration prompts have {window} tokens within the first {tokens}, so there are too few "
+            "means to set the probe's threshold: choose a smaller probe_window."
         )
 
 
 def _refusal_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The refusal as an answer is tokenized, and behind words, each ended by the end-of-sequence token."""
+    """Token ids of the refusal as an answer, and as the continuation of one, each with the end-of-sequence token at the end."""
     if tokenizer.eos_token_id is None:
         raise EUAError("The tokenizer has no end-of-sequence token, so a refusal could not end: set tokenizer.eos_token.")
     plain, spaced = (tokenizer(start + text, add_special_tokens=False)["input_ids"] for start in ("", " "))
     ids = plain if tokenizer.chat_template is not None else spaced
     if not text.strip() or not ids:
-        raise EUAError(f"The refusal text {text!r} becomes no token: give it some words.")
+        raise EUAError(f"The refusal text {text!r} has no tokens: give it some words.")
     return (*ids, tokenizer.eos_token_id), (*spaced, tokenizer.eos_token_id)

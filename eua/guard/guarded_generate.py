@@ -297,7 +297,7 @@ class _Forcing(LogitsProcessor):
 
 
 def _prompt_ids(arguments: Mapping[str, Any], config: GenerationConfig) -> list[list[int]]:
-    """The prompts of a ``generate`` call without padding; none when it starts from nothing."""
+    """The prompts of a ``generate`` call without padding; an empty list if there is no prompt."""
     ids, mask = given_ids(arguments), prompt_mask(arguments, config)
     if ids is None or mask is None:
         return []

@@ -1,4 +1,4 @@
-"""One file of a model, in its folder or in its repository on the Hugging Face Hub."""
+"""Find and upload one file of a model, in its folder or in its repository on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from eua.errors import EUAError
 
 
 class MissingFileError(EUAError):
-    """The folder or repository does not hold the file; nothing else is wrong."""
+    """The folder or repository does not contain the file; nothing else is wrong."""
 
 
 def find_file(
@@ -33,24 +33,24 @@ def find_file(
     force_download: bool = False,
     local_files_only: bool = False,
 ) -> Path:
-    """The path of ``name`` in a folder, or of the copy downloaded from a repository on the hub.
+    """The path of ``name`` in a folder, or of a copy downloaded from a repository on the hub.
 
     Args:
-        place: a folder, which comes first, or a repository. A ``Path`` is a folder only.
+        place: a folder, which takes precedence, or a repository. A ``Path`` is always a folder.
         name: of the file.
         revision, subfolder, token, cache_dir, force_download, local_files_only: as in transformers' ``from_pretrained``.
 
     Raises:
-        MissingFileError: the folder or repository has no such file, or, offline, what was downloaded of it has none.
-        EUAError: there is no such repository, or the hub cannot be reached.
+        MissingFileError: if the folder or repository or, offline, its downloaded part has no such file.
+        EUAError: if there is no such repository, or if the hub cannot be reached.
     """
     path = Path(place, subfolder, name)
     if path.is_file():
         return path
     if os.path.isfile(place):
-        raise EUAError(f"{place} is a file, where a folder or a repository on the hub is expected: pass the folder it is in.")
+        raise EUAError(f"{place} is a file, but a folder or a repository on the hub is expected: pass the file's folder.")
     if isinstance(place, os.PathLike) or os.path.exists(place) or not _can_be_repository(place):
-        raise MissingFileError(f"{Path(place, subfolder)} holds no {name}")
+        raise MissingFileError(f"{Path(place, subfolder)} contains no {name}")
     nowhere = f"{place!r} is not a folder on this machine, and"
     try:
         downloaded = hf_hub_download(
@@ -65,14 +65,14 @@ def find_file(
         )
     except LocalEntryNotFoundError as error:
         if local_files_only or constants.HF_HUB_OFFLINE:
-            raise MissingFileError(f"{nowhere} no {name} of it was downloaded before, and downloads are turned off") from error
+            raise MissingFileError(f"{nowhere} its {name} was not downloaded before, and downloads are turned off") from error
         raise EUAError(
             f"{nowhere} the hub cannot be reached to look for its {name} ({_in_one_line(error)}): check the connection, or set "
-            "HF_HUB_OFFLINE=1 to use only what was downloaded before."
+            "HF_HUB_OFFLINE=1 to use only files that were downloaded before."
         ) from error
     except EntryNotFoundError as error:
         at = "" if revision is None else f" at revision {revision!r}"
-        raise MissingFileError(f"The repository {place} on the hub holds no {Path(subfolder, name)}{at}") from error
+        raise MissingFileError(f"The repository {place} on the hub contains no {Path(subfolder, name)}{at}") from error
     except RevisionNotFoundError as error:
         raise EUAError(
             f"The repository {place} on the hub has no revision {revision!r}: check the branch, tag or commit."
@@ -80,9 +80,9 @@ def find_file(
     except RepositoryNotFoundError as error:
         raise EUAError(
             f"{nowhere} the hub has no such repository that you may read ({_in_one_line(error)}): check the name, and log in "
-            "(`hf auth login`, or token=...) where it is private or gated."
+            "(`hf auth login`, or token=...) if it is private or gated."
         ) from error
-    except Exception as error:  # of huggingface_hub and the HTTP client under it, which share no other base
+    except Exception as error:  # from huggingface_hub and its HTTP client, whose errors have no other common base class
         raise EUAError(
             f"{nowhere} its {name} cannot be downloaded from the hub ({_in_one_line(error)}): check the connection."
         ) from error
@@ -99,10 +99,10 @@ def send_file(
     token: str | bool | None = None,
     create_pr: bool = False,
 ) -> CommitInfo:
-    """Upload one file, and nothing else, to a repository, which is made where there is none.
+    """Upload one file, and nothing else, to a repository, which is created if it does not exist.
 
     Raises:
-        EUAError: a name that no repository can have, or an upload that the hub does not accept.
+        EUAError: if the name cannot be a repository's, or if the hub does not accept the upload.
     """
     api = HfApi(token=token)
     try:

@@ -1,4 +1,4 @@
-"""The score of a prompt, which the guard compares with its threshold, and that of an answer."""
+"""The scores of prompts and of answers, which the guard compares with its thresholds."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ def prompt_scores(
 ) -> Tensor:
     """The energy at the last token of each prompt: (P,) float32 on the CPU, in nats.
 
-    With ``first_tokens`` it is the mean over that token and so many tokens that the model goes on with greedily, or up to the
-    answer's end where it comes before.
+    With ``first_tokens`` it is the mean over that token and the first tokens that the model generates greedily, up to that
+    number or to the end of the answer.
 
     Args:
-        model: a causal language model; left in the mode (train or eval) it was in.
+        model: a causal language model, which keeps its mode (train or eval).
         prompts: token ids of formatted prompts, see :func:`eua.data.rows.encode_prompt`.
         temperature: T of the energy.
-        first_tokens: how many generated tokens are taken in.
-        turns: how prompts are put together. The score is then the highest of those of :meth:`.Turns.scored_prompts`.
-        batch_size: prompts per forward.
+        first_tokens: number of generated tokens that the score includes.
+        turns: how the template writes turns. The score is then the highest one of :meth:`.Turns.scored_prompts`.
+        batch_size: prompts per forward pass.
         progress: title of a progress bar, or None for no bar.
-        check: compare head and vocabulary with the model's own first; False where that was done before.
+        check: first check the head and the token ids; False if the caller has done so.
 
     Raises:
-        EUAError: on NaN or infinite hidden states, or a model without a plain head.
+        EUAError: if hidden states are NaN or infinite, or if the model has no plain head.
     """
     if check:
         check_head(model)
@@ -97,10 +97,10 @@ def answer_scores(
 ) -> Tensor:
     """The highest mean energy of ``window`` successive tokens of the answer to each prompt: (P,) float32 on the CPU, in nats.
 
-    Answers are generated greedily, up to ``new_tokens`` long; one that is shorter than the window scores −∞.
+    Answers are generated greedily, up to ``new_tokens`` long. An answer shorter than the window scores −∞.
 
     Raises:
-        EUAError: on NaN or infinite energies, or a model without a plain head.
+        EUAError: if energies are NaN or infinite, or if the model has no plain head.
     """
     check_head(model)
     check_token_ids(model, prompts)
@@ -123,10 +123,10 @@ def _generated_scores(
     batch_size: int,
     progress: str | None,
 ) -> Tensor:
-    """What a recorder says of each row of a greedy generation; it is made anew for every batch, from the ids that end a row."""
+    """A recorder's scores for greedily generated rows. ``make_recorder`` gets the ids that end a row, once per batch."""
     generator = cast(Any, model)
     eos = end_ids(generator.generation_config.eos_token_id)
-    pad = eos[0] if eos else 0  # masked, or behind an answer's end
+    pad = eos[0] if eos else 0  # masked, or after the end of an answer
     settings = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, num_beams=1, eos_token_id=eos or None, pad_token_id=pad
     )
@@ -140,7 +140,7 @@ def _generated_scores(
             batch = pad_prompts([prompts[i] for i in indices], pad, generator.device)
             recorder = make_recorder(eos)
             with recorder.listening():
-                type(generator).generate(  # a guard that is attached to this model would write refusals into it
+                type(generator).generate(  # bypasses an attached guard, which would write refusals
                     generator, **batch, generation_config=settings, logits_processor=LogitsProcessorList([recorder])
                 )
             scores[indices] = recorder.scores()

@@ -1,4 +1,4 @@
-"""Ask a model questions in plain text."""
+"""Asks a model questions in plain text."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ def answer(
     max_new_tokens: int = 64,
     **options: Any,
 ) -> list[str]:
-    """The model's answers to questions (or the prompts of rows), generated as one batch, greedily unless ``options`` say else.
+    """The model's answers to questions or to the prompts of rows, in one batch, greedily unless ``options`` say otherwise.
 
-    A guard attached to the model acts as in any ``model.generate``.
+    A guard that is attached to the model acts as in any ``model.generate``.
 
     >>> answer(model, tokenizer, "Where was Ann born?")     # doctest: +SKIP
     ['In Oslo.']
 
     Args:
-        model: a causal language model; left in the mode (train or eval) it was in.
+        model: a causal language model, which keeps its mode (train or eval).
         tokenizer: its tokenizer.
-        questions: one question, or a list of questions and rows; a ``Path`` or any other source of :mod:`eua.data.sources`
-            gives the questions of its rows.
-        max_new_tokens: how long an answer may be.
-        options: of ``model.generate``.
+        questions: one question, or a list of questions and rows. A ``Path`` or any other source of :mod:`eua.data.sources`
+            stands for the questions of its rows.
+        max_new_tokens: maximal length of an answer.
+        options: further options of ``model.generate``.
 
     Returns:
-        One answer for each question, in their order.
+        One answer per question, in the same order.
 
     Raises:
-        EUAError: questions that cannot be read, or a tokenizer of another vocabulary than the model's.
+        EUAError: if questions cannot be read, or if tokenizer and model have different vocabularies.
     """
     ids = encode_prompts(questions, tokenizer, "questions")
     check_token_ids(model, ids)

@@ -1,4 +1,4 @@
-"""Digests by which a model and a tokenizer are recognised."""
+"""Digests that identify a model and a tokenizer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _PROBE = "What did Ann say?  «Naïve 42!»"
 
 @torch.no_grad()
 def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the weights: their names, shapes, dtypes and up to 4096 evenly spaced values of each; and of active adapters.
+    """SHA-256 of the weights (their names, shapes, dtypes and up to 4096 evenly spaced values of each) and of active adapters.
 
-    Any training step, another dtype or a quantization changes it. Of quantized weights only names and dtypes are read, since
-    layers repack their values when they run. PEFT's prefixes are left out, so that it does not matter how an adapter was
-    loaded. All processes call this, and sharded weights are gathered.
+    A training step, another dtype or quantization changes it. For quantized weights, only names and dtypes count, since layers
+    repack the values when they run. PEFT's prefixes are left out, so it does not matter how an adapter was loaded. All
+    processes must call this, because sharded weights are gathered.
     """
     digest = hashlib.sha256()
     parameters = {
@@ -42,7 +42,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def adapter_states(model: nn.Module) -> list[tuple[object, ...]]:
-    """Which of PEFT's adapters are active in each layer, and with which scaling: the weights do not show that."""
+    """Which of PEFT's adapters are active in each layer, and with which scaling, which the weights do not show."""
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     return [
         (layer.disable_adapters, layer.active_adapters, layer.merged_adapters, sorted(getattr(layer, "scaling", {}).items()))
@@ -53,7 +53,7 @@ def adapter_states(model: nn.Module) -> list[tuple[object, ...]]:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of the chat template, of the token ids of a text, and of the special tokens.
 
-    A rendered template is not part of it: some contain the current date.
+    It does not include a rendered template, because some templates write the current date.
     """
     template = QUESTION_TEMPLATE if tokenizer.chat_template is None else tokenizer.get_chat_template()
     known = (template, tokenizer(_PROBE)["input_ids"], tokenizer.bos_token_id, tokenizer.eos_token_id)

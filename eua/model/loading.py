@@ -13,13 +13,13 @@ from eua.errors import EUAError
 
 
 def load_model(name: str, dtype: Any = "auto", *, place: bool = True) -> tuple[Any, Any]:
-    """Model and tokenizer of a folder or hub name, in eval mode, with ``place`` on the fastest device there is.
+    """The model and tokenizer of a folder or hub name, in eval mode and, with ``place``, on the fastest device.
 
-    The tokenizer is loaded first: it is small, and a name that is wrong fails at once. Weights are read from safetensors only,
-    since other formats can be pickles.
+    The tokenizer is loaded first: it is small, so a wrong name fails at once. Weights are read from safetensors only, since
+    other formats can be pickles.
 
     Raises:
-        EUAError: when nothing of that name can be loaded as a causal language model.
+        EUAError: if nothing of that name can be loaded as a causal language model.
     """
     tokenizer = load_tokenizer(name)
     with _explained(name):
@@ -33,7 +33,7 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of a folder or hub name.
 
     Raises:
-        EUAError: when there is none.
+        EUAError: if there is none.
     """
     with _explained(name):
         return AutoTokenizer.from_pretrained(name)

@@ -1,4 +1,4 @@
-"""The command line, in-process where possible and as a killed process where that is the point."""
+"""The command line: in this process if possible, and in a process to interrupt or kill if that is the subject."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def unlearn_command(model: Path, data: Path, output: Path, *more: str) -> list[s
 
 
 def test_unlearn_calibrate_ask_evaluate(trained_folder, data, world, tmp_path, capsys):
-    """The whole way on a model that knows: what was asked of is forgotten, refused, and reported."""
+    """All commands on a model that knows the facts: they are forgotten, refused, and reported."""
     output = tmp_path / "unlearned"
     settings = (
         "--learning-rate",
@@ -115,7 +115,7 @@ def test_unlearn_with_lora_writes_an_adapter(tiny_folder, data, tmp_path):
 
     bad = unlearn_command(tiny_folder, data, tmp_path / "out", "--overwrite", "--rho", "2")
     assert main(bad) == 2
-    assert (tmp_path / "out" / "checkpoints" / "settings.json").exists()  # nothing is deleted for a run that cannot start
+    assert (tmp_path / "out" / "checkpoints" / "settings.json").exists()  # a run that cannot start deletes nothing
     full = unlearn_command(tiny_folder, data, tmp_path / "out", "--num-train-epochs", "1", "--overwrite", "--bf16")
     assert main(full) == 0
     assert not (tmp_path / "out" / "adapter_config.json").exists()  # or it would be loaded on top of the new weights
@@ -145,7 +145,7 @@ def test_options_reach_the_trainer(tiny_folder, data, tmp_path, monkeypatch):
         "per_device_train_batch_size": 5,
         "gradient_accumulation_steps": 2,
         "retain_loss": "kl",
-        "optim_args": "eps=1e-7",  # a text that has a number in it
+        "optim_args": "eps=1e-7",  # a text with a number in it
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr": 1e-6},
         "include_for_metrics": ["loss"],
@@ -160,7 +160,7 @@ def test_options_reach_the_trainer(tiny_folder, data, tmp_path, monkeypatch):
 
 
 def run_process(arguments: list[str], stop_when: Path | None = None, how: int = signal.SIGINT) -> subprocess.CompletedProcess:
-    """``eua`` in a process of its own; it gets the signal ``how`` once ``stop_when`` exists."""
+    """``eua`` in a separate process, which gets the signal ``how`` as soon as ``stop_when`` exists."""
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -170,7 +170,7 @@ def run_process(arguments: list[str], stop_when: Path | None = None, how: int = 
         deadline = time.monotonic() + 120
         while not stop_when.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert process.poll() is None, "it ended before it could be interrupted"
+        assert process.poll() is None, "the process ended before it could be interrupted"
         process.send_signal(how)
     out, err = process.communicate(timeout=200)
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
@@ -192,8 +192,10 @@ def test_interrupted_unlearning_resumes_to_the_same_weights(tiny_folder, data, t
     for checkpoint in checkpoints:
         assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == int(checkpoint.name.split("-")[1])
 
-    assert main(unlearn_command(tiny_folder, data, broken, *steps)) == 2  # not resumed by accident
-    assert main(unlearn_command(tiny_folder, data, broken, *steps, "--resume", "--gamma", "0.1")) == 2  # nor mixed up
+    assert main(unlearn_command(tiny_folder, data, broken, *steps)) == 2  # no resuming by accident
+    assert (
+        main(unlearn_command(tiny_folder, data, broken, *steps, "--resume", "--gamma", "0.1")) == 2
+    )  # nor with other settings
     assert main(unlearn_command(tiny_folder, data, broken, *steps, "--resume")) == 0
     expected, found = (load_file(folder / "model.safetensors") for folder in (whole, broken))
     for name, tensor in expected.items():
@@ -215,15 +217,18 @@ MISSING = ["--forget", "none.jsonl", "--retain", "none.jsonl"]
         (["calibrate", "--model", "{tiny}", "--prompts", "{data}/retain.jsonl", "--group-by", "city"], "no 'city' to group by"),
         (["calibrate", "--model", "{tiny}", "--prompts", "{data}/retain.jsonl", "--group-by", "person"], "add 9 more"),
         (["calibrate", "--model", "{tiny}", "--prompts", "{data}/retain.jsonl", "--tolerance", "2"], "tolerance = 2.0"),
-        (["ask", "--model", "{tiny}", "Who?"], "holds no energy_guard.json: calibrate a guard for this model first"),
+        (["ask", "--model", "{tiny}", "Who?"], "contains no energy_guard.json: calibrate a guard for this model first"),
         (["calibrate", "--model", "org/name", "--prompts", "{data}/retain.jsonl"], "pass --output"),
         (["unlearn", "--model", "{tiny}", *ROWS, "--output", "{data}", "--resume"], "no interrupted run to resume"),
-        (["evaluate", "--model", "{tiny}", *ROWS, "--also", "forget={data}/test.jsonl"], "gives a second set this name"),
+        (["evaluate", "--model", "{tiny}", *ROWS, "--also", "forget={data}/test.jsonl"], "gives this name to a second set"),
         (["demo", "--output", "{new}", "--people", "20"], "people = 20, but calibration needs at least 100"),
         (["demo", "--output", "{data}"], "is not empty"),
         (["evaluate", "--model", "{tiny}", *ROWS, "--output", "{data}"], "is not empty"),
         (["report", "--model", "{tiny}", *ROWS, "--output", "{data}"], "is a folder, but the output must be a file"),
-        (["report", "--model", "{tiny}", *ROWS, "--also-forget", "retain={data}/test.jsonl"], "gives a second set this name"),
+        (
+            ["report", "--model", "{tiny}", *ROWS, "--also-forget", "retain={data}/test.jsonl"],
+            "gives this name to a second set",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, text, tiny_folder, data, tmp_path, capsys):
@@ -283,7 +288,7 @@ def test_rows_are_checked_before_a_model_is_loaded(tiny_folder, data, tmp_path, 
     write_jsonl(tmp_path / "bad.jsonl", [{"frage": "Wer?"}])
     command = unlearn_command(tiny_folder, data, tmp_path / "new", "--forget", str(tmp_path / "bad.jsonl"))
     assert main(command) == 2
-    assert "Row 0 of the forget set has the keys ['frage'], which are no known format" in capsys.readouterr().err
+    assert "Row 0 of the forget set has the keys ['frage'], which are not a known format" in capsys.readouterr().err
 
 
 def test_every_field_of_the_config_is_an_option(capsys):
@@ -346,7 +351,7 @@ per-device-train-batch-size: 4
 
 
 def test_a_run_can_be_written_down(tiny_folder, data, tmp_path):
-    """The same weights as from the command line, which goes before the file; and fields that have no option."""
+    """A file gives the same weights as the command line, which takes precedence over the file."""
     run = write_run(tmp_path, RUN, tiny_folder, data)
     assert main(["unlearn", "--config", str(run)]) == 0
     options = ("--learning-rate", "1e-3", "--num-train-epochs", "1", "--per-device-train-batch-size", "4")
@@ -389,8 +394,8 @@ save_total_limit: 2
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("gama: 0.1", "sets 'gama', which is no option of `eua unlearn`: did you mean 'gamma'? Correct it"),
-        ("epochs: 3", "sets 'epochs', which is no option of `eua unlearn`: did you mean 'num_train_epochs'? Correct it"),
+        ("gama: 0.1", "sets 'gama', which is not an option of `eua unlearn`: did you mean 'gamma'? Correct it"),
+        ("epochs: 3", "sets 'epochs', which is not an option of `eua unlearn`: did you mean 'num_train_epochs'? Correct it"),
         ("num_train_epochs: many", "sets 'num_train_epochs' to 'many', but it takes a number: correct it, or leave it out"),
         ("per-device-train-batch-size: 0", "per_device_train_batch_size = 0 cannot be used: it must be above 0"),
         ("bf16: 1", "sets 'bf16' to 1, but it takes true or false"),
@@ -400,7 +405,7 @@ save_total_limit: 2
         ("max-steps: 1\nmax_steps: 2", "sets 'max_steps' twice, with a dash and with an underscore: leave one out"),
         ("- gamma", "hold ['gamma'], not settings by name: write one `key: value` a line"),
         ("gamma: [1", "are not YAML (while parsing"),
-        ("config: other.yaml", "sets 'config', which is no option of `eua unlearn`"),
+        ("config: other.yaml", "sets 'config', which is not an option of `eua unlearn`"),
         ("gamma_schedule: step", "sets 'gamma_schedule' to 'step', but it takes one of constant, linear, cosine"),
         ("gamma_warmup_ratio: long", "sets 'gamma_warmup_ratio' to 'long', but it takes a number: correct it"),
         ("lr_scheduler_type: none", "These settings cannot be used: none is not a valid SchedulerType"),
@@ -413,7 +418,7 @@ def test_settings_files_that_cannot_be_used_say_why(text, message, tiny_folder, 
     assert message.replace("{{", "{").replace("}}", "}") in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_a_settings_file_that_is_not_there(tmp_path, capsys):
+def test_a_missing_settings_file(tmp_path, capsys):
     assert main(["unlearn", "--config", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml cannot be read" in capsys.readouterr().err
     assert main(["unlearn", "--config"]) == 2

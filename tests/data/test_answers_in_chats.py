@@ -1,4 +1,4 @@
-"""Chats in which every message of the assistant counts: which tokens, and what is learned from them."""
+"""Chats in which every message of the assistant counts: the tokens that count, and the losses from them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ MARKED = template(HEADER + marked(BODY))
 MARKED_WITH_HEADER = template(marked(HEADER + BODY))
 STRIPPING = template(HEADER + STRIPPED_BODY)
 STRIPPING_MARKED = template(HEADER + marked(STRIPPED_BODY))
-HIDDEN = [  # markers where transformers mistakes their place
+HIDDEN = [  # markers in blocks, where transformers mistakes their place
     "{% macro turn(m) %}" + HEADER + marked(BODY) + "{% endmacro %}{% for m in messages %}{{ turn(m) }}{% endfor %}" + ASK,
     template("{%- set text -%}" + HEADER + marked(BODY) + "{% endset %}{{ text }}"),
     template("{% filter trim %}" + HEADER + marked(BODY) + "{% endfilter %}{{ '\n' }}"),
@@ -72,7 +72,7 @@ def chat(*messages: str) -> list[dict[str, str]]:
 
 
 def shown(row: EncodedRow, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Tokens with a space between; ⏎ and _ are newline and space, and * stands before tokens that count."""
+    """Tokens, separated by spaces; ⏎ and _ are newline and space, and * marks tokens that count."""
     tokens = [{"\n": "⏎", " ": "_"}.get(token, token) for token in tokenizer.convert_ids_to_tokens(row.input_ids)]
     tokens = [("*" if p in row.answer_positions else "") + token for p, token in enumerate(tokens)]
     return " ".join(tokens).replace(START, "<").replace(END, ">")
@@ -133,7 +133,7 @@ THOUGHTS = chat("user: Who?", "assistant: <think> hm </think> Ann.", "user: Wher
 def test_a_template_that_rewrites_earlier_turns_has_to_mark_them(words):
     words.chat_template = STRIPPING
     with pytest.raises(
-        EUAError, match=r"up to message 3 the chat template .* changes what it wrote .* marks them with \{% gen"
+        EUAError, match=r"up to message 3 the chat template .* changes earlier messages, .* marks them with \{% gen"
     ):
         encode({"messages": THOUGHTS}, words)
     last = encode({"messages": THOUGHTS}, words, turns="last")
@@ -157,8 +157,8 @@ def test_what_a_template_leaves_unmarked_does_not_count(words):
 
 
 @pytest.mark.parametrize("edge", [" Ann.", "Ann. "])
-def test_spaces_at_the_edge_of_an_answer_move_no_other_token(words, edge):
-    """Where no token owns them, a mask made from tokens loses the later answers, or takes in the prompts between."""
+def test_spaces_at_the_edge_of_an_answer_shift_no_other_token(words, edge):
+    """If they belong to no token, a mask made from tokens loses later answers, or includes the prompts between answers."""
     words.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.chat_template = MARKED_TEXT_ONLY
     talk = chat("user: Who?", f"assistant: {edge}", "user: Where?", "assistant: Here.")
@@ -182,10 +182,10 @@ def test_rows_that_are_cut_keep_what_fits(words, form, caplog):
     first, end, second = tokens.index("*Ann."), tokens.index("*>"), tokens.index("*Here.")
     assert shown(encode(row, words, len(tokens)), words) == SHOWN
     assert shown(encode(row, words, second + 1), words).split() == tokens[: second + 1]
-    for length in range(end + 1, second + 1):  # of the second prompt alone nothing is left
+    for length in range(end + 1, second + 1):  # a second prompt without its answer is dropped
         assert shown(encode(row, words, length), words).split() == tokens[: end + 1]
     assert shown(encode(row, words, first + 1), words).split() == tokens[: first + 1]
-    with pytest.raises(EUAError, match=f"a prompt of {first} tokens, so max_length = {first} cuts its answer away"):
+    with pytest.raises(EUAError, match=f"a prompt of {first} tokens, so max_length = {first} cuts its answer off"):
         encode(row, words, first)
 
 
@@ -197,18 +197,18 @@ def test_rows_that_are_cut_keep_what_fits(words, form, caplog):
         (PLAIN, {"messages": chat("assistant: Hi")}, "a chat without a message before its answer"),
         (PLAIN, {"messages": chat("user: Hi", "assistant: Hi", "user: Who?")}, "Row 0 of the dataset has no answer"),
         (PLAIN, {"prompt": chat("user: Hi"), "completion": chat("bot: Hi")}, "whose role is 'bot', so its last answer"),
-        (MARKED.replace("'assistant'", "'bot'"), {"messages": TALK}, "markers, but marks nothing of this chat, so no token"),
+        (MARKED.replace("'assistant'", "'bot'"), {"messages": TALK}, "markers, but marks nothing in this chat, so no token"),
         (
             MARKED.replace("assistant\n", "assistant\n<think>\n"),
             {"messages": TALK},
-            r"marker begins the first answer after .*assistant\\n', but `generate` is given a prompt that ends with .*<think>",
+            r"marker begins the first answer after .*assistant\\n', but `generate` gets a prompt that ends with .*<think>",
         ),
         *((form, {"messages": TALK}, "inside a macro, call, filter or set block, where its place .*: move") for form in HIDDEN),
         (PLAIN, {"prompt": "", "completion": "Hi"}, "has an empty prompt, so nothing predicts the answer's first token"),
         (PLAIN.replace("{{ '<|im_start|>' + m.role + '\n' }}", ""), {"messages": TALK}, "up to message 2 the chat template"),
     ],
 )
-def test_chats_that_cannot_be_read_are_told_why(words, form, row, text):
+def test_errors_say_why_a_chat_cannot_be_read(words, form, row, text):
     words.chat_template = form
     with pytest.raises(EUAError, match=text):
         encode(row, words)
@@ -217,7 +217,7 @@ def test_chats_that_cannot_be_read_are_told_why(words, form, row, text):
 @pytest.mark.parametrize(
     "head", ["{% set n = 1 %}", "{% macro shout(m) %}{{ m.content | upper }}{% endmacro %}{% set a %}b{% endset %}"]
 )
-def test_macros_beside_the_markers_do_no_harm(words, head):
+def test_macros_next_to_the_markers_do_no_harm(words, head):
     words.chat_template = head + MARKED
     assert shown(encode({"messages": TALK}, words), words) == SHOWN
 
@@ -245,7 +245,7 @@ def test_a_batch_has_labels_and_boundaries_where_tokens_count():
     assert batch["boundary"].tolist() == [[0, -1, 0, 0, -2], [0, -3, 0, 0, 0]]
 
 
-def test_boundaries_are_kept_for_the_positions_they_are_of(model):
+def test_boundaries_belong_to_positions(model):
     ids = [5, 6, 7, 8, 9]
     rows = [EncodedRow(ids, 1), EncodedRow(ids, 1, frozenset({3})), EncodedRow(ids, 1, frozenset({2})), EncodedRow(ids, 3)]
     assert len({fingerprint(model, {"forget": [row]}, {}) for row in rows}) == len(rows)
@@ -257,7 +257,7 @@ def test_boundaries_are_kept_for_the_positions_they_are_of(model):
 
 @pytest.mark.parametrize("form", [PLAIN, MARKED])
 def test_step_and_evaluation_are_the_method_at_every_turn(words, form, tmp_path):
-    """The losses equal method.md on logits of the model and of a reference, gathered where a token of an answer is next."""
+    """The losses equal method.md on logits of the model and of a reference, taken before each token of an answer."""
     words.chat_template = form
     forget = [{"messages": TALK}, {"messages": THOUGHTS}, {"question": "Who?", "answer": "Ann. and Ann."}]
     retain = [
@@ -266,7 +266,7 @@ def test_step_and_evaluation_are_the_method_at_every_turn(words, form, tmp_path)
     model = tiny_llama(len(words))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter *= 4  # a fresh model's logits are nearly flat, whatever its layers do
+            parameter *= 4  # the logits of a new model are nearly flat, whatever its layers do
     settings = {"rho": 0.2, "temperature": 2.0, "gamma": 0.2, "alpha": 0.5, "per_device_eval_batch_size": 2}
     arguments = EUAConfig(
         output_dir=str(tmp_path), assistant_turns="all", report_to="none", use_cpu=True, disable_tqdm=True, **settings

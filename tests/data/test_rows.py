@@ -1,4 +1,4 @@
-"""Rows of every format, what they become, and the order in which they meet."""
+"""Rows of every format: their encoding, batches, and order in training."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ def test_chats_use_the_template(tokenizer):
     assert encoded[0] == encoded[1] == encoded[2]
     assert chatty.decode(encoded[0].prompt_ids) == "<user>Who?<eos><assistant>"
     assert chatty.decode(encoded[0].answer_ids) == "Me.<eos>"
-    chatty.chat_template = CHAT_TEMPLATE.replace(
-        "{{ eos_token }}", "{{ eos_token }}\n"
-    )  # what follows the end is not trained on
+    chatty.chat_template = CHAT_TEMPLATE.replace("{{ eos_token }}", "{{ eos_token }}\n")  # text after the end is not trained on
     assert encode_rows(forms[:1], chatty, None)[0].answer_ids == encoded[0].answer_ids
     chatty.chat_template = "{{ messages | length }}"
     with pytest.raises(EUAError, match="differently from the prompt alone"):
@@ -79,11 +77,11 @@ def test_long_answers_are_cut_and_counted(tokenizer, caplog):
         ([{"question": "Who?", "answer": "I."}, {"question": "Who?"}], "Row 1 of the forget set has no answer"),
         ([{"messages": [{"role": "user", "content": "Hi"}]}], "Row 0 of the forget set has no answer"),
         ([{"prompt": "Hi"}], "Row 0 of the forget set has no answer"),
-        ([{"text": "Hi"}], r"has the keys \['text'\], which are no known format"),
-        ([{"question": "Who? " * 40, "answer": "I."}], "max_length = 32 cuts its answer away"),
+        ([{"text": "Hi"}], r"has the keys \['text'\], which are not a known format"),
+        ([{"question": "Who? " * 40, "answer": "I."}], "max_length = 32 cuts its answer off"),
         ([{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}], "no chat template"),
         ([{"question": 5, "answer": "I."}], 'has 5 as its "question", which must be a text'),
-        ([{"messages": None}], r"has the keys \[\], which are no known format"),
+        ([{"messages": None}], r"has the keys \[\], which are not a known format"),
         ([{"messages": "Hi"}], "has 'Hi' as its \"messages\", which must be a list of"),
         ([{"messages": ["x"]}], 'which must be a list of {"role", "content"} messages'),
         ([{"prompt": "a", "completion": ["b"]}], 'as its "completion", which must be a text'),
@@ -91,7 +89,7 @@ def test_long_answers_are_cut_and_counted(tokenizer, caplog):
         ("missing.jsonl", "missing.jsonl is not a file"),
     ],
 )
-def test_bad_rows_are_told_what_is_wrong(rows, text, tokenizer):
+def test_errors_say_what_is_wrong_with_a_row(rows, text, tokenizer):
     with pytest.raises(EUAError, match=text):
         encode_rows(read_rows(rows, "forget set"), tokenizer, 32, "forget set")
 
@@ -119,7 +117,7 @@ def test_padding_masks_what_is_not_an_answer():
     assert batch["labels"].tolist() == [[-100, -100, 7, 8], [-100, 4, -100, -100]]
 
 
-def test_a_batch_holds_both_kinds_with_their_boundaries():
+def test_a_batch_contains_both_kinds_with_their_boundaries():
     forget, retain = [EncodedRow([5, 6, 7], 1)], [EncodedRow([1, 2], 1), EncodedRow([3, 4, 5, 6], 3)]
     boundaries = {"forget": [torch.tensor([-1.0, -2.0])], "retain": [torch.tensor([-3.0]), torch.tensor([-4.0])]}
     dataset = ForgetRetainDataset({"forget": forget, "retain": retain}, boundaries)
@@ -129,7 +127,7 @@ def test_a_batch_holds_both_kinds_with_their_boundaries():
 
     flat = ForgetRetainCollator(padding_free=True)([dataset[0, (1, 0)]])
     for tensor in (*batch.values(), *flat.values()):
-        assert tensor.is_contiguous()  # places that share memory cannot be pinned for a GPU
+        assert tensor.is_contiguous()  # memory that several entries share cannot be pinned for a GPU
     assert {name: tensor.tolist() for name, tensor in flat.items()} == {
         "input_ids": [[5, 6, 7, 3, 4, 5, 6, 1, 2]],
         "position_ids": [[0, 1, 2, 0, 1, 2, 3, 0, 1]],
@@ -153,13 +151,13 @@ def test_pairs_are_seeded_and_visit_all_alike():
     assert epochs[0] != list(PairedSampler([1] * 5, [1] * 7, ratio=2, seed=2))
 
 
-def test_rows_of_like_length_stand_together():
+def test_rows_of_similar_length_share_a_batch():
     generator = torch.Generator().manual_seed(0)
     lengths = [torch.randint(5, 100, (size,), generator=generator).tolist() for size in (50, 70)]
     samplers = {group: PairedSampler(*lengths, ratio=2, seed=1, group=group) for group in (0, 4)}
 
     def padding(sampler: PairedSampler) -> float:
-        """Share of a padded epoch that no token stands at, in batches of four forget rows."""
+        """The share of padding in an epoch, in batches of four forget rows."""
         pairs, tokens, places = list(sampler), 0, 0
         for start in range(0, len(pairs), 4):
             batch = pairs[start : start + 4]

@@ -1,4 +1,4 @@
-"""Where rows come from: the same rows from every source, and errors that say what to do."""
+"""Sources of rows: the same rows from every source, and errors that say what to do."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ configs:
 
 @pytest.fixture(autouse=True)
 def nothing_leaves(monkeypatch, tmp_path):
-    """No request to the hub, and a cache of this test's own."""
+    """No requests to the hub, and a separate cache for each test."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -71,7 +71,7 @@ def nothing_leaves(monkeypatch, tmp_path):
 
 @pytest.fixture
 def no_hub(monkeypatch):
-    """``datasets`` must not be asked at all."""
+    """``datasets`` must not be called."""
 
     def asked(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError(f"datasets was asked for {args}")
@@ -92,7 +92,7 @@ def tofu(tmp_path) -> Path:
 
 
 def from_every_format(rows: list[dict[str, Any]], folder: Path, *, flat: bool) -> dict[str, Any]:
-    """The rows, as each format holds them."""
+    """The rows in every format."""
     text = [json.dumps(row, ensure_ascii=False) for row in rows]
     texts = {
         "rows.jsonl": "\n".join(text) + "\n\n",
@@ -163,7 +163,7 @@ def test_a_module_of_a_librarys_name_does_not_disturb(monkeypatch):
     assert read_rows(FLAT) == FLAT
 
 
-# Without NUL, which csv and pyarrow handle in ways of their own, and without half a surrogate pair, which is no UTF-8.
+# Without NUL, which csv and pyarrow handle in different ways, and without half a surrogate pair, which is not UTF-8.
 CELLS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
 
 
@@ -189,7 +189,7 @@ def test_what_is_empty_counts_as_absent(tmp_path):
     frame["maybe"] = pandas.array([1, None], dtype="Int64")
     frame["object"], frame["date"] = pandas.Series([pandas.NA] * 2, dtype=object), pandas.to_datetime([None, None])
     assert read_rows(frame) == [{"question": "a", "answer": "c", "n": 1.5, "maybe": 1}, {"question": "b"}]
-    assert read_rows([{"question": "a", "n": float("nan")}])[0].keys() == {"question", "n"}  # a list holds what it holds
+    assert read_rows([{"question": "a", "n": float("nan")}])[0].keys() == {"question", "n"}  # a list is used as it is
 
 
 def test_a_table_of_questions_and_chats_encodes_as_its_rows(tokenizer, tmp_path):
@@ -209,7 +209,7 @@ def test_a_folder_is_read_by_the_syntax_of_the_hub(tofu, tmp_path):
         assert read_rows(f"{place}:forget10:train[1:]") == FLAT[1:2]
         assert read_rows(f"{place}:full") == FLAT
     assert read_rows(Path("org/tofu:full:train")) == FLAT
-    one = tmp_path / "json"  # also the name of a loader of datasets' own
+    one = tmp_path / "json"  # also the name of a loader in datasets
     one.mkdir()
     write_jsonl(one / "train.jsonl", FLAT[:1])
     write_jsonl(one / "test.jsonl", FLAT[1:])
@@ -223,7 +223,7 @@ def test_a_folder_is_read_by_the_syntax_of_the_hub(tofu, tmp_path):
         ("org/tofu::train", "has the configurations full, forget10"),
         (
             "org/tofu:forget10",
-            r"has the splits train, test, and none of them is named: pass one, e\.g\. 'org/tofu:forget10:train'",
+            r"has the splits train, test, but the name selects none of them: pass one, e\.g\. 'org/tofu:forget10:train'",
         ),
         ("org/tofu:forget10:valid", r"a folder that cannot be loaded as a data set \(.*train.*test.*check the path"),
         ("org/tofu:forget20:train", r"a folder that cannot be loaded as a data set \(.*forget20.*check the path"),
@@ -253,7 +253,7 @@ def test_a_name_on_the_hub_is_loaded_without_running_code(monkeypatch, tofu):
 
 
 def test_a_string_that_is_neither_says_that_both_were_tried(no_hub):
-    with pytest.raises(EUAError, match=r"is not a file on this machine, and cannot be the name of .* on the hub .*TOFU"):
+    with pytest.raises(EUAError, match=r"is not a file on this machine, and cannot be the name of .* on the hub: .*TOFU"):
         read_rows("Who are you?")
     with pytest.raises(EUAError, match="is not a file on this machine, and cannot be the name"):
         read_rows("")
@@ -313,10 +313,14 @@ def test_a_path_that_does_not_exist_is_no_name(no_hub, source):
         ("data.csv", "question,answer\na\n", r"Line 2 of the dataset .* ends a row of 1 cells under 2 columns .*double quotes"),
         ("data.csv", 'question,answer\n"a" b,c\n', r"Line 2 of the dataset .* is not CSV"),
         ("data.csv", 'question,answer\n"a,c\n', "is not CSV"),
-        ("data.csv", "question;answer\na;b\n", "names the columns 'question;answer', of which none .*separated by commas"),
+        (
+            "data.csv",
+            "question;answer\na;b\n",
+            "names the columns 'question;answer', which are not a known format: .*separated by commas",
+        ),
         ("data.csv", "question,question\na,b\n", "several columns named question"),
         ("data.parquet", "question,answer\n", "cannot be read as Parquet .*save it again"),
-        ("data.jsonl.gz", "", "is compressed, and compressed files are not read: unpack it"),
+        ("data.jsonl.gz", "", "is compressed, and compressed files cannot be read: unpack it"),
     ],
 )
 def test_bad_files_are_refused_with_their_line(no_hub, tmp_path, name, content, text):
@@ -336,7 +340,7 @@ def test_other_encodings_are_refused(tmp_path, encoding, name):
 @pytest.mark.parametrize(
     ("source", "text"),
     [
-        (None, "A NoneType was given as the dataset, which holds no rows: give the path"),
+        (None, "A NoneType was given as the dataset, which contains no rows: give the path"),
         (5, "An int was given"),
         (b"rows.jsonl", "A bytes was given"),
         (
@@ -353,7 +357,7 @@ def test_other_encodings_are_refused(tmp_path, encoding, name):
         (datasets.Dataset.from_list([]), "The dataset is empty"),
     ],
 )
-def test_what_holds_no_rows_is_refused(source, text):
+def test_a_source_without_rows_is_refused(source, text):
     with pytest.raises(EUAError, match=text):
         read_rows(source)
 
@@ -370,7 +374,7 @@ def test_an_open_file_is_not_read_as_questions(tmp_path):
 def test_nothing_heavy_is_imported_until_it_is_needed():
     code = (
         "import sys, types\n"
-        "package = sys.modules['eua'] = types.ModuleType('eua')\n"  # in place of eua/__init__.py, which imports the trainer
+        "package = sys.modules['eua'] = types.ModuleType('eua')\n"  # instead of eua/__init__.py, which imports the trainer
         f"package.__path__ = {eua.__path__!r}\n"
         "from eua.data.sources import read_rows\n"
         "read_rows([{'question': 'a'}])\n"
@@ -416,17 +420,17 @@ def test_a_list_of_names_is_not_taken_for_questions():
 
 
 @pytest.mark.parametrize("items", [[5], [["Who?"]], [None]])
-def test_what_is_no_prompt_is_refused(items):
+def test_an_item_that_is_not_a_prompt_is_refused(items):
     with pytest.raises(EUAError, match="Row 0 of the prompts is an? .*, neither a question nor a row"):
         read_prompts(items)
 
 
-# ---- every entrance ---------------------------------------------------------------------------------------------------
+# ---- every function that takes rows ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def files(rows, tmp_path) -> dict[str, str]:
-    """The rows of the made-up world as files: a path for each set."""
+    """The rows of the made-up world as files, with a path for each set."""
     for name, of_set in rows.items():
         write_jsonl(tmp_path / f"{name}.jsonl", of_set)
     return {name: f"{name}.jsonl" for name in rows}
@@ -482,7 +486,7 @@ def test_evaluation_reads_any_source(model, tokenizer, rows, files):
     assert evaluate(model, tokenizer, sets, forget="forget")[0] == expected
     splits = datasets.DatasetDict({name: datasets.Dataset.from_list(rows[name]) for name in ("forget", "retain")})
     assert evaluate(model, tokenizer, splits)[0] == expected
-    with pytest.raises(EUAError, match=r"sets is a str, but every set of rows has a name .*pass a mapping"):
+    with pytest.raises(EUAError, match=r"sets is a str, but every set of rows needs a name: pass a mapping"):
         evaluate(model, tokenizer, files["forget"])
     with pytest.raises(EUAError, match=r"forget = \['other'\], but the sets are \['forget'\]"):
         evaluate(model, tokenizer, {"forget": files["forget"]}, forget="other")
@@ -507,7 +511,7 @@ def test_measures_read_any_source_or_say_what_they_take(model, tokenizer, rows, 
     with pytest.raises(EUAError, match=r"Row 0 has the keys \['perturbed_answer'\], but a truth ratio needs"):
         truth_ratios(model, tokenizer, [{"perturbed_answer": ["Nobody."]}])
     for wrong in ("perturbed.jsonl", Path("perturbed.jsonl"), perturbed):
-        with pytest.raises(EUAError, match=r"measure_answers\(\) was given .* is not an encoded row, .*pass encode_rows"):
+        with pytest.raises(EUAError, match=r"measure_answers\(\) got .* is not an encoded row, .*pass encode_rows"):
             measure_answers(model, wrong)
 
 
@@ -520,7 +524,7 @@ def test_one_string_is_no_list_of_groups(model, tokenizer, rows, monkeypatch):
         lambda groups: EnergyGuard.calibrate(model, tokenizer, rows["calibration"][:6], groups=groups),
     ):
         with monkeypatch.context() as patched:
-            patched.setattr("eua.guard.guard.prompt_scores", None)  # groups are looked at before any prompt is scored
+            patched.setattr("eua.guard.guard.prompt_scores", None)  # groups are checked before any prompt is scored
             with pytest.raises(
                 EUAError, match=r"groups = 'person' is one text, .* give a list .*row\['person'\] for row in rows"
             ):

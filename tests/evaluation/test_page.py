@@ -363,8 +363,8 @@ def test_the_page_marks_tokens_as_its_data_says(data, browser, tmp_path):
         browser.run("new Promise(requestAnimationFrame)")
     said, scored = (browser.run(f"document.querySelectorAll('.token.{name}').length") for name in ("said", "scored"))
     assert said == scored > 0
-    assert "and the first 3 that are generated" in browser.run("document.querySelector('main').innerText")
-    assert "where the guard looks" not in browser.run("document.querySelector('main').innerText")
+    assert "and the first 3 generated tokens" in browser.run("document.querySelector('main').innerText")
+    assert "whose energy decides" not in browser.run("document.querySelector('main').innerText")
     assert browser.complaints() == []
 
 

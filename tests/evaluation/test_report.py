@@ -1,4 +1,4 @@
-"""Measures against hand-made cases, and the report."""
+"""Measures on hand-made cases, and the report."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ TOFU = Path(__file__).parents[3] / "shared" / "tofu"
 
 
 def test_measures_are_their_definitions(model):
-    """Answers made from the model's own greedy choices, with slips put in at known places."""
+    """Answers of the model's own greedy choices, with errors at known places."""
     prompt = [5, 9, 30]
     greedy = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=2)[0, 3:]
 
     def forced(slips: set[int]) -> list[int]:
-        """Greedy tokens, except that at ``slips`` the least likely token stands."""
+        """Greedy tokens, with the least likely token at ``slips``."""
         ids = list(prompt)
         for position in range(6):
             logits = model(torch.tensor([ids])).logits[0, -1]
@@ -78,7 +78,7 @@ def test_report_counts_what_the_guard_refuses(model, tokenizer, world, tmp_path)
 
 
 def test_a_chat_scores_as_the_guard_scores_it(model, tokenizer, rows):
-    """Its last turn alone, with a guard and without one."""
+    """The last turn alone counts, with a guard and without one."""
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = CHAT
     asked = [row["question"] for row in rows["test"][:4]]
@@ -94,7 +94,7 @@ def test_a_chat_scores_as_the_guard_scores_it(model, tokenizer, rows):
     assert report["threshold"] is None
 
 
-@pytest.mark.skipif(not TOFU.is_dir(), reason="TOFU's files are not beside the checkout")
+@pytest.mark.skipif(not TOFU.is_dir(), reason="TOFU's files are not next to the checkout")
 def test_tofu_rows_are_understood(model, tokenizer):
     rows = read_rows(TOFU / "forget01_perturbed.jsonl")[:3]
     authors = read_rows(TOFU / "real_authors_perturbed.jsonl")[:3]

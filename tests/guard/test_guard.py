@@ -69,7 +69,7 @@ def test_detached_guard_leaves_no_trace(known, tokenizer, questions, guard):
     assert not {"generate", "init_continuous_batching"} & known.__dict__.keys()
     assert not known.lm_head._forward_pre_hooks
     first, second = guard.attach(known), guard.attach(known)
-    with pytest.raises(EUAError, match="detach a later guard"):
+    with pytest.raises(EUAError, match="detach the later guard"):
         first.detach()
     second.detach()
     first.detach()
@@ -126,7 +126,7 @@ def test_guard_survives_its_folder(guard, tmp_path, known, tokenizer):
     (tmp_path / GUARD_FILE).write_text('{"threshold": 1}')
     with pytest.raises(EUAError, match="is not a guard"):
         EnergyGuard.from_pretrained(tmp_path)
-    with pytest.raises(EUAError, match="holds no energy_guard.json"):
+    with pytest.raises(EUAError, match="contains no energy_guard.json"):
         EnergyGuard.from_pretrained(tmp_path / "elsewhere")
 
 
@@ -138,8 +138,8 @@ def test_guard_survives_its_folder(guard, tmp_path, known, tokenizer):
         ("temperature", 0, "temperature = 0, but energies are divided by it"),
         ("first_tokens", 1.5, "first_tokens = 1.5 cannot be a number of tokens"),
         ("probe_window", 3, "but a probe needs both"),
-        ("refusal_ids", [], r"token ids are \(\), which say nothing"),
-        ("refusal_ids", "abc", "which say nothing"),
+        ("refusal_ids", [], r"token ids are \(\), but must be one or more whole numbers"),
+        ("refusal_ids", "abc", "but must be one or more whole numbers"),
         ("turns", "no", "is not a guard"),
     ],
 )
@@ -152,7 +152,7 @@ def test_a_guard_file_that_would_not_guard_is_refused(guard, tmp_path, field, va
 
 
 def test_padding_within_an_answer_does_not_cut_it(known, tokenizer, questions, patient):
-    """A token that ends no row may serve as padding, and be said. The refusal is short: the answer is the longer row."""
+    """A token that ends no row may be both padding and part of an answer. The refusal is short, so the answer is longer."""
     scores = patient.score(known, tokenizer, questions)
     batch = batch_of(tokenizer, [questions[int(scores.argmax())], questions[int(scores.argmin())]])
     width = batch["input_ids"].shape[1]
@@ -196,7 +196,7 @@ def test_calibration_refuses_what_it_cannot_promise(known, tokenizer, questions)
             EnergyGuard.calibrate(known, tokenizer, questions * 4, **dict([options]))
     with pytest.raises(EUAError, match="There are no calibration prompts"):
         EnergyGuard.calibrate(known, tokenizer, [])
-    with pytest.raises(EUAError, match="becomes no token"):
+    with pytest.raises(EUAError, match="has no tokens"):
         EnergyGuard.calibrate(known, tokenizer, questions * 4, refusal_text=" ")
     with pytest.raises(EUAError, match="has no output head"):
         EnergyGuard.calibrate(known.model, tokenizer, questions * 4)
@@ -244,7 +244,7 @@ def test_what_cannot_be_guarded_raises(known, tokenizer, questions, guard):
         guard.attach(known.model)
 
 
-# ---- what the promise is for ------------------------------------------------------------------------------------------
+# ---- what the promise covers ----------------------------------------------------------------------------------------
 
 
 def test_a_guard_is_for_the_weights_it_was_calibrated_for(known, tokenizer, questions, guard, tmp_path):
@@ -296,11 +296,11 @@ def test_prompts_that_were_trained_on_calibrate_nothing(known, tokenizer, rows):
     assert guard.promise.startswith("With a confidence of 0.9 over the calibration prompts: The probability that")
 
 
-# ---- scores that take in the first generated tokens -----------------------------------------------------------------
+# ---- scores that include the first generated tokens -----------------------------------------------------------------
 
 
 def by_hand(model: LlamaForCausalLM, tokenizer, question: str, first_tokens: int) -> float:
-    """The mean energy, from the logits of one row at a time, over the prompt's last token and the next ones up to an end."""
+    """The mean energy over the prompt's last token and the next ones up to an end, from the logits of one row at a time."""
     ids = encode_prompts([question], tokenizer)[0]
     energies: list[float] = []
     for _ in range(first_tokens + 1):
@@ -315,7 +315,7 @@ def by_hand(model: LlamaForCausalLM, tokenizer, question: str, first_tokens: int
 
 @pytest.mark.parametrize("first_tokens", [1, 3, 30])
 def test_scores_of_the_first_tokens_are_those_of_the_logits(known, tokenizer, questions, first_tokens):
-    """With 30 tokens all answers have ended before."""
+    """All answers end before 30 tokens."""
     ids = encode_prompts(questions, tokenizer)
     expected = torch.tensor([by_hand(known, tokenizer, question, first_tokens) for question in questions])
     for batch_size in (1, 4):
@@ -327,7 +327,7 @@ def test_scores_of_the_first_tokens_are_those_of_the_logits(known, tokenizer, qu
 
 @pytest.fixture(params=[1, 3, 30])
 def patient(request, known, tokenizer, questions) -> EnergyGuard:
-    """Three of the six questions are refused, once so many tokens are there."""
+    """Refuses three of the six questions, after this number of generated tokens."""
     guard = EnergyGuard.calibrate(known, tokenizer, questions * 4, first_tokens=request.param)
     scores = guard.score(known, tokenizer, questions).sort().values
     return replace(guard, threshold=float(scores[2] + scores[3]) / 2)
@@ -335,7 +335,7 @@ def patient(request, known, tokenizer, questions) -> EnergyGuard:
 
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True}, {"repetition_penalty": 1.2}])
 @pytest.mark.parametrize("new_tokens", [40, 4])
-def test_what_flagged_rows_began_to_say_is_taken_back(known, tokenizer, questions, patient, options, new_tokens):
+def test_the_refusal_replaces_what_flagged_rows_began_to_say(known, tokenizer, questions, patient, options, new_tokens):
     batch = batch_of(tokenizer, questions)
     width = batch["input_ids"].shape[1]
     torch.manual_seed(0)
@@ -359,7 +359,7 @@ def test_what_flagged_rows_began_to_say_is_taken_back(known, tokenizer, question
             assert set(said[len(theirs) :]) | set(theirs[len(said) :]) <= {tokenizer.pad_token_id}
 
 
-def test_a_stream_shows_nothing_of_what_is_taken_back(known, tokenizer, questions, patient):
+def test_a_stream_shows_nothing_that_is_removed(known, tokenizer, questions, patient):
     class Collecting(BaseStreamer):
         def __init__(self):
             self.shown, self.ended = [], 0
@@ -382,21 +382,21 @@ def test_a_stream_shows_nothing_of_what_is_taken_back(known, tokenizer, question
         assert streamer.ended == 1
         verdicts += handle.refused.tolist()
         if verdicts[-1]:
-            assert len(forwards) <= patient.first_tokens + 1  # it ends as soon as that is decided
+            assert len(forwards) <= patient.first_tokens + 1  # it ends as soon as the guard has decided
             assert streamer.shown[batch["input_ids"].shape[1] :] == list(patient.refusal_ids)
     assert sum(verdicts) == 3
 
 
-def test_what_would_tell_of_what_is_taken_back_is_refused(known, tokenizer, questions, patient):
+def test_calls_that_would_reveal_removed_tokens_raise(known, tokenizer, questions, patient):
     batch = batch_of(tokenizer, questions)
     with patient.attach(known):
         with pytest.raises(EUAError, match="beam search moves tokens between beams"):
             known.generate(**batch, num_beams=2, max_new_tokens=4)
         with pytest.raises(EUAError, match="output_scores and output_logits would reveal how a refused row began"):
             known.generate(**batch, max_new_tokens=4, return_dict_in_generate=True, output_scores=True, output_logits=True)
-        told = known.generate(**batch, max_new_tokens=40, return_dict_in_generate=True, do_sample=False)
-        assert told.past_key_values is None  # it would hold the tokens that were taken back
-        assert torch.equal(told.sequences, known.generate(**batch, max_new_tokens=40, do_sample=False))
+        outputs = known.generate(**batch, max_new_tokens=40, return_dict_in_generate=True, do_sample=False)
+        assert outputs.past_key_values is None  # it would contain the removed tokens
+        assert torch.equal(outputs.sequences, known.generate(**batch, max_new_tokens=40, do_sample=False))
 
 
 def test_scores_are_those_of_the_model_while_a_guard_is_attached(known, tokenizer, questions, patient):

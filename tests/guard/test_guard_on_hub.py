@@ -1,4 +1,4 @@
-"""The guard travels with its model: pushed to the hub, found there by its model's name, and never missing by mistake."""
+"""The guard on the hub: pushed, found by its model's name, and never missing by mistake."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OTHER = replace(GUARD, threshold=-5.0)
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """An empty hub, which huggingface_hub takes for the real one."""
+    """An empty hub, which huggingface_hub uses as if it were the real one."""
     hub = Hub()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
@@ -35,9 +35,9 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.fixture
 def unreachable(hub, monkeypatch):
-    """A hub that nobody answers for."""
+    """A hub that does not answer."""
     hub.close()
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # before it tries again
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # before a retry
     return hub
 
 
@@ -48,7 +48,7 @@ def content_of(guard: EnergyGuard, folder: Path) -> bytes:
 
 @pytest.fixture
 def guarded(hub, tmp_path):
-    """A model with a guard on the hub, another one on a branch, and a third in a folder of it."""
+    """A model on the hub with a guard, another guard on a branch and in a subfolder, and a model without one."""
     main = {"config.json": b"{}", GUARD_FILE: content_of(GUARD, tmp_path), f"v2/{GUARD_FILE}": content_of(OTHER, tmp_path)}
     hub.files["ann/model"] = {"main": main, "dev": {GUARD_FILE: main[f"v2/{GUARD_FILE}"]}}
     hub.files["ann/plain"] = {"main": {"config.json": b"{}"}}
@@ -87,14 +87,14 @@ def test_a_folder_comes_first(guarded, tmp_path):
     GUARD.save_pretrained(tmp_path / "ann" / "model" / "v2")
     assert EnergyGuard.from_pretrained(tmp_path / "ann" / "model", subfolder="v2") == GUARD
     (tmp_path / "ann" / "plain").mkdir()
-    with pytest.raises(EUAError, match=r"ann/plain holds no energy_guard\.json: calibrate a guard for this model first"):
+    with pytest.raises(EUAError, match=r"ann/plain contains no energy_guard\.json: calibrate a guard for this model first"):
         EnergyGuard.from_pretrained("ann/plain")
     assert not guarded.requests
 
 
 @pytest.mark.parametrize("place", ["./ann/model", "../model", "/ann/model", "ann/models/model", Path("ann/model")])
 def test_a_path_is_never_asked_for_on_the_hub(guarded, place):
-    with pytest.raises(EUAError, match=r"holds no energy_guard\.json"):
+    with pytest.raises(EUAError, match=r"contains no energy_guard\.json"):
         EnergyGuard.from_pretrained(place)
     assert find_guard(place) is None
     assert not guarded.requests
@@ -108,24 +108,24 @@ def test_a_path_is_never_asked_for_on_the_hub(guarded, place):
             {},
             r"'ann/nobody' is not a folder on this machine, and the hub has no such repository .*check the name",
         ),
-        ("ann/plain", {}, r"The repository ann/plain on the hub holds no energy_guard\.json: calibrate a guard"),
-        ("ann/model", {"subfolder": "v3"}, r"The repository ann/model on the hub holds no v3/energy_guard\.json: calibrate"),
+        ("ann/plain", {}, r"The repository ann/plain on the hub contains no energy_guard\.json: calibrate a guard"),
+        ("ann/model", {"subfolder": "v3"}, r"The repository ann/model on the hub contains no v3/energy_guard\.json: calibrate"),
         ("ann/model", {"revision": "v9"}, r"The repository ann/model on the hub has no revision 'v9': check"),
         (
             "ann/model",
             {"local_files_only": True},
-            r"no energy_guard\.json of it was downloaded .*downloads are turned off: calibrate",
+            r"its energy_guard\.json was not downloaded .*downloads are turned off: calibrate",
         ),
     ],
 )
-def test_what_the_hub_does_not_have_is_said(guarded, name, options, text):
+def test_what_the_hub_lacks_is_reported(guarded, name, options, text):
     with pytest.raises(EUAError, match=text):
         EnergyGuard.from_pretrained(name, **options)
 
 
-def test_a_file_in_place_of_its_folder(tmp_path):
+def test_a_file_instead_of_its_folder(tmp_path):
     GUARD.save_pretrained(tmp_path)
-    with pytest.raises(EUAError, match="is a file, where a folder or a repository .* is expected: pass the folder"):
+    with pytest.raises(EUAError, match="is a file, but a folder or a repository .* is expected: pass the file's folder"):
         EnergyGuard.from_pretrained(str(tmp_path / GUARD_FILE))
 
 
@@ -144,8 +144,8 @@ def test_a_command_finds_the_guard_of_its_model(guarded, tmp_path, monkeypatch):
     for named in ("other", tmp_path / "other"):
         assert find_guard("ann/model", named) == OTHER
     assert find_guard("ann/plain", "ann/model") == GUARD
-    with pytest.raises(EUAError, match="ann/plain on the hub holds no"):
-        find_guard("ann/model", "ann/plain")  # what is named has to be there
+    with pytest.raises(EUAError, match="ann/plain on the hub contains no"):
+        find_guard("ann/model", "ann/plain")  # a named guard must exist
     with pytest.raises(EUAError, match="no such repository"):
         find_guard("ann/nobody")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -167,7 +167,7 @@ def test_the_server_takes_the_guard_of_its_model(guarded, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             server.run_serve(Namespace(model=model, guard=guard, no_guard=no_guard, **options))
     assert taken == [GUARD, GUARD, None]
-    with pytest.raises(EUAError, match="ann/plain on the hub holds no"):
+    with pytest.raises(EUAError, match="ann/plain on the hub contains no"):
         server.run_serve(Namespace(model="ann/plain", guard=None, no_guard=False, **options))
     assert len(taken) == 3
 
@@ -203,7 +203,7 @@ def test_a_guard_is_pushed_into_its_models_repository(guarded):
     assert EnergyGuard.from_pretrained("ann/plain", revision="guarded") == OTHER
 
 
-def test_what_cannot_be_pushed_says_so(hub):
+def test_a_failed_push_is_reported(hub):
     with pytest.raises(
         EUAError, match=r"energy_guard\.json cannot be uploaded to 'ann/new' \(.*401.*\): check the name, .*log"
     ):

@@ -1,4 +1,4 @@
-"""Every way in which people make a model generate, with the guard on."""
+"""The guard in every way that people use ``generate``: drafts, streams, chats, copies, threads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from eua.guard.scores import answer_scores, prompt_scores
 from eua.model.asking import answer
 from tests.conftest import batch_of, tiny_llama
 
-# Writes a single question as the model knows questions, so that it also answers in chats.
+# Writes a single question in the form that the model was trained on, so that it also answers in chats.
 CHAT = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ 'Question: ' + m.content }}"
     "{% if not loop.last or add_generation_prompt %}{{ '\nAnswer:' }}{% endif %}"
@@ -152,8 +152,8 @@ def test_pipelines_refuse_in_batches_and_chats(known, tokenizer, chatty, questio
     with chat_guard.attach(known):
         generate = pipeline("text-generation", model=known, tokenizer=chatty, batch_size=3)
         options = {"max_new_tokens": 40, "do_sample": False}
-        told = generate([messages(question) for question in questions], **options)
-        found = [answers[0]["generated_text"][-1] for answers in told]
+        outputs = generate([messages(question) for question in questions], **options)
+        found = [answers[0]["generated_text"][-1] for answers in outputs]
     assert all(message["role"] == "assistant" for message in found)
     plain = answer(known, tokenizer, questions)
     for question, message, text in zip(questions, found, plain, strict=True):
@@ -196,7 +196,7 @@ def test_calibrated_on_chats_the_context_counts_too(known, chatty, questions):
 
 
 def test_an_answer_begun_by_the_caller_unlocks_nothing_and_locks_nothing(known, chatty, chat_guard, split):
-    """The question decides; what of its answer stands there already does not."""
+    """The question decides, not the part of its answer that is already there."""
     for verdict, of_verdict in split.items():
         for started in ("Sure! The answer is", "It is", "Blue blue blue blue blue"):
             chats = [messages(question, started) for question in of_verdict]
@@ -226,17 +226,19 @@ def test_rows_of_all_kinds_in_one_batch(known, chatty, chat_guard, split):
         assert [row == list(chat_guard.refusal_ids[:4]) for row in said] == handle.refused.tolist()
         known.generate(**batch, max_new_tokens=4, num_beams=2, num_return_sequences=2)
         assert handle.refused.tolist() == [verdict for verdict in (True, False, True, False, True) for _ in range(2)]
-        known.generate(batch["input_ids"], max_new_tokens=4, pad_token_id=chatty.pad_token_id)  # it reads the padding itself
+        known.generate(
+            batch["input_ids"], max_new_tokens=4, pad_token_id=chatty.pad_token_id
+        )  # the guard finds the padding itself
         assert handle.refused.tolist() == [True, False, True, False, True]
 
 
 def in_chat(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, guard: EnergyGuard, chats: list) -> list[str]:
-    """What a pipeline adds to each chat; to one that ends with the assistant's message, what it appends to that."""
+    """The text that a pipeline adds to each chat, or appends to the assistant's message if the chat ends with one."""
     with guard.attach(model):
         generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
-        told = [generate(chat, max_new_tokens=40, do_sample=False)[0]["generated_text"][-1]["content"] for chat in chats]
+        outputs = [generate(chat, max_new_tokens=40, do_sample=False)[0]["generated_text"][-1]["content"] for chat in chats]
     begun = [chat[-1]["content"] if chat[-1]["role"] == "assistant" else "" for chat in chats]
-    return [text.removeprefix(start).strip() for text, start in zip(told, begun, strict=True)]
+    return [text.removeprefix(start).strip() for text, start in zip(outputs, begun, strict=True)]
 
 
 # ---- the model it is attached to -----------------------------------------------------------------------------------------
@@ -276,7 +278,7 @@ def test_a_copy_of_a_guarded_model_has_a_guard_of_its_own(known, tokenizer, ques
 def test_guards_that_read_answers_do_not_share_a_model(known, guard):
     for watching in (replace(guard, first_tokens=2), replace(guard, probe_window=2, probe_threshold=0.0)):
         for first, second in ((guard, watching), (watching, guard)):
-            with first.attach(known), pytest.raises(EUAError, match="has a guard already, .* reads generated tokens"):
+            with first.attach(known), pytest.raises(EUAError, match="already has a guard, .* reads generated tokens"):
                 second.attach(known)
 
 
@@ -332,7 +334,7 @@ def test_a_guard_is_for_the_adapters_that_act(known, tokenizer, questions):
             adapted.generate(**batch_of(tokenizer, questions), adapter_names=["__base__"] * len(questions))
 
 
-# ---- who else uses it at the same time --------------------------------------------------------------------------------------
+# ---- other users at the same time -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("probes", [False, True], ids=["prompt", "probe"])
@@ -377,15 +379,15 @@ def test_the_models_own_settings_count_where_the_caller_leaves_them_open(known, 
         known.generate(**batch, generation_config=GenerationConfig(max_new_tokens=4))
         assert len(handle.refused) == len(questions)
     watching = replace(guard, first_tokens=2)
-    with watching.attach(known), pytest.raises(EUAError, match="which beams exchange"):
+    with watching.attach(known), pytest.raises(EUAError, match="beam search moves tokens between beams"):
         known.generate(**batch, generation_config=GenerationConfig(max_new_tokens=4))
     known.generation_config.num_beams = None
     known.generation_config.update(output_scores=True, return_dict_in_generate=True)
-    with watching.attach(known), pytest.raises(EUAError, match="output_scores would tell"):
+    with watching.attach(known), pytest.raises(EUAError, match="output_scores would reveal"):
         known.generate(**batch, generation_config=GenerationConfig(max_new_tokens=4))
 
 
-def test_a_call_that_is_refused_leaves_nothing_to_tell(known, tokenizer, questions, guard):
+def test_a_rejected_call_leaves_no_scores(known, tokenizer, questions, guard):
     with guard.attach(known) as handle:
         answer(known, tokenizer, questions)
         with pytest.raises(EUAError, match="does not cover"):

@@ -1,4 +1,4 @@
-"""The probe: energies watched while an answer is generated, which is stopped midway where they rise."""
+"""The probe, which watches energies while an answer is generated and stops it midway if they rise."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.guard.test_guarded_generate import CHAT
 
 
 def window_means(model: LlamaForCausalLM, ids: list[int], window: int, new_tokens: int) -> list[float]:
-    """By hand: one row, greedily, from the model's logits; the mean at every step from which on there is one."""
+    """By hand, for one row, from the logits of greedy steps: the mean at every step that has a whole window."""
     energies: list[float] = []
     prompt = torch.tensor([ids])
     for _ in range(new_tokens):
@@ -62,13 +62,13 @@ def means(known, tokenizer, questions) -> list[list[float]]:
 
 @pytest.fixture
 def watching(guard, means) -> EnergyGuard:
-    """Refuses nothing; stops some of the answers, and at different places."""
+    """Refuses nothing, and stops some of the answers at different places."""
     highest = sorted(max(row) for row in means)
     return replace(guard, threshold=100.0, probe_window=3, probe_tokens=40, probe_threshold=(highest[1] + highest[2]) / 2)
 
 
 def stops(means: list[list[float]], guard: EnergyGuard) -> list[int | None]:
-    """How many tokens of each answer are said before it is stopped."""
+    """The number of tokens before the stop, for each answer."""
     places = [[i + 2 for i, mean in enumerate(row) if mean > guard.probe_threshold] for row in means]
     return [min(found, default=None) for found in places]
 
@@ -94,7 +94,7 @@ def test_an_answer_is_stopped_where_its_energy_rises(known, tokenizer, questions
         if not stopped:
             assert said[: len(theirs)] == theirs[: len(said)]
             assert set(said[len(theirs) :]) | set(theirs[len(said) :]) <= {tokenizer.pad_token_id}
-        elif "repetition_penalty" in options:  # by which another answer is stopped, so perhaps elsewhere
+        elif "repetition_penalty" in options:  # the penalty changes the answer, so the stop may be elsewhere
             stop = list(watching.stop_ids)
             places = [i for i in range(2, len(said)) if said[i : i + len(stop)] == stop[: len(said) - i]]
             assert places
@@ -106,7 +106,7 @@ def test_an_answer_is_stopped_where_its_energy_rises(known, tokenizer, questions
             assert set(said[expected[row] + len(refusal) :]) <= {tokenizer.pad_token_id}
 
 
-def test_what_ends_an_answer_stands_apart_from_it(known, tokenizer, questions):
+def test_a_space_separates_the_refusal_from_a_stopped_answer(known, tokenizer, questions):
     """In a chat template a refusal begins without a space."""
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = CHAT

@@ -1,4 +1,4 @@
-"""Where a prompt's last turn begins and ends, in the forms that models are trained with."""
+"""Where a prompt's last turn begins and ends, in common chat templates and in the plain form of a question."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FORMS = {
         "{{ bos_token }}{% for m in messages %}{{ '<|header|>' + m.role + '<|/header|>\n\n' + m.content | trim + '<|eot|>' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|header|>assistant<|/header|>\n\n' }}{% endif %}"
     ),
-    "thinking": (  # asks for an answer that begins with a thought, which earlier answers have lost
+    "thinking": (  # asks for an answer that begins with a thought; earlier answers are written without theirs
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|bot|></think>' + m.content + eos_token }}"
         "{% else %}{{ '<|' + m.role + '|>' + m.content }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|bot|><think>\n' }}{% endif %}"
@@ -46,7 +46,7 @@ def form(request, tokenizer) -> PreTrainedTokenizerFast:
 
 
 def talk(tokenizer: PreTrainedTokenizerFast, *texts: str, started: str | None = None) -> list[int]:
-    """Token ids of turns of the user and the assistant in turn, with an answer that the caller began, if any."""
+    """Token ids of turns of the user and the assistant in turn, and the beginning of an answer by the caller, if any."""
     if tokenizer.chat_template is None:
         text = "\n".join(
             f"Question: {question}\nAnswer:{answer}"
@@ -73,8 +73,8 @@ def test_an_answer_that_the_caller_began_is_cut_off(form):
         assert turns.scored_prompts(talk(form, "Where was Ann born?", started=started)) == [ids]
 
 
-def test_an_answer_that_stands_there_whole_is_cut_off_too(form):
-    """As when a caller sends one and asks for another behind it."""
+def test_a_whole_answer_is_cut_off_too(form):
+    """For example if a caller sends an answer and asks for another one after it."""
     turns, ids = Turns.of(form), talk(form, "Where was Ann born?")
     if form.chat_template is None:
         whole = form("Question: Where was Ann born?\nAnswer: In Rome.\nAnswer:")["input_ids"]
@@ -94,7 +94,7 @@ def test_an_answer_may_be_begun_without_the_thought_that_was_asked_for(tokenizer
         assert turns.scored_prompts(prompt) == [ids]
 
 
-TOOLS = (  # the result of a tool stands in a turn of the user's
+TOOLS = (  # writes the result of a tool as a turn of the user
     "{% for m in messages %}{% if m.role == 'tool' %}{{ '<|im_start|>user\n<tool_response>\n' + m.content + "
     "'\n</tool_response><|im_end|>\n' }}{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -102,7 +102,7 @@ TOOLS = (  # the result of a tool stands in a turn of the user's
 
 
 @pytest.mark.parametrize("template", [TOOLS, PLAIN], ids=["as-the-user", "role-of-its-own"])
-def test_what_a_tool_returns_is_no_turn_of_the_users(tokenizer, template):
+def test_the_result_of_a_tool_is_no_turn_of_the_user(tokenizer, template):
     other = copy.deepcopy(tokenizer)
     other.chat_template = template
     other.add_special_tokens({"additional_special_tokens": SPECIAL})
@@ -117,7 +117,7 @@ def test_what_a_tool_returns_is_no_turn_of_the_users(tokenizer, template):
     assert Turns.of(other).scored_prompts(later) == [talk(other, "Who?")]
 
 
-def test_a_system_prompt_within_the_users_turn_is_told(tokenizer, caplog):
+def test_a_system_prompt_within_the_users_turn_causes_a_warning(tokenizer, caplog):
     folding = copy.deepcopy(tokenizer)
     folding.chat_template = (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' }}"
@@ -132,7 +132,7 @@ def test_a_system_prompt_within_the_users_turn_is_told(tokenizer, caplog):
 
 @pytest.mark.parametrize(("name", "end"), [("chatml", "<|im_end|>"), ("system-prompt", "<|im_end|>"), ("llama", "<|eot|>")])
 def test_a_reply_may_end_as_it_likes(tokenizer, name, end):
-    """As one that was cut, or ended with a call of a tool: the turn behind it is found by what begins it."""
+    """It may be cut, or end with a call of a tool: the beginning of the next turn is found without the end of the reply."""
     other = copy.deepcopy(tokenizer)
     other.chat_template = FORMS[name]
     other.add_special_tokens({"additional_special_tokens": [*SPECIAL, "<|im_end|>"]})
@@ -174,7 +174,7 @@ def test_a_turn_that_the_model_is_left_to_begin_is_begun(form):
     earlier=st.lists(st.tuples(st.text(max_size=8), st.text(max_size=8)), max_size=3),
     started=st.none() | st.text(alphabet="abc ,.\n", max_size=12),
 )
-def test_whatever_stands_around_it_the_turn_alone_decides(tokenizer, earlier, started):
+def test_the_last_turn_alone_decides_in_any_context(tokenizer, earlier, started):
     whole = talk(tokenizer, *(text for pair in earlier for text in pair), "Where was Ann born?", started=started)
     assert Turns.of(tokenizer).scored_prompts(whole) == [talk(tokenizer, "Where was Ann born?")]
 
@@ -195,7 +195,7 @@ def test_texts_of_another_form_are_left_as_they_are(form):
     ],
     ids=["bare", "rewriting", "numbered", "single"],
 )
-def test_what_cannot_be_read_is_told(tokenizer, template, caplog):
+def test_a_template_that_cannot_be_read_causes_a_warning(tokenizer, template, caplog):
     other = copy.deepcopy(tokenizer)
     other.chat_template = template
     with caplog.at_level("WARNING"):

@@ -1,4 +1,4 @@
-"""A mistake that only someone who sees the types of the package can report: ``tests/package/check`` wants it reported."""
+"""A type error that mypy can report only if it sees the package's types. ``tests/package/check`` expects the report."""
 
 from eua import EnergyGuard
 

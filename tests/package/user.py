@@ -1,4 +1,4 @@
-"""What a user writes: `mypy --strict` accepts it, and it runs. ``tests/package/check`` does both with the installed package."""
+"""A user's code, which `mypy --strict` accepts and which runs. ``tests/package/check`` does both with the installed package."""
 
 import torch
 

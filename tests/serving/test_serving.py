@@ -696,7 +696,7 @@ def test_serving_without_what_it_needs_is_one_clear_line(tokenizer, tmp_path, mo
     tiny_llama(len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert main(["serve", "--model", str(tmp_path)]) == 2
-    assert "holds no energy_guard.json: calibrate a guard for this model first" in capsys.readouterr().err
+    assert "contains no energy_guard.json: calibrate a guard for this model first" in capsys.readouterr().err
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["serve", "--model", str(tmp_path), "--no-guard", "--port", str(port)]) == 2

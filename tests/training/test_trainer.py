@@ -482,7 +482,7 @@ def test_bad_settings_are_told_what_is_wrong(options, text, tmp_path):
         ({"forget": []}, EUAError, "The forget set is empty"),
         ({"retain": []}, EUAError, "The retain set is empty"),
         ({"forget": [{"question": "Who?", "answer": ""}]}, EUAError, "Row 0 of the forget set has no answer"),
-        ({"max_length": 4}, EUAError, "cuts its answer away"),
+        ({"max_length": 4}, EUAError, "cuts its answer off"),
         ({"rho": 1e-4}, EUAError, "fraction 0.0001 of a vocabulary of 400 is less than one logit"),
     ],
 )
