@@ -133,7 +133,7 @@ class EUAConfig(TrainingArguments):
             lambda x: x is None or 0 < x <= 1,
             "a share of tokens, above 0, at most 1",
         )
-        _check("retain_per_forget", self.retain_per_forget, lambda x: x >= 1, "each forget row needs a retain row beside it")
+        _check("retain_per_forget", self.retain_per_forget, lambda x: x >= 1, "each forget row needs a retain row")
         _check("boundary_batch_size", self.boundary_batch_size, lambda x: x >= 1, "a batch has at least one row")
         _check("max_length", self.max_length, lambda x: x is None or x >= 2, "a row has a prompt and an answer token")
         _check("remove_unused_columns", self.remove_unused_columns, lambda x: not x, "it would drop the boundaries")
