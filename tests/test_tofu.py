@@ -176,7 +176,7 @@ def test_killed_five_times_it_ends_with_the_same_weights(lora_rank, tofu, target
         assert done - SAVE_STEPS <= saved <= done
         if kill in (signal.SIGTERM, signal.SIGINT):
             assert saved == done
-            assert "Run the same command with --resume to go on." in process.printed()
+            assert "Run the same command with --resume to continue." in process.printed()
         assert not list(broken.glob("*.safetensors"))
 
     assert done > STEPS_AN_EPOCH  # both epochs were interrupted

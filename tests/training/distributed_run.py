@@ -31,7 +31,7 @@ def let_fsdp_run_on_cpus() -> None:
 
 
 class SignalAt(TrainerCallback):
-    """One process alone is told to stop."""
+    """Only one process gets the signal to stop."""
 
     def __init__(self, step: int) -> None:
         self.step = step

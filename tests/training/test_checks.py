@@ -61,7 +61,7 @@ def test_setups_that_are_supported(launched, reference, sharded):
 
 
 def test_ruined_weights_are_found_in_the_part_that_a_process_holds(model, tokenizer, rows, tmp_path):
-    """Outside its module's call ZeRO-3 leaves a parameter empty, and its values beside it."""
+    """Outside its module's call ZeRO-3 leaves a parameter empty, and keeps its values in another attribute."""
     trainer = make(model, tokenizer, rows, tmp_path)
     trainer.check_weights()
     weight = model.lm_head.weight

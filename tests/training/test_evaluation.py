@@ -160,7 +160,7 @@ def is_those(model, kept: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
 def test_the_best_model_is_kept_and_loaded(tokenizer, rows, tmp_path, monkeypatch, peft_config):
-    """Step 3 is best. Checkpoints are due at 2, 4 and 6 only, and only the newest is to be kept besides the best."""
+    """Step 3 is best. Checkpoints are due at 2, 4 and 6 only, and only the newest and the best are kept."""
     how = BEST | {"eval_steps": 1, "save_steps": 2, "save_total_limit": 1}
     trainer = evaluated(tiny_llama(len(tokenizer)), tokenizer, rows, tmp_path, copy.deepcopy(peft_config), **how)
     seen: list[list[str]] = []

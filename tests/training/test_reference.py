@@ -1,4 +1,4 @@
-"""EUATrainer with a frozen model beside it: boundaries at every step, and KL in place of NLL."""
+"""EUATrainer with a frozen reference model: boundaries at every step, and KL instead of NLL."""
 
 from __future__ import annotations
 
