@@ -704,7 +704,7 @@ def test_serving_without_what_it_needs_is_one_clear_line(tokenizer, tmp_path, mo
     monkeypatch.delitem(sys.modules, "eua.serving.server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", "--model", str(tmp_path), "--no-guard"]) == 2
-    assert capsys.readouterr().err == "eua serve: Serving needs uvicorn, which is not installed: pip install eua[serve].\n"
+    assert capsys.readouterr().err == "eua serve: Serving needs uvicorn, which is not installed: pip install 'eua[serve]'.\n"
 
 
 def test_a_guard_that_reads_generated_tokens_is_not_served(model, tokenizer):
