@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from fused_energy import LinearEnergy, linear_energy
+from fused_energy import LinearEnergy, dispatch, linear_energy
 from tests.conftest import tiny_llama
 from tests.fused_energy.numerics import IGNORED, normal, some_targets
 from tests.processes import Ranks
@@ -241,3 +241,15 @@ def test_example_refuses_a_model_that_changes_its_logits():
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match="changes its logits after the head"), loss_without_logits(model):
         pass
+
+
+def test_the_compiler_takes_the_support_of_a_gpu_for_a_constant(monkeypatch):
+    """Without the mark on the function, looking at the device would break the graph."""
+
+    def capability(device: torch.device) -> tuple[int, int]:
+        torch._dynamo.graph_break()
+        return 9, 0
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    compiled = torch.compile(lambda x: x + dispatch._gpu_is_supported(x.device), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)) == 1
