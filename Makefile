@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 LOWEST := $(VENV)-lowest
 # What must work with the lowest versions: rows, training, calibration, guarded generate, the command line. Tests that interrupt
 # runs are left out because they take long.
-LOWEST_TESTS := tests/data tests/methods tests/training/test_trainer.py tests/training/test_model_card.py tests/cli \
+LOWEST_TESTS := tests/data tests/methods tests/training/test_trainer.py tests/training/test_model_card.py tests/cli tests/serving \
 	tests/guard/test_guard.py tests/evaluation/test_report.py tests/test_package.py -k 'not interrupted'
 PACKAGE := build/package
 
@@ -62,7 +62,7 @@ $(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python
 $(PYTHON) -m venv $(1)
 @if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi > /dev/null && [ ! -e /dev/kfd ]; then \
 	$(1)/bin/python $(PIP) --index-url https://download.pytorch.org/whl/cpu --retries 0 --timeout 10 --no-deps "$$(grep ^torch== $(2))" \
-	|| echo "PyTorch's CPU builds cannot be reached (see above): torch comes from the ordinary index, on Linux with CUDA."; \
+	2> /dev/null || echo "PyTorch's CPU builds cannot be reached: torch comes from the ordinary index, on Linux with CUDA."; \
 fi
 $(1)/bin/python $(PIP) --constraint $(2) $(3)
 endef

@@ -35,8 +35,8 @@ def test_world_is_seeded_and_its_groups_share_nobody():
 
 @pytest.mark.demo
 @pytest.mark.timeout(900)
-def test_demo_keeps_its_promises(tmp_path):
-    command = [sys.executable, "-m", "eua", "demo", "--output", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+def test_demo_keeps_its_promises(tmp_path, shared_folder):
+    command = [sys.executable, "-m", "eua", "demo", "--output", str(tmp_path / "out"), "--cache", str(shared_folder / ".cache")]
     start = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True)
     first = time.monotonic() - start

@@ -31,13 +31,13 @@ def test_notebook_is_in_git_without_outputs():
 
 @pytest.mark.demo
 @pytest.mark.timeout(900)
-def test_notebook_runs_and_shows_what_it_says():
-    """It uses the model that ``make demo`` keeps in ``.cache``, or trains it there."""
+def test_notebook_runs_and_shows_what_it_says(shared_folder):
+    """It finds the model that the demo has trained, or trains it."""
     nbclient = pytest.importorskip("nbclient", reason="needs the extra docs (make docs)")
     nbformat = pytest.importorskip("nbformat")
     notebook = read_notebook()
     notebook.cells.append(nbformat.v4.new_code_cell(RESULTS))
-    nbclient.NotebookClient(notebook, timeout=800, resources={"metadata": {"path": str(ROOT)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=800, resources={"metadata": {"path": str(shared_folder)}}).execute()
 
     last = notebook.cells[-1].outputs
     shown = json.loads("".join(output.text for output in last if output.output_type == "stream" and output.name == "stdout"))
