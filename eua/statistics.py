@@ -38,19 +38,43 @@ def conformal_threshold(
         confidence: 1 − δ, in (0, 1), or None for the bound on average.
 
     Raises:
-        EUAError: if :func:`group_list` refuses the groups; if there are fewer than ⌈1/ε⌉ − 1 scores or groups, or with a
-            confidence fewer than ⌈ln δ / ln(1 − ε)⌉ (the text says how many are missing); if scores are NaN; if ε or 1 − δ is
-            outside (0, 1).
+        EUAError: if scores are NaN, or :func:`check_calibration` raises.
+    """
+    owners = check_calibration(len(scores), tolerance, groups, confidence)
+    if torch.isnan(scores).any():
+        raise EUAError(f"{int(torch.isnan(scores).sum())} of {len(scores)} scores are NaN: fix the model or the prompts first.")
+    members = Counter(owners)
+    count = len(members)
+    # Every group has a total weight of 1.
+    weights = torch.tensor([1 / members[owner] for owner in owners], dtype=torch.float64)
+    order = scores.sort(descending=True)
+    above = weights[order.indices].cumsum(0) - weights[order.indices]  # the weight of all scores before this one
+    if confidence is None:  # all prompts of the new group may be refused, so 1 of the G + 1 shares is set aside for it
+        allowed = tolerance * (count + 1) - 1
+    else:
+        p_value = _exact_p_value if groups is None else _hoeffding_bentkus_p_value
+        allowed = max(x for x in above.tolist() if p_value(x, count, tolerance) <= 1 - confidence + 1e-12)
+    return float(order.values[int((above <= allowed + 1e-9).sum()) - 1])
+
+
+def check_calibration(
+    prompts: int, tolerance: float, groups: Iterable[Hashable] | None = None, confidence: float | None = None
+) -> list[Hashable]:
+    """Check whether this number of prompts can calibrate a threshold, before any is scored; return the group of each prompt.
+
+    >>> check_calibration(19, 0.05)[-1]
+    18
+
+    Raises:
+        EUAError: if :func:`group_list` refuses the groups; if there are fewer than ⌈1/ε⌉ − 1 prompts or groups, or with a
+            confidence fewer than ⌈ln δ / ln(1 − ε)⌉ (the text says how many are missing); if ε or 1 − δ is outside (0, 1).
     """
     if not 0 < tolerance < 1:
         raise EUAError(f"tolerance = {tolerance}, but a rate of false refusals lies strictly between 0 and 1, e.g. 0.05.")
     if confidence is not None and not 0 < confidence < 1:
         raise EUAError(f"confidence = {confidence}, but a probability lies strictly between 0 and 1, e.g. 0.95.")
-    if torch.isnan(scores).any():
-        raise EUAError(f"{int(torch.isnan(scores).sum())} of {len(scores)} scores are NaN: fix the model or the prompts first.")
-    owners = list(range(len(scores))) if groups is None else group_list(groups, len(scores))
-    members = Counter(owners)
-    count = len(members)
+    owners: list[Hashable] = list(range(prompts)) if groups is None else group_list(groups, prompts)
+    count = len(set(owners))
     if confidence is None:
         needed, least = math.ceil(round(1 / tolerance, 9)) - 1, 1 / (count + 1)
     else:
@@ -63,16 +87,7 @@ def conformal_threshold(
             f"{count} {what} are too few for a false-refusal rate of {tolerance:g}{how_sure}, which needs {needed}: "
             f"add {needed - count} more that are held out, or tolerate at least {math.ceil(1000 * least) / 1000:g}."
         )
-    # Every group has a total weight of 1.
-    weights = torch.tensor([1 / members[owner] for owner in owners], dtype=torch.float64)
-    order = scores.sort(descending=True)
-    above = weights[order.indices].cumsum(0) - weights[order.indices]  # the weight of all scores before this one
-    if confidence is None:  # all prompts of the new group may be refused, so 1 of the G + 1 shares is set aside for it
-        allowed = tolerance * (count + 1) - 1
-    else:
-        p_value = _exact_p_value if groups is None else _hoeffding_bentkus_p_value
-        allowed = max(x for x in above.tolist() if p_value(x, count, tolerance) <= 1 - confidence + 1e-12)
-    return float(order.values[int((above <= allowed + 1e-9).sum()) - 1])
+    return owners
 
 
 def group_list(groups: Iterable[Hashable], count: int) -> list[Hashable]:

@@ -51,10 +51,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from eua.data.rows import check_rows
     from eua.data.sources import read_rows
     from eua.guard.guard import DEFAULT_REFUSAL, EnergyGuard
     from eua.model.loading import load_model
-    from eua.statistics import bootstrap_interval, group_shares
+    from eua.statistics import bootstrap_interval, check_calibration, group_shares
 
     if arguments.output is None and not Path(arguments.model).is_dir():
         raise EUAError(f"{arguments.model} is not a local folder, so the guard cannot be saved there: pass --output.")
@@ -62,6 +63,9 @@ def _run(arguments: argparse.Namespace) -> None:
     groups = _groups(rows, arguments)
     forget = read_rows(arguments.forget, "forget set") if arguments.forget else None
     seen = [row for source in arguments.seen for row in read_rows(source, "seen rows")]
+    for checked, name in ((rows, "calibration prompts"), (forget or [], "forget set"), (seen, "seen rows")):
+        check_rows(checked, name, answers=False)
+    check_calibration(len(rows), arguments.tolerance, groups, arguments.confidence)
     model, tokenizer = load_model(arguments.model)
     guard = EnergyGuard.calibrate(
         model,

@@ -97,6 +97,7 @@ def _named_source(text: str) -> tuple[str, str]:
 
 def read_sets(arguments: argparse.Namespace) -> tuple[dict[str, list[Any]], tuple[str, ...]]:
     """Read the sets of :func:`add_sets`: the rows of each set by name, and the names of the forgotten sets."""
+    from eua.data.rows import check_rows
     from eua.data.sources import read_rows
 
     sources = {"forget": arguments.forget, "retain": arguments.retain}
@@ -105,4 +106,7 @@ def read_sets(arguments: argparse.Namespace) -> tuple[dict[str, list[Any]], tupl
             raise EUAError(f"--also {name}={source} gives this name to a second set: choose another name.")
         sources[name] = source
     forgotten = ("forget", *(name for name, _ in arguments.also_forget))
-    return {name: read_rows(source, f"{name} set") for name, source in sources.items()}, forgotten
+    sets = {name: read_rows(source, f"{name} set") for name, source in sources.items()}
+    for name, rows in sets.items():
+        check_rows(rows, f"{name} set", answers=True)
+    return sets, forgotten

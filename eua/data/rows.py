@@ -79,9 +79,7 @@ def row_texts(
     row: Row, tokenizer: PreTrainedTokenizerBase, where: str, assistant_turns: str = "last"
 ) -> tuple[list[str], bool]:
     """The texts of a row to tokenize (prompt, answer, prompt, answer, …), and whether the row states them literally."""
-    prompt, answer, literal = _split_row(row, where)
-    if not answer or (isinstance(answer, str) and not answer.strip()):
-        raise EUAError(f"{where} has no answer (it is {answer!r}): give it one, or leave the row out.")
+    prompt, answer, literal = _split_answered_row(row, where)
     eos = tokenizer.eos_token or ""
     if literal:
         return [prompt, answer if eos and answer.endswith(eos) else answer + eos], True
@@ -124,6 +122,33 @@ def encode_prompts(prompts: Prompts, tokenizer: PreTrainedTokenizerBase, name: s
             raise EUAError(f"{where} is empty, so it has no last token to score: give it a text, or leave it out.")
         encoded.append(ids)
     return encoded
+
+
+def check_rows(rows: Sequence[Row | str], name: str, *, answers: bool) -> None:
+    """Check the format of rows without a tokenizer, for example before a model is loaded.
+
+    >>> check_rows([{"question": "Who?"}], "forget set", answers=True)
+    Traceback (most recent call last):
+    eua.errors.EUAError: Row 0 of the forget set has no answer (it is None): give it one, or leave the row out.
+
+    Args:
+        rows: what :func:`eua.data.sources.read_rows` or :func:`eua.data.sources.read_prompts` returned.
+        name: what error messages call the rows.
+        answers: whether every row needs an answer.
+
+    Raises:
+        EUAError: if a row has an unknown format, or lacks an answer that it needs.
+    """
+    for index, row in enumerate(rows):
+        if not isinstance(row, str):
+            (_split_answered_row if answers else _split_row)(row, f"Row {index} of the {name}")
+
+
+def _split_answered_row(row: Row, where: str) -> tuple[Any, Any, bool]:
+    prompt, answer, literal = _split_row(row, where)
+    if not answer or (isinstance(answer, str) and not answer.strip()):
+        raise EUAError(f"{where} has no answer (it is {answer!r}): give it one, or leave the row out.")
+    return prompt, answer, literal
 
 
 def _split_row(row: Row, where: str) -> tuple[Any, Any, bool]:

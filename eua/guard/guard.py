@@ -27,7 +27,7 @@ from eua.guard.hub import MissingFileError, find_file, send_file
 from eua.guard.questions import Turns
 from eua.guard.scores import answer_scores, prompt_scores
 from eua.model.fingerprints import model_fingerprint, tokenizer_fingerprint
-from eua.statistics import conformal_threshold, group_list
+from eua.statistics import check_calibration, conformal_threshold
 
 GUARD_FILE = "energy_guard.json"
 DEFAULT_REFUSAL = "I cannot help with that question."
@@ -157,9 +157,10 @@ class EnergyGuard:
             raise EUAError("There are no calibration prompts: give held-out prompts that must be answered, at least 19 at 5 %.")
         refusal_ids, stop_ids = _refusal_ids(refusal_text, tokenizer)
         ids = encode_prompts(read_prompts(prompts, "calibration prompts"), tokenizer, "calibration prompts")
-        groups = None if groups is None else group_list(groups, len(ids))
         if seen is not None and not (isinstance(seen, (list, tuple)) and not seen):
             _check_unseen(ids, encode_prompts(read_prompts(seen, "seen prompts"), tokenizer, "seen prompts"))
+        owners = check_calibration(len(ids), tolerance, groups, confidence)  # before minutes of scoring
+        groups = None if groups is None else owners
         turns = Turns.of(tokenizer)
         turns = turns and turns.for_prompts(ids)
         settings: dict[str, Any] = {"temperature": temperature, "batch_size": batch_size}

@@ -291,6 +291,31 @@ def test_rows_are_checked_before_a_model_is_loaded(tiny_folder, data, tmp_path, 
     assert "Row 0 of the forget set has the keys ['frage'], which are not a known format" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["calibrate", "--prompts", "{data}/forget.jsonl"], "8 calibration prompts are too few"),
+        (["calibrate", "--prompts", "{data}/held_out.jsonl", "--tolerance", "2"], "tolerance = 2.0, but a rate"),
+        (["calibrate", "--prompts", "{bad}"], "Row 0 of the calibration prompts has the keys"),
+        (["calibrate", "--prompts", "{data}/held_out.jsonl", "--forget", "{bad}"], "Row 0 of the forget set has the keys"),
+        (["calibrate", "--prompts", "{data}/held_out.jsonl", "--seen", "{bad}"], "Row 0 of the seen rows has the keys"),
+        (["evaluate", "--forget", "{bad}", "--retain", "{data}/retain.jsonl"], "Row 0 of the forget set has the keys"),
+        (["report", "--forget", "{data}/forget.jsonl", "--retain", "{empty}"], "Row 0 of the retain set has no answer"),
+    ],
+)
+def test_what_measures_a_model_checks_its_input_before_loading_it(
+    arguments, text, tiny_folder, data, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("eua.model.loading.AutoModelForCausalLM", None)
+    bad, empty = tmp_path / "bad.jsonl", tmp_path / "empty.jsonl"
+    write_jsonl(bad, [{"frage": "Wer?", "antwort": "Ann."}])
+    write_jsonl(empty, [{"question": "Who?", "answer": " "}])
+    filled = [part.format(data=data, bad=bad, empty=empty) for part in arguments]
+    monkeypatch.chdir(tmp_path)  # where `eua report` would write
+    assert main([*filled, "--model", str(tiny_folder)]) == 2
+    assert text in capsys.readouterr().err
+
+
 def test_every_field_of_the_config_is_an_option(capsys):
     with pytest.raises(SystemExit):
         main(["unlearn", "--help-all"])

@@ -288,6 +288,16 @@ def test_an_adapter_is_the_same_however_it_was_loaded(tokenizer, tmp_path):
     assert model_fingerprint(adapted.merge_and_unload()) != model_fingerprint(loaded)
 
 
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [({}, "6 calibration prompts are too few"), ({"tolerance": 0.2, "groups": ["Ann"] * 6}, "1 groups of calibration prompts")],
+)
+def test_too_few_prompts_are_found_before_any_is_scored(settings, text, known, tokenizer, questions, monkeypatch):
+    monkeypatch.setattr("eua.guard.guard.prompt_scores", None)
+    with pytest.raises(EUAError, match=text):
+        EnergyGuard.calibrate(known, tokenizer, questions, **settings)
+
+
 def test_prompts_that_were_trained_on_calibrate_nothing(known, tokenizer, rows):
     with pytest.raises(EUAError, match=r"2 of 18 calibration prompts \(the first is prompt 0\) were trained on"):
         EnergyGuard.calibrate(known, tokenizer, [*rows["retain"][:2], *rows["test"]], seen=rows["retain"])
