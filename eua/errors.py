@@ -24,6 +24,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     plain = {other.strip("-").replace("_", "-"): other for other in known}
     wanted = name.strip("-").replace("_", "-")
     similar = difflib.get_close_matches(wanted, plain, n=2, cutoff=0.7)
-    similar += [other for other in plain if other not in similar and set(wanted.split("-")) <= set(other.split("-"))]
+    words = set(wanted.split("-"))  # one name may be a part of the other: epochs, num-train-epochs
+    parts = [other for other in plain if words <= set(other.split("-")) or set(other.split("-")) <= words]
+    similar += [other for other in parts if other not in similar]
     names = [repr(plain[other]) for other in similar[:3]]
     return f": did you mean {' or '.join(names)}?" if names else "."

@@ -68,6 +68,7 @@ def check_output_folder(folder: Path, *, allowed: bool, how: str) -> None:
     """Raise :class:`EUAError` if ``folder`` is a file, or holds files and is not ``allowed`` to; ``how`` names the option."""
     if folder.exists() and not folder.is_dir():
         raise EUAError(f"The output {folder} is a file, but the output must be a folder: name another path.")
+    _check_parents(folder)
     if not allowed and folder.is_dir() and any(folder.iterdir()):
         raise EUAError(f"The output folder {folder} is not empty, and its files could be lost: name another, or pass {how}.")
 
@@ -78,3 +79,12 @@ def check_output_file(path: Path, *, allowed: bool, how: str) -> None:
         raise EUAError(f"The output {path} is a folder, but the output must be a file: name a file in it.")
     if path.exists() and not allowed:
         raise EUAError(f"The output {path} already exists and would be lost: name another, or pass {how}.")
+    _check_parents(path)
+
+
+def _check_parents(path: Path) -> None:
+    """Raise :class:`EUAError` if ``path`` could not be created where it is to be."""
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        why = "is not writable" if nearest.is_dir() else "is not a folder"
+        raise EUAError(f"The output {path} cannot be created, since {nearest} {why}: name another path.")

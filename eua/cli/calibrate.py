@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eua.cli.options import Parser, add_model, positive
+from eua.cli.options import Parser, add_model, count, positive
 from eua.errors import EUAError
 
 
@@ -36,12 +36,15 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--seen", action="append", default=[], metavar="ROWS", help="rows that unlearning was trained on; may be repeated"
     )
-    parser.add_argument("--temperature", type=float, default=1.0, help="temperature of the energy, as in training")
+    parser.add_argument("--temperature", type=positive(float), default=1.0, help="temperature of the energy, as in training")
     parser.add_argument(
-        "--first-tokens", type=int, default=0, help="generated tokens that a score includes after the prompt's last one"
+        "--first-tokens", type=count, default=0, help="generated tokens that a score includes after the prompt's last one"
     )
     parser.add_argument(
-        "--probe-window", type=int, default=0, help="stop answers midway by the mean energy of this number of tokens (0: never)"
+        "--probe-window",
+        type=count,
+        default=0,
+        help="stop answers midway by the mean energy of this number of tokens (0: never)",
     )
     parser.add_argument("--probe-tokens", type=positive(int), default=64, help="length of the answers that calibrate the probe")
     parser.add_argument("--refusal", help="the answer to a refused prompt (default: a plain sentence)")
@@ -53,12 +56,15 @@ def main(argv: Sequence[str]) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     from eua.data.rows import check_rows
     from eua.data.sources import read_rows
+    from eua.files import check_output_folder
     from eua.guard.guard import DEFAULT_REFUSAL, EnergyGuard
     from eua.model.loading import load_model
     from eua.statistics import bootstrap_interval, check_calibration, group_shares
 
     if arguments.output is None and not Path(arguments.model).is_dir():
         raise EUAError(f"{arguments.model} is not a local folder, so the guard cannot be saved there: pass --output.")
+    folder = arguments.output or Path(arguments.model)
+    check_output_folder(folder, allowed=True, how="")
     rows = read_rows(arguments.prompts, "calibration prompts")
     groups = _groups(rows, arguments)
     forget = read_rows(arguments.forget, "forget set") if arguments.forget else None
@@ -79,10 +85,9 @@ def _run(arguments: argparse.Namespace) -> None:
         first_tokens=arguments.first_tokens,
         probe_window=arguments.probe_window,
         probe_tokens=arguments.probe_tokens,
-        refusal_text=arguments.refusal or DEFAULT_REFUSAL,
+        refusal_text=DEFAULT_REFUSAL if arguments.refusal is None else arguments.refusal,
         progress=True,
     )
-    folder = arguments.output or Path(arguments.model)
     guard.save_pretrained(folder)
     print(f"Threshold {guard.threshold:.3f} nats, saved in {folder}.\n{guard.promise}")
     if groups:

@@ -9,7 +9,8 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -34,6 +35,8 @@ COMMON = (
     *("eval_strategy", "save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model"),
     *("train_sampling_strategy", "report_to"),
 )
+# Fields of TrainingArguments that mean nothing here: --output and --resume take the place of the first two.
+NOT_OPTIONS = ("output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict")
 MAY_CHANGE_ON_RESUME = ("resume", "overwrite", "output", "config", "save_steps", "save_strategy", "save_total_limit")
 
 
@@ -85,7 +88,7 @@ def _parser(show_all: bool) -> tuple[Parser, dict[str, Setting]]:
         True: parser.add_argument_group("the method (fields of EUAConfig)"),
         False: parser.add_argument_group("training (fields of transformers' TrainingArguments)"),
     }
-    settings = {name: setting for name, setting in all_settings().items() if name != "output_dir"}
+    settings = {name: setting for name, setting in all_settings().items() if name not in NOT_OPTIONS}
     for setting in settings.values():
         _add_setting(groups[setting.is_ours], setting, show_all or setting.is_ours or setting.name in COMMON)
     return parser, settings
@@ -158,7 +161,12 @@ def run_unlearn(arguments: argparse.Namespace, settings: dict[str, Any]) -> None
     """
     is_first = os.environ.get("RANK", "0") == "0"  # accelerate is not ready yet
     checkpoints = arguments.output / "checkpoints"
-    identity = {key: str(value) for key, value in sorted(vars(arguments).items()) if key not in MAY_CHANGE_ON_RESUME}
+    identity = {
+        key: str(value)
+        for key, value in sorted(vars(arguments).items())
+        if key not in MAY_CHANGE_ON_RESUME and not key.endswith("_token")  # tokens are secrets
+    }
+    _check_options(arguments)
     if is_first:
         check_output_folder(arguments.output, allowed=arguments.resume or arguments.overwrite, how="--resume or --overwrite")
         if arguments.resume:
@@ -182,26 +190,50 @@ def run_unlearn(arguments: argparse.Namespace, settings: dict[str, Any]) -> None
 def _trainer(arguments: argparse.Namespace, settings: dict[str, Any], checkpoints: Path) -> EUATrainer:
     rank = arguments.lora_rank
     chosen = DEFAULTS | {"eval_strategy": "no" if arguments.eval_forget is None else "epoch"}
-    if "save_steps" in settings:
-        chosen["save_strategy"] = "steps"
-    try:
+    for strategy in ("eval_strategy", "save_strategy"):
+        if f"{strategy.partition('_')[0]}_steps" in settings and chosen[strategy] != "no":
+            chosen[strategy] = "steps"
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM") if rank else None
+    with _settings_explained():
         config = EUAConfig(output_dir=str(checkpoints), **chosen | settings)
+        return EUATrainer(
+            arguments.model,
+            config,
+            forget_dataset=arguments.forget,
+            retain_dataset=arguments.retain,
+            eval_forget_dataset=arguments.eval_forget,
+            eval_retain_dataset=arguments.eval_retain,
+            # The reference for KL is the model before unlearning.
+            ref_model=arguments.model if config.retain_loss == "kl" else None,
+            peft_config=lora,
+        )
+
+
+@contextmanager
+def _settings_explained() -> Iterator[None]:
+    """Turns what transformers and its libraries raise for settings into one line."""
+    try:
+        yield
     except EUAError:
         raise
-    except (ValueError, TypeError) as error:  # from TrainingArguments
-        raise EUAError(f"These settings cannot be used: {error}. Correct them; `eua unlearn --help-all` lists all.") from error
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM") if rank else None
-    return EUATrainer(
-        arguments.model,
-        config,
-        forget_dataset=arguments.forget,
-        retain_dataset=arguments.retain,
-        eval_forget_dataset=arguments.eval_forget,
-        eval_retain_dataset=arguments.eval_retain,
-        # The reference for KL is the model before unlearning.
-        ref_model=arguments.model if config.retain_loss == "kl" else None,
-        peft_config=lora,
-    )
+    except (ValueError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise EUAError(f"These settings cannot be used: {reason}. Correct them; `eua unlearn --help-all` lists all.") from error
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Raise for options that contradict each other, in the words of the command line."""
+    if (arguments.eval_forget is None) != (arguments.eval_retain is None):
+        given, missing = ("--eval-retain", "--eval-forget")[:: 1 if arguments.eval_forget is None else -1]
+        raise EUAError(f"{given} was given without {missing}, but evaluation compares the two: give both, or neither.")
+    if getattr(arguments, "load_best_model_at_end", False) and arguments.eval_forget is None:
+        raise EUAError(
+            "--load-best-model-at-end needs rows to compare models on: give --eval-forget and --eval-retain, or leave it out."
+        )
+    if arguments.lora_rank < 0:
+        raise EUAError(
+            f"--lora-rank is {arguments.lora_rank}, but a rank is above 0, and 0 trains every weight: give one of these."
+        )
 
 
 def _check_same_run(checkpoints: Path, output: Path, identity: dict[str, str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import get_scheduler
 from transformers.utils import logging
 
 from eua.data.batches import flatten_rows, pad_rows
@@ -27,6 +28,18 @@ def check_arguments(args: EUAConfig, ref_model: object, eval_forget: object, eva
         )
     _check_ref_model(args, ref_model)
     _check_eval_datasets(args, eval_forget, eval_retain)
+
+
+def check_scheduler(args: EUAConfig) -> None:
+    """Raise if the learning-rate scheduler cannot be built, which Trainer finds out only after the boundaries are computed."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate or 1.0)
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, 2, args.lr_scheduler_kwargs)
+    except (ValueError, TypeError) as error:
+        raise EUAError(
+            f"lr_scheduler_type = {args.lr_scheduler_type.value!r} cannot be used with lr_scheduler_kwargs = "
+            f"{args.lr_scheduler_kwargs} ({error}): give the keywords that this scheduler takes."
+        ) from error
 
 
 def check_model(model: nn.Module) -> None:

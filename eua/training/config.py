@@ -119,6 +119,10 @@ class EUAConfig(TrainingArguments):
             _check(name, getattr(self, name), lambda x: math.isfinite(x) and x >= 0, "it must be finite and at least 0")
         for name in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
             _check(name, getattr(self, name), lambda x: x > 0, "it must be above 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            _check(name, getattr(self, name), lambda x: 0 <= x < 1, "it must be at least 0 and below 1")
+        _check("seed", self.seed, lambda x: 0 <= x < 2**32, "it must be a whole number from 0, below 2^32")
+        _check("dataloader_num_workers", self.dataloader_num_workers, lambda x: x >= 0, "it must be at least 0")
         _check("temperature", self.temperature, lambda x: math.isfinite(x) and x > 0, "T is finite and above 0")
         _check("rho", self.rho, lambda x: 0 < x <= 1, "a share of the vocabulary lies above 0 and at most at 1")
         _check("fill", self.fill, lambda x: x in ("zero", "none"), 'known are "zero" and "none"')

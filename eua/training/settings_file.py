@@ -44,7 +44,15 @@ def all_settings() -> dict[str, Setting]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-5 as a text, since it has no point; people mean a number."""
+    """Reads 1e-5 as a number, which YAML 1.1 takes for a text, and raises an error if a key occurs twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for place, (key, _) in enumerate(node.value):
+            if key.value in keys[:place]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} occurs twice", key.start_mark)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 _Loader.add_implicit_resolver(
@@ -108,7 +116,7 @@ def _is_choice(kind: Any) -> bool:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """What a YAML file sets, by name with underscores; nothing is checked but that each name stands there once.
+    """What a YAML file sets, by name with underscores; only that each name occurs once is checked.
 
     Raises:
         EUAError: no such file, no mapping in it, or a setting that is given twice.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -36,7 +37,7 @@ from eua.model.head import output_head
 from eua.model.loading import load_model, load_tokenizer
 from eua.training.boundaries import BoundaryStore
 from eua.training.checkpoints import CheckpointingTrainer, last_checkpoint
-from eua.training.checks import check_arguments, check_model, check_padding_free, check_setup, check_trainable
+from eua.training.checks import check_arguments, check_model, check_padding_free, check_scheduler, check_setup, check_trainable
 from eua.training.config import EUAConfig
 from eua.training.evaluation import held_out_metrics
 from eua.training.model_card import model_card
@@ -89,20 +90,23 @@ class EUATrainer(CheckpointingTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | os.PathLike[str] | PreTrainedModel,
         args: EUAConfig,
         *,
         forget_dataset: Source,
         retain_dataset: Source,
         eval_forget_dataset: Source | None = None,
         eval_retain_dataset: Source | None = None,
-        ref_model: str | PreTrainedModel | None = None,
+        ref_model: str | os.PathLike[str] | PreTrainedModel | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ) -> None:
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
+        ref_model = os.fspath(ref_model) if isinstance(ref_model, os.PathLike) else ref_model
         check_arguments(args, ref_model, eval_forget_dataset, eval_retain_dataset)
+        check_scheduler(args)
         if processing_class is None:
             processing_class = load_tokenizer(model if isinstance(model, str) else model.config.name_or_path)
         sets = {"forget": forget_dataset, "retain": retain_dataset}

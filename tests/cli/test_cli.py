@@ -273,6 +273,20 @@ def test_bad_arguments_are_one_line_and_exit_code_2(arguments, text, capsys):
         (["--bf16", "maybe"], "argument --bf16: 'maybe' is not true or false."),
         (["--gamma", "-1"], "gamma = -1 cannot be used: it must be finite and at least 0."),
         (["--num-train-epochs", "0"], "num_train_epochs = 0 cannot be used: it must be above 0."),
+        (["--learning-rate", "-1e-5"], "learning_rate = -1e-05 cannot be used: it must be finite and at least 0."),
+        (["--seed", "-1"], "seed = -1 cannot be used: it must be a whole number from 0, below 2^32."),
+        (["--adam-beta1", "2"], "adam_beta1 = 2 cannot be used: it must be at least 0 and below 1."),
+        (["--dataloader-num-workers", "-1"], "dataloader_num_workers = -1 cannot be used: it must be at least 0."),
+        (["--lora-rank", "-1"], "--lora-rank is -1, but a rank is above 0"),
+        (["--lr-scheduler-kwargs", "{min_lr: 1e-6}"], "lr_scheduler_type = 'linear' cannot be used with lr_scheduler_kwargs"),
+        (["--lr-scheduler-type", "cosine_with_min_lr"], "lr_scheduler_type = 'cosine_with_min_lr' cannot be used with"),
+        (["--eval-forget", "x.jsonl"], "--eval-forget was given without --eval-retain"),
+        (["--load-best-model-at-end"], "--load-best-model-at-end needs rows to compare models on"),
+        (
+            ["--resume-from-checkpoint", "x"],
+            "--resume-from-checkpoint is not an option of `eua unlearn`: did you mean '--resume'",
+        ),
+        (["--dataloader-prefetch-factor", "2"], "These settings cannot be used: --dataloader_prefetch_factor can only be set"),
         (["--eval-strategy", "sometimes"], "These settings cannot be used: sometimes is not a valid IntervalStrategy"),
     ],
 )
@@ -281,6 +295,38 @@ def test_settings_are_checked_before_a_model_is_loaded(options, text, tiny_folde
     assert main(unlearn_command(tiny_folder, data, tmp_path / "new", *options)) == 2
     assert text in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_tracker_that_is_not_there_is_one_line(tiny_folder, data, tmp_path, capsys):
+    assert main(unlearn_command(tiny_folder, data, tmp_path / "new", "--report-to", "tensorbord")) == 2
+    assert "These settings cannot be used: tensorbord is not supported" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_tokens_are_not_written_and_may_change(tiny_folder, data, tmp_path):
+    command = unlearn_command(tiny_folder, data, tmp_path / "out", "--max-steps", "1")
+    assert main([*command, "--hub-token", "hf_secret"]) == 0
+    texts = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not [text for text in texts if b"hf_secret" in text]
+    assert main([*command, "--hub-token", "hf_other", "--resume"]) == 0
+
+
+def test_eval_steps_are_steps(tiny_folder, data, tmp_path):
+    held_out = ["--eval-forget", str(data / "forget.jsonl"), "--eval-retain", str(data / "test.jsonl")]
+    steps = ["--max-steps", "2", "--eval-steps", "1", "--per-device-train-batch-size", "2"]
+    assert main(unlearn_command(tiny_folder, data, tmp_path / "out", *held_out, *steps)) == 0
+    (state,) = (tmp_path / "out" / "checkpoints").glob("checkpoint-2/trainer_state.json")
+    assert [line["step"] for line in json.loads(state.read_text())["log_history"] if "eval_auroc" in line] == [1, 2]
+
+
+@pytest.mark.parametrize("command", ["unlearn", "calibrate", "evaluate", "report"])
+def test_an_output_that_cannot_be_created_is_found_first(command, tiny_folder, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("eua.model.loading.AutoModelForCausalLM", None)
+    (tmp_path / "file").touch()
+    rows = ["--prompts", str(data / "held_out.jsonl")] if command == "calibrate" else ROWS
+    filled = [part.format(data=data) for part in rows]
+    assert main([command, "--model", str(tiny_folder), *filled, "--output", str(tmp_path / "file" / "out")]) == 2
+    assert f"cannot be created, since {tmp_path / 'file'} is not a folder" in capsys.readouterr().err
 
 
 def test_rows_are_checked_before_a_model_is_loaded(tiny_folder, data, tmp_path, capsys, monkeypatch):
@@ -296,6 +342,11 @@ def test_rows_are_checked_before_a_model_is_loaded(tiny_folder, data, tmp_path, 
     [
         (["calibrate", "--prompts", "{data}/forget.jsonl"], "8 calibration prompts are too few"),
         (["calibrate", "--prompts", "{data}/held_out.jsonl", "--tolerance", "2"], "tolerance = 2.0, but a rate"),
+        (
+            ["calibrate", "--prompts", "{data}/held_out.jsonl", "--temperature", "0"],
+            "--temperature: '0' is not a number above 0",
+        ),
+        (["calibrate", "--prompts", "{data}/held_out.jsonl", "--first-tokens", "-1"], "'-1' is not a whole number from 0"),
         (["calibrate", "--prompts", "{bad}"], "Row 0 of the calibration prompts has the keys"),
         (["calibrate", "--prompts", "{data}/held_out.jsonl", "--forget", "{bad}"], "Row 0 of the forget set has the keys"),
         (["calibrate", "--prompts", "{data}/held_out.jsonl", "--seen", "{bad}"], "Row 0 of the seen rows has the keys"),
@@ -321,7 +372,7 @@ def test_every_field_of_the_config_is_an_option(capsys):
         main(["unlearn", "--help-all"])
     shown = capsys.readouterr().out
     missing = [field.name for field in dataclasses.fields(EUAConfig) if f"--{field.name.replace('_', '-')} " not in shown]
-    assert missing == ["output_dir"]
+    assert set(missing) == {"output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict"}
     with pytest.raises(SystemExit):
         main(["unlearn", "--help"])
     short = capsys.readouterr().out
@@ -427,6 +478,7 @@ save_total_limit: 2
         ("resume: 1", "sets 'resume' to 1, but it takes true or false"),
         ("lora-rank: half", "sets 'lora_rank' to 'half', but it takes a whole number"),
         ("alpha: true", "sets 'alpha' to True, but it takes a number"),
+        ("seed: 1\nseed: 2", "are not YAML ('seed' occurs twice"),
         ("max-steps: 1\nmax_steps: 2", "sets 'max_steps' twice, with a dash and with an underscore: leave one out"),
         ("- gamma", "hold ['gamma'], not settings by name: write one `key: value` a line"),
         ("gamma: [1", "are not YAML (while parsing"),

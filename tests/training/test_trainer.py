@@ -499,3 +499,12 @@ def test_hidden_states_are_the_heads_input(model, tokenizer, rows):
     torch.testing.assert_close(output_head(model).logits(hidden), theirs)
     check_head(model)
     assert not model.lm_head._forward_pre_hooks
+
+
+def test_a_model_and_its_reference_may_be_paths(tokenizer, rows, tmp_path):
+    folder = tmp_path / "model"
+    tiny_llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    datasets = {"forget_dataset": rows["forget"], "retain_dataset": rows["retain"]}
+    trainer = EUATrainer(folder, EUAConfig(output_dir=str(tmp_path / "run")), ref_model=folder, **datasets)
+    assert trainer.reference is not None
