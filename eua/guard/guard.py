@@ -153,6 +153,11 @@ class EnergyGuard:
         >>> guard.save_pretrained("unlearned")                                 # doctest: +SKIP
         """
         _check_settings(temperature, first_tokens, probe_window, probe_tokens)
+        if probe_window > probe_tokens:
+            raise EUAError(
+                f"probe_window = {probe_window}, but answers of probe_tokens = {probe_tokens} have no window of that length: "
+                "raise probe_tokens, or choose a smaller probe_window."
+            )
         if isinstance(prompts, (list, tuple)) and not prompts:
             raise EUAError("There are no calibration prompts: give held-out prompts that must be answered, at least 19 at 5 %.")
         refusal_ids, stop_ids = _refusal_ids(refusal_text, tokenizer)
@@ -416,11 +421,6 @@ def _check_settings(temperature: float, first_tokens: int, probe_window: int, pr
     for name, count in counts.items():
         if not isinstance(count, int) or count < 0:
             raise EUAError(f"{name} = {count!r} cannot be a number of tokens: give a whole number, or 0 for none.")
-    if probe_window > probe_tokens:
-        raise EUAError(
-            f"probe_window = {probe_window}, but answers of probe_tokens = {probe_tokens} have no window of that length: raise "
-            "probe_tokens, or choose a smaller probe_window."
-        )
 
 
 def _check_probe(threshold: float, window: int, tokens: int) -> None:

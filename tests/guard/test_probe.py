@@ -169,7 +169,7 @@ def test_a_probe_is_calibrated_on_answers(known, tokenizer, questions, tmp_path)
 
 def test_what_a_probe_cannot_watch_raises(known, tokenizer, questions, watching):
     with pytest.raises(EUAError, match=r"have 40 tokens within the first 40, .* choose a smaller probe_window"):
-        EnergyGuard.calibrate(known, tokenizer, questions * 4, probe_window=40, probe_tokens=40)
+        EnergyGuard.calibrate(known, tokenizer, questions * 4, probe_window=40, probe_tokens=40, tolerance=0.5)
     with pytest.raises(EUAError, match=r"probe_window = 100, but answers of probe_tokens = 20 have no window of that length"):
         EnergyGuard.calibrate(known, tokenizer, questions * 4, probe_window=100, probe_tokens=20)
     with pytest.raises(EUAError, match="probe_window = -1 cannot be a number of tokens"):
