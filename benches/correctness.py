@@ -6,9 +6,7 @@ a GPU can handle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +14,7 @@ from torch import Tensor
 from fused_energy import linear_energy
 
 BOUND = 2.0
-SHAPES = [(1, 64, 300), (257, 96, 1031), (515, 1000, 5003), (1024, 1024, 32000)]
+SHAPES = [(257, 96, 1031), (1024, 1024, 32000), (515, 1000, 5003), (1, 64, 300)]
 TINY_SHAPES = [(5, 16, 70)]  # for a rehearsal
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -27,40 +25,55 @@ OPTIONS: dict[str, dict[str, Any]] = {
 NAMES = ("energy", "nll", "d hidden", "d weight", "d bias")
 
 
-def failures(device: str, rehearse: bool, say: Callable[[str], None]) -> Iterator[str]:
-    """One line for each failure; ``say`` gets the worst error of every case."""
-    shapes = TINY_SHAPES if rehearse else SHAPES
-    dtypes = [torch.float32, torch.float16] + ([] if rehearse else [torch.bfloat16])  # interpreted bfloat16 is truncated
-    for shape, dtype, (name, options) in product(shapes, dtypes, OPTIONS.items()):
-        case = f"{shape}, {dtype}, {name}"
-        inputs = _inputs(*shape, dtype, device, bool(options.get("bias")))
-        options = {key: value for key, value in options.items() if key != "bias"}
-        exact = _run("reference", [x if x is None else x.double() for x in inputs[:3]], *inputs[3:], options)
-        theirs = _run("plain", inputs[:3], *inputs[3:], options)
-        found, again = (_run("triton", inputs[:3], *inputs[3:], options) for _ in range(2))
-        worst = 0.0
-        for what, truth, plain, ours, same in zip(NAMES, exact, theirs, found, again, strict=False):
-            error, allowed = _error(ours, truth), BOUND * max(_error(plain, truth), _rounding(ours, truth))
-            worst = max(worst, error / allowed * BOUND)
-            if not error <= allowed:  # also true for NaN
-                yield f"{case}: {what} is {error:.3g} from float64, but only {allowed:.3g} is allowed"
-            if not torch.equal(ours, same):
-                yield f"{case}: {what} has different bits in a second run"
-        say(f"{case}: at most {worst:.2f} × the error of plain PyTorch")
-    yield from _leaks(shapes[-1], device)
+class Case(NamedTuple):
+    shape: tuple[int, int, int]  # N, H, V
+    dtype: torch.dtype
+    options: str  # a key of OPTIONS
+
+    def __str__(self) -> str:
+        return f"{self.shape}, {self.dtype}, {self.options}"
 
 
-def _leaks(shape: tuple[int, int, int], device: str) -> Iterator[str]:
+def cases(rehearse: bool = False) -> list[Case]:
+    """Every dtype with all options on the first shape, then on the second, and so on: the first dozen is a smoke test."""
+    if rehearse:  # the interpreter truncates bfloat16
+        return [Case(shape, dtype, name) for shape in TINY_SHAPES for dtype in (torch.float32, torch.float16) for name in OPTIONS]
+    dtypes = torch.bfloat16, torch.float16, torch.float32
+    return [Case(shape, dtype, name) for shape in SHAPES for dtype in dtypes for name in OPTIONS]
+
+
+def check(case: Case, device: str) -> tuple[float, list[str]]:
+    """The worst error in multiples of that of plain PyTorch, and one line for each failure."""
+    options = dict(OPTIONS[case.options])
+    inputs = _inputs(*case.shape, case.dtype, device, options.pop("bias", False))
+    exact = _run("reference", [x if x is None else x.double() for x in inputs[:3]], *inputs[3:], options)
+    theirs = _run("plain", inputs[:3], *inputs[3:], options)
+    found, again = (_run("triton", inputs[:3], *inputs[3:], options) for _ in range(2))
+    worst, wrong = 0.0, []
+    for what, truth, plain, ours, same in zip(NAMES, exact, theirs, found, again, strict=False):
+        error, allowed = _error(ours, truth), BOUND * max(_error(plain, truth), _rounding(ours, truth))
+        worst = max(worst, error / allowed * BOUND)
+        if not error <= allowed:  # also true for NaN
+            wrong.append(f"{case}: {what} is {error:.3g} from float64, but only {allowed:.3g} is allowed")
+        if not torch.equal(ours, same):
+            wrong.append(f"{case}: {what} has different bits in a second run")
+    return worst, wrong
+
+
+def leaks(device: str, rehearse: bool = False) -> list[str]:
     """Tokens without a target or without an upstream gradient must not affect the result, even if they hold NaN."""
+    shape = (TINY_SHAPES if rehearse else SHAPES)[0]
+    wrong = []
     hidden, weight, _, targets, upstream = _inputs(*shape, torch.float16, device, False)
     ignored = targets == -100
     poisoned = hidden.masked_fill(ignored[:, None], torch.nan)
     clean, dirty = (_run("triton", [x, weight, None], targets, upstream, {}) for x in (hidden, poisoned))
     if not all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True)):
-        yield "ignored tokens that hold NaN change the result"
+        wrong.append("ignored tokens that hold NaN change the result")
     without = _run("triton", [hidden, weight, None], targets, torch.zeros_like(upstream), {})
     if any(x.any() for x in without[2:]):
-        yield "upstream gradients of zero give a nonzero gradient"
+        wrong.append("upstream gradients of zero give a nonzero gradient")
+    return wrong
 
 
 def _inputs(n: int, h: int, v: int, dtype: torch.dtype, device: str, bias: bool) -> tuple[Any, ...]:

@@ -194,6 +194,7 @@ def _fold_kernel(
     new = tl.maximum(old, tl.max(maxima, 0))
     rescale = tl.exp((old - new) * inverse_temperature)
     added = tl.sum(sums * tl.exp((maxima - new) * inverse_temperature), 0)
+    tl.debug_barrier()  # every warp has read the old maximum before one of them stores the new one
     tl.store(total + slot, tl.load(total + slot) * rescale + added)
     if old != new:
         for start in range(0, hidden_size, DEPTH):

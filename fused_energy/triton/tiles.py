@@ -60,6 +60,7 @@ def logits_tile(
     UPCAST: tl.constexpr,
 ):
     """``softcap(logit_scale · (h Wᵀ) + b)``, (ROWS, COLUMNS) float32; −∞ in columns past the vocabulary."""
+    tl.assume(hidden_size > 0)  # without it, triton 3.6 may serialize the tensor cores' products (warning C7515)
     depth = tl.arange(0, DEPTH)
     inside = columns < vocabulary
     # Columns past the end read the last row of the head, so that no load needs a mask over the vocabulary.
