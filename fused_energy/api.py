@@ -85,7 +85,8 @@ def linear_energy(
             gradient, whatever the hidden state holds. On the CPU a label out of range raises an error; on other devices and
             under ``torch.compile``, where the check would force a synchronization, the NLL of that token is NaN.
         bias: the head's bias (V,).
-        temperature: T > 0, used for the energy only.
+        temperature: T > 0, used for the energy only. This, ``logit_scale`` and ``softcap`` are numbers, not tensors: they get
+            no gradient.
         logit_scale: multiplies the projection, before the bias is added.
         softcap: c > 0, or None.
         ignore_index: the target that marks a token to ignore.
@@ -101,7 +102,8 @@ def linear_energy(
 
     Raises:
         TypeError, ValueError: for invalid shapes, dtypes, devices, labels or options; the message says which and why.
-        RuntimeError: if ``"triton"`` is named but cannot run; for a second derivative, which only ``"reference"`` has.
+        RuntimeError: if ``"triton"`` is named but cannot run.
+        NotImplementedError: for a second derivative, which only ``"reference"`` has; under ``torch.vmap``.
     """
     hidden, weight, bias, group = _local(hidden, weight, bias, process_group)
     validation.check_tensors(hidden, weight, bias, sharded=group is not None)
@@ -122,8 +124,8 @@ def linear_energy(
     if chosen == "reference":
         energy, nll = reference.linear_energy(rows, weight, flat_targets, bias, options)
     else:
-        lse, target_logit = autograd.logsumexp_and_target(rows, weight, bias, flat_targets, options, chosen, group)
-        energy, nll = -temperature * lse[0], lse[-1] - target_logit if counted is not None else None
+        energies, target_logit = autograd.energy_and_target(rows, weight, bias, flat_targets, options, chosen, group)
+        energy, nll = energies[0], -energies[-1] - target_logit if counted is not None else None
         if counted is not None and nll is not None:
             energy, nll = torch.where(counted, energy, 0.0), torch.where(counted, nll, 0.0)
     (energy,) = unpack(energy, shape, "*")
@@ -206,7 +208,7 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     if not (isinstance(hidden, Tensor) and isinstance(weight, Tensor)):
         return hidden, weight, bias
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or torch.float64 in (hidden.dtype, weight.dtype):
+    if device == "meta" or not torch.is_autocast_enabled(device) or torch.float64 in (hidden.dtype, weight.dtype):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

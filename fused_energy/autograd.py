@@ -1,6 +1,6 @@
 """The differentiable operator behind ``linear_energy``, as PyTorch custom ops that ``torch.compile`` does not break up.
 
-``logsumexp_and_target`` returns ``lse`` and ``target_logit``; energy and NLL follow by plain arithmetic. The gradients work the
+``energy_and_target`` returns ``energy`` and ``target_logit``; the NLL follows by plain arithmetic. The gradients work the
 same way for every implementation: that of the hidden states uses what the forward stored, that of the head makes a second pass
 over the logits.
 """
@@ -15,12 +15,13 @@ from torch import Tensor
 from fused_energy import common as shared
 from fused_energy import dispatch
 from fused_energy.common import HeadOptions, Pass
+from fused_energy.validation import NO_VMAP
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def logsumexp_and_target(
+def energy_and_target(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
@@ -29,11 +30,11 @@ def logsumexp_and_target(
     implementation: str,
     group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
-    """``logsumexp(z/T_k)`` (K, N) and the target's logit (N,), differentiable in hidden, weight and bias."""
+    """``−T_k · logsumexp(z/T_k)`` (K, N) and the target's logit (N,), differentiable in hidden, weight and bias."""
     store = hidden.requires_grad and torch.is_grad_enabled()
     name = "" if group is None else group.group_name
-    lse, target_logit, _ = _LogsumexpAndTarget.apply(hidden, weight, bias, targets, *options, implementation, name, store)
-    return lse, target_logit
+    energy, target_logit, _ = _EnergyAndTarget.apply(hidden, weight, bias, targets, *options, implementation, name, store)
+    return energy, target_logit
 
 
 def _implemented(implementation: str, group: str, weight: Tensor) -> Any:
@@ -80,23 +81,23 @@ def _backward(
     softcap: float | None,
     implementation: str,
     group: str,
-    lse: Tensor,
+    energy: Tensor,
     target_logit: Tensor,
     weighted: Tensor,
-    grad_lse: Tensor,
+    grad_energy: Tensor,
     grad_target: Tensor,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options, done = HeadOptions(temperature, logit_scale, softcap), Pass(lse, target_logit, weighted)
+    options, done = HeadOptions(temperature, logit_scale, softcap), Pass(energy, target_logit, weighted)
     implemented = _implemented(implementation, group, weight)
     grad_hidden = grad_weight = grad_bias = None
     if needs_hidden:
-        grad_hidden = implemented.hidden_gradient(hidden, weight, targets, options, done, grad_lse, grad_target)
+        grad_hidden = implemented.hidden_gradient(hidden, weight, targets, options, done, grad_energy, grad_target)
     if needs_weight or needs_bias:
         grad_weight, grad_bias = implemented.head_gradient(
-            hidden, weight, bias, targets, options, lse, grad_lse, grad_target, (needs_weight, needs_bias)
+            hidden, weight, bias, targets, options, energy, grad_energy, grad_target, (needs_weight, needs_bias)
         )
     return tuple(hidden.new_empty(0) if x is None else x for x in (grad_hidden, grad_weight, grad_bias))  # type: ignore
 
@@ -107,7 +108,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tupl
     return tuple(torch.empty_like(x) if needed else hidden.new_empty(0) for x, needed in likes)  # type: ignore
 
 
-class _LogsumexpAndTarget(torch.autograd.Function):
+class _EnergyAndTarget(torch.autograd.Function):
     """Connects the two ops. ``torch.func.grad`` and ``vjp`` need the static ``setup_context``."""
 
     # torch.compile counts these parameters to find out whether the first is a context, so *inputs would mislead it.
@@ -134,24 +135,21 @@ class _LogsumexpAndTarget(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad_lse: Tensor | None, grad_target: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, lse, target_logit, weighted = ctx.saved_tensors
-        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+    def backward(ctx: Any, grad_energy: Tensor | None, grad_target: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, energy, target_logit, weighted = ctx.saved_tensors
+        grad_energy = torch.zeros_like(energy) if grad_energy is None else grad_energy
         grad_target = torch.zeros_like(target_logit) if grad_target is None else grad_target
         needs = ctx.needs_input_grad[:3]
         # A compiled graph rejects second derivatives itself and does not support nested autograd Functions.
         differentiate = _backward if torch.compiler.is_compiling() else _Gradients.apply
         gradients = differentiate(
-            hidden, weight, bias, targets, *ctx.arguments, lse, target_logit, weighted, grad_lse, grad_target, *needs
+            hidden, weight, bias, targets, *ctx.arguments, energy, target_logit, weighted, grad_energy, grad_target, *needs
         )
         return *(x if needed else None for x, needed in zip(gradients, needs, strict=True)), *(None,) * 7
 
     @staticmethod
     def vmap(*_: Any) -> None:
-        raise NotImplementedError(
-            "linear_energy was called under torch.vmap, which it does not support: tokens are independent, and hidden may have "
-            "any number of leading dimensions. Pass them all in one call."
-        )
+        raise NotImplementedError(NO_VMAP)
 
 
 class _Gradients(torch.autograd.Function):

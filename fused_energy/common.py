@@ -22,8 +22,12 @@ class HeadOptions(NamedTuple):
     softcap: float | None
 
     def temperatures(self, with_targets: bool) -> tuple[float, ...]:
-        """The temperatures at which the logsumexp is needed: the energy's and, for an NLL, 1 as the last one."""
+        """The temperatures at which the energy is needed: the energy's and, for an NLL, 1 as the last one."""
         return (self.temperature, 1.0) if with_targets and self.temperature != 1.0 else (self.temperature,)
+
+    def column_of_temperatures(self, with_targets: bool, like: Tensor) -> Tensor:
+        """The temperatures as a column (K, 1), to divide a tensor (K, N) by."""
+        return like.new_tensor(self.temperatures(with_targets))[:, None]
 
 
 class Pass(NamedTuple):
@@ -34,7 +38,7 @@ class Pass(NamedTuple):
     difference, which would be lost when the sum is rounded to the dtype of ``hidden``.
     """
 
-    lse: Tensor  # (K, N): logsumexp(z / T_k)
+    energy: Tensor  # (K, N): −T_k · logsumexp(z / T_k); softmax(z/T_k) is exp((z + energy) / T_k), without loss at a small T
     target_logit: Tensor  # (N,), NaN for a target outside the vocabulary; (0,) without targets
     weighted: Tensor  # (K, N, H): Σ_{v ≠ y} softmax(z/T_k)_v · slope_v · W_v, dtype of hidden; (0,) if not stored
 
@@ -77,9 +81,14 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 
 def tile_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:
     """One tile of logits: (R, H), (V', H) → (R, V'), in the accumulation dtype."""
+    scale = options.logit_scale
+    if hidden.dtype == torch.float16 and not hidden.is_cuda and 0 < abs(scale) < 1:
+        # Here the product is rounded to float16, whose range ends at 65504. To scale it first by a power of two rounds nothing.
+        power = 2.0 ** math.floor(math.log2(abs(scale)))
+        hidden, scale = hidden * power, scale / power
     z = matmul(hidden, weight.T)
-    if options.logit_scale != 1.0:
-        z *= options.logit_scale
+    if scale != 1.0:
+        z *= scale
     if bias is not None:
         z += bias
     if options.softcap is not None:
@@ -97,9 +106,9 @@ def rows_of_targets(weight: Tensor, targets: Tensor) -> Tensor:
     return weight[targets.clamp(0, weight.shape[0] - 1)]
 
 
-def active_tokens(targets: Tensor | None, grad_lse: Tensor, grad_target: Tensor) -> Tensor:
-    """Which tokens have a nonzero upstream gradient, of lse (K, N) or of the target's logit (N,): (N,) bool."""
-    active = (grad_lse != 0).any(dim=0)
+def active_tokens(targets: Tensor | None, grad_energy: Tensor, grad_target: Tensor) -> Tensor:
+    """Which tokens have a nonzero upstream gradient, of the energy (K, N) or of the target's logit (N,): (N,) bool."""
+    active = (grad_energy != 0).any(dim=0)
     return active if targets is None else active | (grad_target != 0)
 
 
@@ -109,27 +118,27 @@ def hidden_gradient(
     targets: Tensor | None,  # (N,)
     options: HeadOptions,
     done: Pass,
-    grad_lse: Tensor,  # (K, N)
+    grad_energy: Tensor,  # (K, N)
     grad_target: Tensor,  # (N,), ignored without targets
     target_rows: Callable[[Tensor, Tensor], Tensor] = rows_of_targets,
 ) -> Tensor:
-    """``s·(Σ_k g_k/T_k·U_k + (Σ_k g_k/T_k·p_k(y) + g_y)·slope_y·W_y)``, (N, H): the logits are not computed again.
+    """``s·((g_y − Σ_k g_k·p_k(y))·slope_y·W_y − Σ_k g_k·U_k)``, (N, H): the logits are not computed again.
 
     If all upstream gradients of a token are zero, its gradient is zero, whatever its hidden state holds.
     """
-    divisor = grad_lse.new_tensor(options.temperatures(targets is not None))[:, None]
-    scales = grad_lse / divisor
-    active = active_tokens(targets, grad_lse, grad_target)
+    active = active_tokens(targets, grad_energy, grad_target)
     if targets is not None:
-        of_target = (scales * torch.exp(done.target_logit / divisor - done.lse)).sum(dim=0) + grad_target
+        temperatures = options.column_of_temperatures(True, grad_energy)
+        p = torch.exp((done.target_logit + done.energy) / temperatures)
+        of_target = grad_target - (grad_energy * p).sum(dim=0)
         slope = softcap_slope(done.target_logit, options.softcap)
         of_target = of_target if slope is None else of_target * slope
 
     gradient = torch.empty_like(hidden)
     for rows in blocks(hidden.shape[0], rows_within_scratch(hidden.shape[1])):
-        total = done.weighted[0, rows].to(grad_lse.dtype) * scales[0, rows, None]
-        for k in range(1, len(scales)):
-            total += done.weighted[k, rows] * scales[k, rows, None]
+        total = done.weighted[0, rows].to(grad_energy.dtype) * -grad_energy[0, rows, None]
+        for k in range(1, len(grad_energy)):
+            total -= done.weighted[k, rows] * grad_energy[k, rows, None]
         if targets is not None:
             total += target_rows(weight, targets[rows]) * of_target[rows, None]
         gradient[rows] = total.mul_(options.logit_scale).masked_fill_(~active[rows, None], 0.0)

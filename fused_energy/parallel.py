@@ -166,23 +166,25 @@ class ShardedHead:
             own = self.implementation.forward(hidden, weight, bias, shard.local(targets), options, store)
         else:
             own = shared.empty_pass(hidden, targets, options, store)
-            own.lse.fill_(-math.inf)
+            own.energy.fill_(math.inf)
 
-        maximum = shard.maximum(own.lse.clone())
+        temperatures = options.column_of_temperatures(targets is not None, own.energy)
+        maximum = shard.maximum(-own.energy)
         shift = torch.where(maximum.isinf(), 0.0, maximum)  # an infinite maximum must not be subtracted from itself
-        lse = shift + shard.sum(torch.exp(own.lse - shift)).log()
+        energy = -shift - temperatures * shard.sum(torch.exp((-own.energy - shift) / temperatures)).log()
         target_logit = own.target_logit
         if targets is not None:
-            lse = torch.where(targets == LEFT_OUT, 0.0, lse)
+            energy = torch.where(targets == LEFT_OUT, 0.0, energy)
             inside = shard.inside(targets)
-            found = shard.sum(torch.stack([torch.where(inside, own.target_logit, 0.0), inside.to(lse.dtype)]))
+            found = shard.sum(torch.stack([torch.where(inside, own.target_logit, 0.0), inside.to(energy.dtype)]))
             target_logit = torch.where((found[1] == 1) | (targets == LEFT_OUT), found[0], math.nan)
+        shares = torch.exp((energy - own.energy) / temperatures)  # of the softmax that lies in the rank's rows
         for k in range(own.weighted.shape[0]):
-            share = torch.exp(own.lse[k] - lse[k])[:, None]  # of the softmax that lies in the rank's rows
+            share = shares[k, :, None]
             for rows in shared.blocks(hidden.shape[0], shared.rows_within_scratch(hidden.shape[1])):
                 # If all logits of a rank are −inf, its mean is 0/0 and must not count.
                 own.weighted[k, rows] = shard.sum(torch.where(share[rows] == 0, 0.0, own.weighted[k, rows] * share[rows]))
-        return Pass(lse, target_logit, own.weighted)
+        return Pass(energy, target_logit, own.weighted)
 
     def hidden_gradient(
         self,
@@ -191,10 +193,10 @@ class ShardedHead:
         targets: Tensor | None,  # (N,)
         options: HeadOptions,
         done: Pass,
-        grad_lse: Tensor,  # (K, N)
+        grad_energy: Tensor,  # (K, N)
         grad_target: Tensor,  # (N,)
     ) -> Tensor:
-        return shared.hidden_gradient(hidden, weight, targets, options, done, grad_lse, grad_target, self._target_rows)
+        return shared.hidden_gradient(hidden, weight, targets, options, done, grad_energy, grad_target, self._target_rows)
 
     def head_gradient(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor | None, *rest: Any

@@ -3,7 +3,7 @@
 Logits exist one tile at a time: a block of tokens by a stretch of the vocabulary. Each tile is folded into a running
 maximum and a running sum (online logsumexp, Milakov and Gimelshein 2018) and dropped.
 
-- ``d lse/dh = softmax(z/T) W / T`` does not depend on the upstream gradient. So if the hidden states need a gradient, the
+- ``dE/dh = −softmax(z/T) W`` does not depend on the upstream gradient. So if the hidden states need a gradient, the
   forward also accumulates ``softmax(z/T) W`` (N, H), rescaled as the maximum changes, and their backward only scales rows.
 - The head's gradient sums over tokens and depends on the upstream gradient: its backward computes the tiles of logits again,
   for the tokens whose upstream gradient is not zero.
@@ -51,7 +51,7 @@ def forward(
     for block in blocks(len(tokens), rows_within_scratch(max(vocabulary_tile, hidden.shape[1]))):
         rows = tokens[block]
         block_hidden, block_targets = hidden[rows], None if targets is None else targets[rows]
-        running = [_RunningLogsumexp(block_hidden, store) for _ in temperatures]
+        running = [_RunningEnergy(block_hidden, temperature, store) for temperature in temperatures]
         for vocabulary in blocks(weight.shape[0], vocabulary_tile):
             tile_weight = weight[vocabulary]
             z = tile_logits(block_hidden, tile_weight, None if bias is None else bias[vocabulary], options)
@@ -60,15 +60,14 @@ def forward(
             if block_targets is not None:
                 inside, column = _targets_inside(block_targets, vocabulary)
                 done.target_logit[rows[inside]] = z[inside, column]
-            for i, (temperature, one) in enumerate(zip(temperatures, running, strict=True)):
-                scaled = z if i + 1 == len(temperatures) else z.clone()
-                p = one.update(scaled if temperature == 1.0 else scaled.div_(temperature))
+            for i, one in enumerate(running):
+                p = one.update(z if i + 1 == len(running) else z.clone())
                 if store:
                     if inside is not None:
                         p[inside, column] = 0.0
                     one.add(p if slope is None else p.mul_(slope), tile_weight)
         for i, one in enumerate(running):
-            done.lse[i, rows] = one.logsumexp()
+            done.energy[i, rows] = one.energy()
             if store:
                 done.weighted[i, rows] = one.mean().to(hidden.dtype)
     return done
@@ -80,14 +79,14 @@ def head_gradient(
     bias: Tensor | None,  # (V,)
     targets: Tensor | None,  # (N,)
     options: HeadOptions,
-    lse: Tensor,  # (K, N)
-    grad_lse: Tensor,  # (K, N)
+    energy: Tensor,  # (K, N)
+    grad_energy: Tensor,  # (K, N)
     grad_target: Tensor,  # (N,), ignored without targets
     needs: tuple[bool, bool],  # of weight, of bias
 ) -> tuple[Tensor | None, Tensor | None]:
     """Compute the tiles of logits again, vocabulary outermost: each stretch of the gradient is finished before the next."""
     temperatures = options.temperatures(targets is not None)
-    tokens = _indices(shared.active_tokens(targets, grad_lse, grad_target))
+    tokens = _indices(shared.active_tokens(targets, grad_energy, grad_target))
     grad_weight = torch.zeros_like(weight) if needs[0] else None
     grad_bias = torch.zeros_like(bias) if needs[1] and bias is not None else None
 
@@ -105,9 +104,10 @@ def head_gradient(
             dz = torch.zeros_like(z) if len(temperatures) == 2 else z
             for i, temperature in enumerate(temperatures):
                 p = z if i + 1 == len(temperatures) else z.clone()
+                p += energy[i, rows, None]
                 if temperature != 1.0:
                     p /= temperature
-                p = p.sub_(lse[i, rows, None]).exp_().mul_(grad_lse[i, rows, None] / temperature)
+                p = p.exp_().mul_(-grad_energy[i, rows, None])
                 dz = p if dz is z else dz.add_(p)
             if targets is not None:
                 inside, column = _targets_inside(targets[rows], vocabulary)
@@ -152,13 +152,14 @@ def _targets_inside(targets: Tensor, vocabulary: slice) -> tuple[Tensor, Tensor]
     return inside, targets[inside] - vocabulary.start
 
 
-class _RunningLogsumexp:
-    """logsumexp of rows of logits that arrive in tiles, together with a sum weighted by their softmax."""
+class _RunningEnergy:
+    """Energy of rows of logits that arrive in tiles, together with a sum weighted by their softmax."""
 
-    def __init__(self, hidden: Tensor, store: bool) -> None:
+    def __init__(self, hidden: Tensor, temperature: float, store: bool) -> None:
+        self.temperature = temperature
         like = hidden.new_empty(0, dtype=accumulation_dtype(hidden.dtype))
         self.maximum = like.new_full((len(hidden), 1), -torch.inf)
-        self.total = like.new_zeros((len(hidden), 1))  # Σ exp(z − shift)
+        self.total = like.new_zeros((len(hidden), 1))  # Σ exp((z − shift) / T)
         self.weighted = like.new_zeros(len(hidden), hidden.shape[1] if store else 0)
 
     @property
@@ -167,12 +168,13 @@ class _RunningLogsumexp:
         return torch.where(self.maximum.isinf(), 0.0, self.maximum)
 
     def update(self, z: Tensor) -> Tensor:
-        """Fold in a tile of logits (R, V'). Overwrites the tile with ``exp(z − shift)`` and returns it."""
+        """Fold in a tile of logits (R, V'). Overwrites the tile with ``exp((z − shift) / T)`` and returns it."""
         old_shift = self.shift
         self.maximum = torch.maximum(self.maximum, z.amax(dim=-1, keepdim=True))
         shift = self.shift
-        rescale = torch.where(self.total == 0, 0.0, torch.exp(old_shift - shift))
-        p = z.sub_(shift).exp_()
+        rescale = torch.where(self.total == 0, 0.0, torch.exp((old_shift - shift) / self.temperature))
+        z -= shift
+        p = (z if self.temperature == 1.0 else z.div_(self.temperature)).exp_()
         self.total = self.total * rescale + p.sum(dim=-1, keepdim=True)
         self.weighted *= rescale
         return p
@@ -181,8 +183,8 @@ class _RunningLogsumexp:
         """Add ``p @ weight`` (R, V'), (V', H) to the weighted sum."""
         _add_product(self.weighted, p, weight)
 
-    def logsumexp(self) -> Tensor:
-        return (self.shift + self.total.log())[:, 0]
+    def energy(self) -> Tensor:
+        return -(self.shift + self.temperature * self.total.log())[:, 0]
 
     def mean(self) -> Tensor:
         """The sum weighted by the softmax, (R, H); overwrites the running sum."""

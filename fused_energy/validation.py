@@ -10,6 +10,13 @@ from torch import Tensor
 from fused_energy.common import tail_size
 
 
+DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
+NO_VMAP = (
+    "linear_energy was called under torch.vmap, which it does not support: tokens are independent, and hidden may have any number "
+    "of leading dimensions. Pass them all in one call."
+)
+
+
 def check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, sharded: bool) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless hidden (..., H), weight (V, H) and bias (V,) match."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
@@ -17,12 +24,24 @@ def check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, sharded: 
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}, but a torch.Tensor is needed: convert it first.")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}, but energies need floating point: cast it, e.g. .float().")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}, but energies need floating point in float16, bfloat16, float32 or float64: "
+                "cast it, e.g. .float()."
+            )
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} has layout {tensor.layout}, but the products need dense tensors: use {name}.to_dense().")
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, where a tensor has no values, so there is nothing to compute: load the weights "
+                "first; if they are offloaded, call the model, which fetches them."
+            )
     if hidden.ndim < 1:
         raise ValueError("hidden is a scalar, but its last dimension must be the hidden size H: pass (..., H).")
     if weight.ndim != 2 or (weight.shape[0] < 1 and not sharded):
         raise ValueError(f"weight has shape {tuple(weight.shape)}, but the head's matrix must be (V, H) with V ≥ 1.")
+    if weight.shape[1] < 1:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, but a hidden size of 0 makes no logits: pass (V, H), H ≥ 1.")
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden has H = {hidden.shape[-1]} and weight (V, H) = {tuple(weight.shape)}, so they cannot be multiplied: "
@@ -47,7 +66,9 @@ def check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, sharded: 
 
 
 def check_options(temperature: float, logit_scale: float, softcap: float | None) -> None:
-    """Raise ``ValueError`` for numbers for which the energy is undefined."""
+    """Raise ``TypeError`` for what is no number, ``ValueError`` for numbers for which the energy is undefined."""
+    for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
+        check_number(name, value, optional=name == "softcap")
     # Comparisons instead of math.isfinite, which torch.compile cannot trace; NaN fails all of them.
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}, but E = −T·logsumexp(z/T) needs a finite T > 0.")
@@ -55,6 +76,15 @@ def check_options(temperature: float, logit_scale: float, softcap: float | None)
         raise ValueError(f"logit_scale is {logit_scale}, but logits must stay finite: pass the model's scale (1.0 if none).")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap is {softcap}, but c·tanh(x/c) needs a finite c > 0: pass None for no cap.")
+
+
+def check_number(name: str, value: object, optional: bool = False) -> None:
+    """Raise ``TypeError`` unless ``value`` is a Python number, or None where that is an option."""
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) or optional and value is None):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}, but it must be a Python number, because no gradient is computed for it: "
+            f"pass float({name})."
+        )
 
 
 def check_targets(targets: Tensor, hidden: Tensor) -> None:
@@ -74,7 +104,11 @@ def check_targets(targets: Tensor, hidden: Tensor) -> None:
 def check_labels(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
     """Raise ``ValueError`` unless every target is within the vocabulary or equal to ``ignore_index``."""
     wrong = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
-    if wrong.any():
+    try:
+        any_wrong = bool(wrong.any())
+    except RuntimeError as error:  # nothing public says that a transform such as vmap is active
+        raise NotImplementedError(NO_VMAP) from error
+    if any_wrong:
         raise ValueError(
             f"targets hold {int(targets[wrong][0])} ({int(wrong.sum())} such labels), which is out of range for a vocabulary "
             f"of {vocabulary} and is not ignore_index ({ignore_index}): check that the tokenizer fits the model, or mask them."
@@ -83,6 +117,7 @@ def check_labels(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
 
 def check_tail(fraction: float, side: str, fill: str, vocabulary: int) -> int:
     """Return the size k of a tail; raise ``ValueError`` if there is no such tail."""
+    check_number("fraction", fraction)
     if side not in ("top", "bottom"):
         raise ValueError(f'side is {side!r}, but a tail is "top" (the largest logits) or "bottom" (the smallest).')
     if fill not in ("zero", "none"):

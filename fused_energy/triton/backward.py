@@ -22,10 +22,10 @@ def _logit_gradient_kernel(
     targets,
     order,
     count,
-    lse,  # (N,), at the temperature
-    lse_at_one,
-    grad_lse,  # (N,)
-    grad_lse_at_one,
+    energy,  # (N,), at the temperature
+    energy_at_one,
+    grad_energy,  # (N,)
+    grad_energy_at_one,
     grad_target,  # (N,)
     gradient,  # (slots, stretch): logit_scale · dL/dx, with x the logits before the softcap
     bias_sums,  # (row tiles, stretch): dL/dx summed over the tokens of a tile
@@ -55,7 +55,7 @@ def _logit_gradient_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """``dL/dx = (Σ_k g_k/T_k · softmax(z/T_k) + g_y · onehot) · slope``, one tile of it."""
+    """``dL/dx = (g_y · onehot − Σ_k g_k · softmax(z/T_k)) · slope``, one tile of it."""
     row_tile, column_tile = grouped_tile(tl.program_id(0), tl.cdiv(slots, ROWS), column_tiles, GROUP)
     local = row_tile * ROWS + tl.arange(0, ROWS)
     offsets = column_tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -70,11 +70,12 @@ def _logit_gradient_kernel(
         hidden, weight, bias, rows, columns, hidden_size, vocabulary, hidden_stride, hidden_step, weight_stride,
         weight_step, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, WHOLE_DEPTH, ROWS, COLUMNS, DEPTH, PRECISION, UPCAST,
     )  # fmt: skip
-    g = tl.load(grad_lse + rows, mask=held, other=0.0) * inverse_temperature
-    dz = g[:, None] * tl.exp(z * inverse_temperature - tl.load(lse + rows)[:, None])
+    g = tl.load(grad_energy + rows, mask=held, other=0.0)
+    # The sum before the product: exp(z/T − lse) would carry the rounding of lse, which a small T makes large.
+    dz = -g[:, None] * tl.exp((z + tl.load(energy + rows)[:, None]) * inverse_temperature)
     if AND_AT_ONE:
-        g = tl.load(grad_lse_at_one + rows, mask=held, other=0.0)
-        dz += g[:, None] * tl.exp(z - tl.load(lse_at_one + rows)[:, None])
+        g = tl.load(grad_energy_at_one + rows, mask=held, other=0.0)
+        dz -= g[:, None] * tl.exp(z + tl.load(energy_at_one + rows)[:, None])
     if HAS_TARGETS:
         g = tl.load(grad_target + rows, mask=held, other=0.0)
         target = target_column(targets, rows, first_column + column_tile * COLUMNS, vocabulary, COLUMNS)
@@ -96,8 +97,8 @@ def head_gradient(
     bias: Tensor | None,  # (V,)
     targets: Tensor | None,  # (N,)
     options: HeadOptions,
-    lse: Tensor,  # (K, N)
-    grad_lse: Tensor,  # (K, N)
+    energy: Tensor,  # (K, N)
+    grad_energy: Tensor,  # (K, N)
     grad_target: Tensor,  # (N,), ignored without targets
     needs: tuple[bool, bool],  # of weight, of bias
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -105,18 +106,18 @@ def head_gradient(
     make = torch.zeros if hidden.shape[0] == 0 else torch.empty
     grad_weight = make(weight.shape, dtype=weight.dtype, device=weight.device) if needs[0] else None
     grad_bias = make(weight.shape[0], dtype=weight.dtype, device=weight.device) if needs[1] else None
-    active = shared.active_tokens(targets, grad_lse, grad_target)
+    active = shared.active_tokens(targets, grad_energy, grad_target)
     if hidden.shape[0]:
         with torch.cuda.device_of(hidden):  # Triton launches on the current device, wherever the tensors are
             problem = Problem(hidden, weight, bias, targets, options, active)
-            _fill(problem, lse, grad_lse.contiguous(), grad_target.contiguous(), grad_weight, grad_bias)
+            _fill(problem, energy, grad_energy.contiguous(), grad_target.contiguous(), grad_weight, grad_bias)
     return grad_weight, grad_bias
 
 
 def _fill(
     problem: Problem,
-    lse: Tensor,  # (K, N)
-    grad_lse: Tensor,  # (K, N)
+    energy: Tensor,  # (K, N)
+    grad_energy: Tensor,  # (K, N)
     grad_target: Tensor,  # (N,)
     grad_weight: Tensor | None,  # (V, H), written
     grad_bias: Tensor | None,  # (V,), written
@@ -129,11 +130,11 @@ def _fill(
         width = column_tiles * tile.columns
         sums = None
         if grad_weight is not None and rows < problem.tokens:
-            sums = lse.new_empty(columns.stop - columns.start, problem.hidden_size)
-        sum_bias = lse.new_zeros(width)
+            sums = energy.new_empty(columns.stop - columns.start, problem.hidden_size)
+        sum_bias = energy.new_zeros(width)
         for block in shared.blocks(problem.tokens, rows):
             slots = block.stop - block.start
-            bias_sums = lse.new_empty(triton.cdiv(slots, tile.rows) if grad_bias is not None else 0, width)
+            bias_sums = energy.new_empty(triton.cdiv(slots, tile.rows) if grad_bias is not None else 0, width)
             _logit_gradient_kernel[(triton.cdiv(slots, tile.rows) * column_tiles,)](
                 problem.hidden,
                 problem.weight,
@@ -141,10 +142,10 @@ def _fill(
                 problem.targets,
                 problem.order,
                 problem.count,
-                lse[0],
-                lse[-1],
-                grad_lse[0],
-                grad_lse[-1],
+                energy[0],
+                energy[-1],
+                grad_energy[0],
+                grad_energy[-1],
                 grad_target,
                 gradient,
                 bias_sums,

@@ -236,8 +236,8 @@ def _logsumexp(problem: Problem, done: Pass) -> None:
     row_tiles = triton.cdiv(problem.tokens, problem.logits_config.rows)
     splits, tiles_per_split = problem.splits()
     temperatures = problem.options.temperatures(problem.has_targets)
-    maxima = done.lse.new_empty(splits, problem.tokens)
-    sums = done.lse.new_empty(len(temperatures), splits, problem.tokens)
+    maxima = done.energy.new_empty(splits, problem.tokens)
+    sums = done.energy.new_empty(len(temperatures), splits, problem.tokens)
     _logsumexp_kernel[(row_tiles * splits,)](
         problem.hidden,
         problem.weight,
@@ -260,7 +260,7 @@ def _logsumexp(problem: Problem, done: Pass) -> None:
     chosen[problem.order] = torch.arange(problem.tokens, device=maxima.device) < problem.count
     for k, temperature in enumerate(temperatures):
         total = (sums[k] * torch.exp((maxima - maximum) / temperature)).sum(dim=0)
-        done.lse[k] = torch.where(chosen, maximum / temperature + total.log(), 0.0)
+        done.energy[k] = torch.where(chosen, -maximum - temperature * total.log(), 0.0)
 
 
 def _logsumexp_and_weighted(problem: Problem, done: Pass) -> None:
@@ -270,13 +270,13 @@ def _logsumexp_and_weighted(problem: Problem, done: Pass) -> None:
     kinds = len(temperatures)
     rows, stretch = problem.rows_and_stretch(kinds, 4 * kinds * problem.hidden_size)
     probabilities = problem.hidden.new_empty(kinds, problem.padded(rows), stretch)
-    maxima = done.lse.new_empty(problem.padded(rows), stretch // tile.columns)
-    sums = done.lse.new_empty(kinds, *maxima.shape)
+    maxima = done.energy.new_empty(problem.padded(rows), stretch // tile.columns)
+    sums = done.energy.new_empty(kinds, *maxima.shape)
     for block in shared.blocks(problem.tokens, rows):
         slots = block.stop - block.start
-        maximum = done.lse.new_full((slots,), -FINITE_MAX.value)
-        total = done.lse.new_zeros(kinds, slots)
-        weighted = done.lse.new_zeros(kinds, slots, problem.hidden_size)
+        maximum = done.energy.new_full((slots,), -FINITE_MAX.value)
+        total = done.energy.new_zeros(kinds, slots)
+        weighted = done.energy.new_zeros(kinds, slots, problem.hidden_size)
         for columns in shared.blocks(problem.vocabulary, stretch):
             column_tiles = triton.cdiv(columns.stop - columns.start, tile.columns)
             _probabilities_kernel[(triton.cdiv(slots, tile.rows) * column_tiles,)](
@@ -321,6 +321,6 @@ def _logsumexp_and_weighted(problem: Problem, done: Pass) -> None:
         tokens = problem.order[block]
         held = torch.arange(block.start, block.stop, device=tokens.device) < problem.count
         for k, temperature in enumerate(temperatures):
-            done.lse[k, tokens] = torch.where(held, maximum / temperature + total[k].log(), 0.0)
+            done.energy[k, tokens] = torch.where(held, -maximum - temperature * total[k].log(), 0.0)
             mean = weighted[k].div_(total[k, :, None]).masked_fill_(~held[:, None], 0.0)
             done.weighted[k, tokens] = mean.to(done.weighted.dtype)

@@ -124,6 +124,21 @@ def assert_no_worse_than_plain(problem: Problem, implementation: str, bound: flo
         )
 
 
+def assert_exact_at_a_small_temperature(implementation: str, device: str) -> None:
+    """Every token has all of its probability on one word, so the head's gradient is minus the hidden states, whatever T is.
+
+    ``exp(z/T − logsumexp(z/T))`` rounds two numbers of the size of z/T, so its error grows as T shrinks.
+    """
+    hidden = (torch.eye(8) * (163 / 16 + torch.arange(8.0))).to(device)
+    weight = torch.eye(40, 8, device=device).requires_grad_()
+    energy = linear_energy(hidden, weight, temperature=0.007, implementation=implementation)  # type: ignore[call-overload]
+    energy.sum().backward()
+    expected = torch.zeros_like(weight)
+    expected[:8] = -hidden
+    assert torch.equal(weight.grad, expected), implementation
+    assert torch.equal(energy, -hidden.diagonal())
+
+
 def normal(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
 

@@ -296,12 +296,12 @@ def test_scratch_is_bounded(options, monkeypatch):
     given = {x.untyped_storage().data_ptr() for x in (hidden, weight, targets)}
     with Watch():
         done = streaming.forward(hidden, weight, None, targets, options, True)
-        upstream = torch.ones_like(done.lse), torch.ones(300)
+        upstream = torch.ones_like(done.energy), torch.ones(300)
         streaming.hidden_gradient(hidden, weight, targets, options, done, *upstream)
         streaming.tail_energy(hidden, weight, 500, "top", "zero", None, options)
     assert largest <= max(2**15, done.weighted.nbytes)
     with Watch():
-        streaming.head_gradient(hidden, weight, None, targets, options, done.lse, *upstream, (True, False))
+        streaming.head_gradient(hidden, weight, None, targets, options, done.energy, *upstream, (True, False))
     assert largest <= weight.nbytes
 
 
@@ -325,6 +325,16 @@ HIDDEN, WEIGHT = torch.ones(2, 3), torch.ones(5, 3)
         ((HIDDEN, WEIGHT), {"temperature": 0.0}, ValueError, "finite T > 0"),
         ((HIDDEN, WEIGHT), {"softcap": -1.0}, ValueError, "finite c > 0"),
         ((HIDDEN, WEIGHT), {"logit_scale": math.nan}, ValueError, "logit_scale is nan"),
+        ((torch.ones(2, 0), torch.ones(5, 0)), {}, ValueError, "a hidden size of 0 makes no logits"),
+        ((HIDDEN.to(torch.float8_e4m3fn), WEIGHT), {}, TypeError, "hidden has dtype torch.float8_e4m3fn, but energies need"),
+        ((HIDDEN, WEIGHT.to_sparse()), {}, TypeError, "weight has layout torch.sparse_coo"),
+        ((HIDDEN.to("meta"), WEIGHT.to("meta")), {}, ValueError, "hidden is on the meta device"),
+        ((HIDDEN, WEIGHT.to("meta"), torch.tensor([0, 1])), {}, ValueError, "weight is on the meta device"),
+        ((HIDDEN, WEIGHT), {"temperature": torch.tensor(0.5)}, TypeError, r"temperature is a Tensor.*pass float\(temperature\)"),
+        ((HIDDEN, WEIGHT), {"logit_scale": torch.nn.Parameter(torch.tensor(0.5))}, TypeError, "logit_scale is a Parameter"),
+        ((HIDDEN, WEIGHT), {"softcap": torch.tensor(0.5)}, TypeError, "softcap is a Tensor"),
+        ((HIDDEN, WEIGHT), {"temperature": None}, TypeError, "temperature is a NoneType"),
+        ((HIDDEN, WEIGHT), {"temperature": True}, TypeError, "temperature is a bool"),
         ((HIDDEN, WEIGHT), {"implementation": "cuda"}, ValueError, "implementation is 'cuda', which does not exist"),
     ],
 )
@@ -345,6 +355,31 @@ def test_bad_input_raises_a_clear_error(arguments, options, error, text):
 def test_bad_tails_raise_a_clear_error(fraction, side, fill, text):
     with pytest.raises(ValueError, match=text):
         tail_energy(HIDDEN, WEIGHT, fraction, side, fill=fill)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_targets_under_vmap_raise_the_error_of_vmap(implementation):
+    with pytest.raises(NotImplementedError, match=r"under torch.vmap.*Pass them all in one call"):
+        torch.vmap(lambda h, y: linear_energy(h, WEIGHT, y, implementation=implementation))(HIDDEN, torch.tensor([0, 1]))
+
+
+def test_a_small_temperature_loses_no_digits():
+    numerics.assert_exact_at_a_small_temperature("streaming", "cpu")
+
+
+@pytest.mark.parametrize("scale", [1 / 16, -0.3])
+def test_float16_logits_are_scaled_before_they_overflow(scale):
+    """The products are beyond float16's 65504, the logits are not: Granite and Cohere scale them down."""
+    hidden, weight = (50 * normal(seed, n, 64).sign().half() for seed, n in ((0, 5), (1, 50)))
+    hidden[0], weight[0] = 50.0, 50.0
+    expected, found = ([] for _ in range(2))
+    for results, implementation, dtype in ((expected, "reference", torch.float64), (found, "streaming", torch.float16)):
+        h, w = (x.to(dtype).requires_grad_() for x in (hidden, weight))
+        energy = linear_energy(h, w, logit_scale=scale, temperature=1e4, implementation=implementation)
+        energy.sum().backward()
+        results += [energy, h.grad, w.grad]
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(b.double(), a, rtol=2e-3, atol=2e-3)
 
 
 def test_gpu_products_of_half_precision_are_not_rounded():

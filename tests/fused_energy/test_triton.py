@@ -117,6 +117,10 @@ def test_nan_and_inf_reach_the_output_as_in_the_reference(value, dtype):
     torch.testing.assert_close(*results)
 
 
+def test_a_small_temperature_loses_no_digits():
+    numerics.assert_exact_at_a_small_temperature("triton", DEVICE)
+
+
 def test_a_target_out_of_range_makes_its_nll_nan(monkeypatch):
     """If labels are not checked beforehand, as on a GPU; also in the last, partly filled tile of the vocabulary."""
     monkeypatch.setattr("fused_energy.validation.check_labels", lambda *_: None)

@@ -98,7 +98,7 @@ def launches_of(monkeypatch) -> Callable[..., dict[str, Launch]]:
             done = kernels.forward(hidden, weight, b, y, options, True)
             upstream = torch.ones(n)
             kernels.head_gradient(
-                hidden, weight, b, y, options, done.lse, torch.ones_like(done.lse), upstream, (True, b is not None)
+                hidden, weight, b, y, options, done.energy, torch.ones_like(done.energy), upstream, (True, b is not None)
             )
         return found
 
