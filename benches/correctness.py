@@ -15,7 +15,7 @@ from fused_energy import linear_energy
 
 BOUND = 2.0
 SHAPES = [(257, 96, 1031), (1024, 1024, 32000), (515, 1000, 5003), (1, 64, 300)]
-TINY_SHAPES = [(5, 16, 70)]  # for a rehearsal
+TINY_SHAPES = [(5, 16, 70), (3, 8, 40)]  # for a rehearsal
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "softcap": {"softcap": 5.0},
@@ -37,7 +37,9 @@ class Case(NamedTuple):
 def cases(rehearse: bool = False) -> list[Case]:
     """Every dtype with all options on the first shape, then on the second, and so on: the first dozen is a smoke test."""
     if rehearse:  # the interpreter truncates bfloat16
-        return [Case(shape, dtype, name) for shape in TINY_SHAPES for dtype in (torch.float32, torch.float16) for name in OPTIONS]
+        return [
+            Case(shape, dtype, name) for shape in TINY_SHAPES for dtype in (torch.float32, torch.float16) for name in OPTIONS
+        ]
     dtypes = torch.bfloat16, torch.float16, torch.float32
     return [Case(shape, dtype, name) for shape in SHAPES for dtype in dtypes for name in OPTIONS]
 
@@ -50,8 +52,10 @@ def check(case: Case, device: str) -> tuple[float, list[str]]:
     theirs = _run("plain", inputs[:3], *inputs[3:], options)
     found, again = (_run("triton", inputs[:3], *inputs[3:], options) for _ in range(2))
     worst, wrong = 0.0, []
+    of_exponents = _rounding_of_exponents(*inputs, **options)
     for what, truth, plain, ours, same in zip(NAMES, exact, theirs, found, again, strict=False):
-        error, allowed = _error(ours, truth), BOUND * max(_error(plain, truth), _rounding(ours, truth))
+        error = _error(ours, truth)
+        allowed = BOUND * max(_error(plain, truth), _rounding(ours, truth) + of_exponents.get(what, 0.0))
         worst = max(worst, error / allowed * BOUND)
         if not error <= allowed:  # also true for NaN
             wrong.append(f"{case}: {what} is {error:.3g} from float64, but only {allowed:.3g} is allowed")
@@ -112,6 +116,20 @@ def _plain(
     energy = -temperature * torch.logsumexp(z / temperature, dim=-1)
     nll = torch.logsumexp(z, dim=-1) - z.gather(1, targets.clamp(min=0)[:, None])[:, 0]
     return energy.where(counted, 0.0), nll.where(counted, 0.0)
+
+
+def _rounding_of_exponents(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, upstream: Tensor,
+    temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """What rounding the exponent (z + E)/T may change in the gradients, where z and E are float32 sums of |h|·|W| terms.
+
+    Plain PyTorch rounds as much, but uses the same logits in forward and backward, so that its errors often cancel.
+    """
+    terms = float((hidden.double().abs() @ weight.double().abs().T).max()) * abs(logit_scale)
+    relative = torch.finfo(torch.float32).eps * terms / temperature * float(upstream.abs().max())
+    largest = {"d hidden": weight, "d weight": hidden, "d bias": torch.ones(1)}
+    return {what: relative * float(x.double().abs().max()) for what, x in largest.items()}
 
 
 def _error(found: Tensor, truth: Tensor) -> float:

@@ -55,7 +55,8 @@ def peers(device: str, softcap: float | None = None) -> list[Peer]:
         Peer("plain, torch.compile", torch.compile(plain, dynamic=False)),
         *_torch_peers(softcap),
         *_cut_cross_entropy(device),
-        _liger(device),
+        *_liger(device, softcap),
+        _quack(device, softcap),
     ]
 
 
@@ -91,14 +92,38 @@ def _cut_cross_entropy(device: str) -> list[Peer]:
     ]
 
 
-def _liger(device: str) -> Peer:
-    name = "Liger (NLL only)"
-    module, reason = _library("liger_kernel.transformers.fused_linear_cross_entropy", device)
-    if module is None:
-        return Peer(name, None, reason)
+def _liger(device: str, softcap: float | None) -> list[Peer]:
+    """The Triton kernel, whose forward makes the gradients, and the kernel for Hopper, which takes any upstream gradient."""
+    names = "Liger (NLL only)", "Liger scaled CE, with the target's logit for the energy"
+    found = [
+        _library(f"liger_kernel.{name}", device)
+        for name in ("transformers.fused_linear_cross_entropy", "ops.fused_linear_scaled_cross_entropy")
+    ]
+
+    def fused(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+        loss = found[0][0].LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=softcap)
+        return loss(weight, hidden, targets)
+
+    def scaled(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+        nll = found[1][0].LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, targets)
+        target_logit = (hidden.float() * weight[targets].float()).sum(dim=-1)
+        return nll.sum() - (nll + target_logit).sum()
+
+    reasons = found[0][1], found[1][1] or ("has no softcap" if softcap is not None else "")
+    return [
+        Peer(name, None, reason) if reason else Peer(name, run)
+        for name, run, reason in zip(names, (fused, scaled), reasons, strict=True)
+    ]
+
+
+def _quack(device: str, softcap: float | None) -> Peer:
+    name = "quack (NLL only)"
+    module, reason = _library("quack.linear_cross_entropy", device)
+    if reason or softcap is not None:
+        return Peer(name, None, reason or "has no softcap")
 
     def run(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
-        return module.LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=softcap)(weight, hidden, targets)
+        return module.chunked_linear_cross_entropy(hidden, weight, targets, reduction="sum")
 
     return Peer(name, run)
 

@@ -1,9 +1,8 @@
-"""Tuning of the Triton kernels: time launch settings, one kind of tile at a time, and return the fastest."""
+"""Tuning of the Triton kernels: time launch settings one after the other, and name the fastest."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -12,70 +11,64 @@ from heads import FORWARD, FROZEN, TRAINABLE, Head
 from measure import medians
 from peers import ours
 
-from fused_energy.triton import configs
-from fused_energy.triton.configs import Config, Configs
+from fused_energy.triton import configs, launch
+from fused_energy.triton.configs import Config
 
-# The work whose time depends most on a kind of tile, and its softcap.
-WORK = {
-    "logits": (FORWARD, None),
-    "logits_with_softcap": (FORWARD, 30.0),
-    "by_head": (FROZEN, None),
-    "by_tokens": (TRAINABLE, None),
-}
+MIB = 2**20
+SOFTCAP = {"HALF_PRECISION": None, "HALF_PRECISION_WITH_MORE": 30.0}  # of the work that a table of tiles is for
 
 
-def candidates(which: str, rehearse: bool) -> Iterator[Config]:
+def tables(rehearse: bool) -> dict[str, dict[str, Config]]:
+    """The tables of tiles in ``configs.py``, by name. The interpreter has one tile, which is not in a table."""
+    return {name: {"TINY": configs.TINY} if rehearse else getattr(configs, name) for name in SOFTCAP}
+
+
+def candidates(rehearse: bool) -> Iterator[Config]:
     """Tiles that suit tensor cores. Those that do not fit a GPU fail to compile and are skipped."""
     if rehearse:
-        tiny = configs.TINY.logits
-        yield from (tiny, tiny._replace(group=4))
+        yield from (configs.TINY, configs.TINY._replace(group=4))
         return
-    sizes = [(128, 256, 64), (128, 128, 64), (256, 128, 64), (64, 256, 64), (128, 128, 128)]
-    for (rows, columns, depth), warps, stages, group in product(sizes, (4, 8), (3, 4), (8, 16)):
-        if rows * columns < 128 * 256 or warps == 8:  # 4 warps have too few registers for a large tile
-            yield Config(rows, columns, depth, warps, stages, group)
+    sizes = [(128, 256, 64), (256, 128, 64), (128, 128, 64), (128, 128, 128), (64, 256, 64)]
+    for (rows, columns, depth), stages, group in product(sizes, (3, 4), (8, 16, 32)):
+        yield Config(rows, columns, depth, 8, stages, group)
 
 
-def tune(head: Head, table: dict[str, Configs], key: str, until: float, rehearse: bool, say: Callable[[str], None]) -> Configs:
-    """The fastest tile of each kind for these inputs, found one after the other; ``table[key]`` is set to them.
-
-    The search ends at ``until`` (``time.monotonic``), and each kind gets an equal share of the time: a kind for which none was
-    tried keeps its setting.
-    """
-    device = head.hidden.device.type
-    for position, (which, (what, softcap)) in enumerate(WORK.items()):
-        now = time.monotonic()
-        ends = now + (until - now) / (len(WORK) - position)
-        best, fastest = table[key], math.inf
-        for config in (getattr(best, which), *candidates(which, rehearse)):
-            if time.monotonic() > ends:
-                say(f"{which}: out of time, the remaining settings were not tried")
-                break
-            tried = best._replace(**{which: config})
-            if not _fits(tried):
-                continue
-            table[key] = tried
-            step, _ = head.step(partial(ours, "triton"), what, softcap)
-            try:
-                seconds = medians({which: step}, device, rounds=3)[which]
-            except Exception as error:  # too large for this GPU
-                say(f"{which} {tuple(config)}: {type(error).__name__}")
-                continue
-            say(f"{which} {tuple(config)}: {seconds * 1e3:.2f} ms for {what}")
-            if seconds < fastest:
-                fastest, winner = seconds, tried
-        table[key] = winner if fastest < math.inf else best
-        say(f"{which}: the fastest is {getattr(table[key], which)}")
-    return table[key]
+def tune_forward(
+    head: Head,
+    name: str,
+    table: dict[str, Config],
+    key: str,
+    out_of_time: Callable[[], bool],
+    rehearse: bool,
+    say: Callable[[str], None],
+) -> Config:
+    """The fastest tile for these inputs, which ``table[key]`` is set to."""
+    fastest, winner = math.inf, table[key]
+    for tile in (table[key], *candidates(rehearse)):
+        if out_of_time():
+            say(f"{name}: out of time, the remaining tiles were not tried")
+            break
+        table[key] = tile
+        step, _ = head.step(partial(ours, "triton"), FORWARD, SOFTCAP[name])
+        try:
+            seconds = medians({name: step}, head.hidden.device.type, rounds=5)[name]
+        except Exception as error:  # too large for this GPU
+            say(f"{name} {tuple(tile)}: {type(error).__name__}")
+            continue
+        say(f"{name} {tuple(tile)}: {seconds * 1e3:.2f} ms")
+        if seconds < fastest:
+            fastest, winner = seconds, tile
+    table[key] = winner
+    say(f"{name}: the fastest is {winner}")
+    return winner
 
 
-def _fits(tried: Configs) -> bool:
-    """Whether the products read only whole tiles of logits, see ``fused_energy/triton/product.py``."""
-    tiles = tried.logits, tried.logits_with_softcap
-    return all(
-        t.columns % tried.by_head.depth == 0
-        and t.columns % tried.by_tokens.rows == 0
-        and t.rows % tried.by_tokens.depth == 0
-        and t.rows % tried.by_head.rows == 0
-        for t in tiles
-    )
+def scratch_sizes(head: Head, rehearse: bool) -> Iterator[tuple[str, str, float]]:
+    """(MiB, what, time in multiples of the matmul) for other sizes of the chunks of logits."""
+    usual = launch.SCRATCH_BYTES
+    for size in (usual,) if rehearse else (usual // 2, usual, usual * 2, usual * 4):
+        launch.SCRATCH_BYTES = size
+        for what in (FROZEN, TRAINABLE):
+            times = medians({"matmul": head.matmul, what: head.step(partial(ours, "triton"), what)[0]}, head.hidden.device.type)
+            yield f"{size / MIB:.0f}", what, times[what] / times["matmul"]
+    launch.SCRATCH_BYTES = usual

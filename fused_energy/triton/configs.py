@@ -6,10 +6,14 @@ for its GPU and check both. Which of the fitting settings is fastest can only be
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+if TYPE_CHECKING:
+    from fused_energy.triton.launch import Problem
 
 
 class Config(NamedTuple):
@@ -24,47 +28,16 @@ class Config(NamedTuple):
     group: int = 16
 
 
-class Configs(NamedTuple):
-    """The columns of ``logits`` and ``logits_with_softcap`` are multiples of the products' rows and depth, see product.py."""
-
-    logits: Config  # kernels that compute logits: output tokens × vocabulary
-    logits_with_softcap: Config  # also for two temperatures: both need more registers
-    by_head: Config  # probabilities times rows of the head: output tokens × hidden size
-    by_tokens: Config  # gradients of logits times hidden states: output vocabulary × hidden size
-
-
-_GENERAL = Config(64, 64, 32, 8, 2)
-GENERAL = Configs(_GENERAL, _GENERAL, _GENERAL, _GENERAL)  # for float32, and for strides that do not allow wide loads
-
-HALF_PRECISION: dict[str, Configs] = {
-    "sm80": Configs(
-        logits=Config(128, 128, 32, 8, 4),
-        logits_with_softcap=Config(64, 128, 32, 8, 4),
-        by_head=Config(128, 128, 32, 8, 4),
-        by_tokens=Config(128, 128, 32, 8, 4),
-    ),
-    "sm90": Configs(
-        logits=Config(128, 256, 64, 8, 3),
-        logits_with_softcap=Config(128, 128, 64, 8, 3),
-        by_head=Config(128, 256, 64, 8, 3),
-        by_tokens=Config(128, 256, 64, 8, 4),
-    ),
-    "sm100": Configs(
-        logits=Config(128, 128, 64, 8, 3),
-        logits_with_softcap=Config(128, 128, 64, 8, 3),
-        by_head=Config(128, 128, 64, 8, 3),
-        by_tokens=Config(128, 128, 64, 8, 3),
-    ),
-    "hip": Configs(
-        logits=Config(128, 128, 32, 8, 2),
-        logits_with_softcap=Config(128, 128, 32, 8, 2),
-        by_head=Config(128, 128, 32, 8, 2),
-        by_tokens=Config(128, 128, 32, 8, 2),
-    ),
+GENERAL = Config(64, 64, 32, 8, 2)  # for float32, and for strides that do not allow wide loads
+TINY = Config(16, 32, 16, 1, 1, 2)  # for the interpreter: every test crosses several tiles
+HALF_PRECISION = {
+    "sm80": Config(128, 128, 32, 8, 4),
+    "sm90": Config(128, 256, 64, 8, 3),
+    "sm100": Config(128, 128, 64, 8, 3),
+    "hip": Config(128, 128, 32, 8, 2),
 }
-
-_TINY = Config(16, 16, 16, 1, 1, 2)
-TINY = Configs(_TINY._replace(columns=32), _TINY._replace(columns=32), _TINY, _TINY)  # every test crosses several tiles
+# With a softcap or two temperatures, which need more registers.
+HALF_PRECISION_WITH_MORE = HALF_PRECISION | {"sm80": Config(64, 128, 32, 8, 4), "sm90": Config(128, 256, 64, 8, 3)}
 
 
 def kind(device: torch.device) -> str:
@@ -76,9 +49,40 @@ def kind(device: torch.device) -> str:
     return {9: "sm90", 10: "sm100", 11: "sm100"}.get(major, "sm80")
 
 
-def choose(hidden: Tensor, weight: Tensor) -> Configs:
+def interpreted(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def choose(problem: Problem) -> Config:
     """The settings for these inputs."""
-    if hidden.device.type == "cpu":
-        return TINY  # the interpreter
-    wide = all(x.stride(1) == 1 and x.stride(0) % 16 == 0 for x in (hidden, weight))
-    return HALF_PRECISION[kind(hidden.device)] if hidden.element_size() == 2 and wide else GENERAL
+    hidden, weight = problem.hidden, problem.weight
+    if interpreted(hidden.device):
+        return TINY
+    if hidden.element_size() != 2 or any(x.stride(1) != 1 or x.stride(0) % 16 for x in (hidden, weight)):
+        return GENERAL
+    more = problem.and_at_one or problem.options.softcap is not None
+    return (HALF_PRECISION_WITH_MORE if more else HALF_PRECISION)[kind(hidden.device)]
+
+
+def takes_descriptors(x: Tensor) -> bool:
+    """Whether Hopper's tensor memory accelerator can load blocks of ``x`` (rows, H)."""
+    fits = x.element_size() == 2 and x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
+    return fits and not interpreted(x.device) and kind(x.device) == "sm90"
+
+
+def descriptor(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x, [rows, depth])
+
+
+def constants(tile: Config, device: torch.device) -> dict[str, Any]:
+    """Sizes, and the precision of float32 products: PyTorch's setting, which by default is full precision."""
+    return {
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "DEPTH": tile.depth,
+        "GROUP": tile.group,
+        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "UPCAST": interpreted(device),  # the interpreter computes wrong products of bfloat16
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }

@@ -1,8 +1,6 @@
-"""The arguments of every launch: tensors, strides, options, launch settings, and which tokens to compute."""
+"""What the launches of a pass share: its arguments, tokens to compute, sizes, and matrix products."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -10,25 +8,21 @@ from torch import Tensor
 
 from fused_energy.common import HeadOptions
 from fused_energy.triton import configs
-from fused_energy.triton.configs import Config
 
-SCRATCH_BYTES = 24 * 2**20  # of a stretch of probabilities or gradients, and as much for sums made from it, whatever N and V
+SCRATCH_BYTES = 32 * 2**20  # of a chunk of logits; what is made from it takes as much, whatever N and V
 SPLIT_BYTES = 2**20  # of partial maxima, and as much for each partial sum
 PROGRAMS = 2048  # enough to fill any GPU several times over; fewer, longer programs fold more of the vocabulary on the chip
-LONGEST_STRETCH = 65536  # columns; with few tokens, more columns gain nothing
+TOKENS_AT_ONCE = 8192  # whose gradients of logits are held for one product with the hidden states
+FEWEST_ROWS = 512  # of a chunk of logits: with fewer, its product would not fill a GPU
+STEP = 128  # rows and columns of a chunk are a multiple of it, unless there are fewer, so that products use whole tiles
+LARGEST_BLOCK = 4096  # columns that one program reads at a time
 
 
 class Problem:
-    """Tokens (N, H), a head (V, H), and the tokens to compute: the first ``count`` of ``order``."""
+    """Tokens (N, H), all of them to be computed, and a head (V, H)."""
 
     def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor | None,
-        options: HeadOptions,
-        chosen: Tensor | None,  # (N,) bool; None for all
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor | None, options: HeadOptions
     ) -> None:
         self.hidden, self.weight, self.options = hidden, weight, options
         self.tokens, self.hidden_size = hidden.shape
@@ -38,73 +32,61 @@ class Problem:
         # Kernels take a pointer for everything; a pointer that stands for None is never read.
         self.bias = hidden if bias is None else bias.contiguous()
         self.targets = hidden if targets is None else targets
-        if chosen is None:
-            self.order = torch.arange(self.tokens, device=hidden.device)
-            self.count = self.order.new_full((1,), self.tokens)
-        else:
-            self.order = torch.argsort(~chosen, stable=True)
-            self.count = chosen.sum().view(1)
-        self.configs = configs.choose(hidden, weight)
-        more_registers = self.and_at_one or options.softcap is not None
-        self.logits_config = self.configs.logits_with_softcap if more_registers else self.configs.logits
 
-    def head_arguments(self) -> tuple[Any, ...]:
-        """The arguments from ``hidden_size`` to ``inverse_temperature`` of all kernels that compute logits."""
-        options = self.options
-        return (
-            self.hidden_size,
-            self.vocabulary,
-            *self.hidden.stride(),
-            *self.weight.stride(),
-            float(options.logit_scale),
-            float(options.softcap or 0.0),
-            1.0 / options.temperature,
-        )
+    def options_of_logits(self) -> tuple[float, float]:
+        """The arguments ``logit_scale`` and ``softcap``."""
+        return float(self.options.logit_scale), float(self.options.softcap or 0.0)
 
-    def head_constants(self) -> dict[str, Any]:
-        """The compile-time arguments of the kernels that compute logits."""
-        return self.tile_constants(self.logits_config) | {
+    def flags(self) -> dict[str, bool]:
+        """The compile-time arguments that every kernel takes."""
+        return {
             "HAS_BIAS": self.has_bias,
             "HAS_SOFTCAP": self.options.softcap is not None,
             "HAS_TARGETS": self.has_targets,
-            "AND_AT_ONE": self.and_at_one,
-            "WHOLE_DEPTH": self.hidden_size % self.logits_config.depth == 0,
         }
 
-    def tile_constants(self, config: Config) -> dict[str, Any]:
-        """Sizes, and the precision of float32 products: PyTorch's setting, which by default is full precision."""
-        interpreted = self.hidden.device.type == "cpu"
-        return {
-            "ROWS": config.rows,
-            "COLUMNS": config.columns,
-            "DEPTH": config.depth,
-            "GROUP": config.group,
-            "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
-            "UPCAST": interpreted,  # the interpreter computes wrong products of bfloat16
-            "num_warps": config.warps,
-            "num_stages": config.stages,
-        }
+    def block(self, width: int) -> dict[str, int]:
+        """The columns that the program of a row reads at a time, and its warps."""
+        if configs.interpreted(self.hidden.device):
+            return {"BLOCK": 32}  # so that tests read several
+        size = min(LARGEST_BLOCK, triton.next_power_of_2(width))
+        return {"BLOCK": size, "num_warps": 8 if size >= 1024 else 4}
 
-    def splits(self) -> tuple[int, int]:
-        """The number of stretches the vocabulary is split into, each folded by one program, and the number of tiles in each."""
-        tile = self.logits_config
-        row_tiles, column_tiles = triton.cdiv(self.tokens, tile.rows), triton.cdiv(self.vocabulary, tile.columns)
-        wanted = max(1, min(column_tiles, PROGRAMS // row_tiles, SPLIT_BYTES // (4 * self.tokens)))
-        tiles_per_split = triton.cdiv(column_tiles, wanted)
-        return triton.cdiv(column_tiles, tiles_per_split), tiles_per_split
 
-    def rows_and_stretch(self, copies: int, bytes_per_row: int) -> tuple[int, int]:
-        """How many tokens, and how many columns of the vocabulary, to handle at a time so that scratch memory stays bounded.
+def chosen_tokens(chosen: Tensor | None, hidden: Tensor) -> tuple[Tensor | None, Tensor]:
+    """The indices of the tokens to compute, None for all, and their hidden states.
 
-        ``copies`` tiles of (rows, stretch) in the dtype of ``hidden`` must fit, and ``bytes_per_row`` for every token.
-        """
-        tile = self.logits_config
-        rows = min(self.tokens, max(tile.rows, SCRATCH_BYTES // bytes_per_row // tile.rows * tile.rows))
-        bytes_per_column = copies * self.padded(rows) * self.hidden.element_size()
-        columns = min(self.vocabulary, LONGEST_STRETCH, SCRATCH_BYTES // bytes_per_column)
-        return rows, max(tile.columns, triton.cdiv(columns, tile.columns) * tile.columns)
+    The host must know how many there are, and waits for the device. In a CUDA graph it cannot, so all tokens are computed, with
+    hidden states of zero for those that are left out.
+    """
+    if chosen is None:
+        return None, hidden
+    if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None, hidden.masked_fill(~chosen[:, None], 0.0)
+    tokens = chosen.nonzero()[:, 0]
+    return (None, hidden) if len(tokens) == len(chosen) else (tokens, hidden[tokens])
 
-    def padded(self, rows: int) -> int:
-        """``rows`` of scratch, rounded up to whole tiles of every kernel that reads or writes them."""
-        largest = max(self.logits_config.rows, self.configs.by_head.rows)
-        return triton.cdiv(rows, largest) * largest
+
+def whole_steps(size: int, length: int) -> int:
+    """``size``, but a multiple of ``STEP`` if that fits, at most ``length`` and at least 1."""
+    return min(length, max(1, size // STEP * STEP or size))
+
+
+def product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """``out = left @ right``; half precision is multiplied exactly and summed in float32, whatever the dtype of ``out``."""
+    if not left.is_cuda:  # the interpreter; a CPU would round a product of half precision to half precision
+        out.copy_(left.to(torch.float32) @ right.to(torch.float32))
+    elif out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """``sums += left @ right`` in float32."""
+    if not left.is_cuda:
+        sums.addmm_(left.to(torch.float32), right.to(torch.float32))
+    elif sums.dtype == left.dtype:
+        sums.addmm_(left, right)
+    else:
+        torch.addmm(sums, left, right, out_dtype=sums.dtype, out=sums)

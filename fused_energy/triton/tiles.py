@@ -1,4 +1,4 @@
-"""What the kernels share: one tile of logits, computed on the chip."""
+"""What the kernels share: one tile of products, computed on the chip, and the softcap."""
 
 from __future__ import annotations
 
@@ -18,40 +18,19 @@ def grouped_tile(program, row_tiles, column_tiles, group: tl.constexpr):
 
 
 @triton.jit
-def active_rows(order, count, slots):
-    """The tokens in these slots, int64, and which of the slots hold one. An empty slot points at an arbitrary token."""
-    held = slots < tl.load(count)
-    return tl.load(order + slots, mask=held, other=0).to(tl.int64), held
-
-
-@triton.jit
-def target_column(targets, rows, start, vocabulary, COLUMNS: tl.constexpr):
-    """The column of each token's target in the tile of the vocabulary that begins at ``start``; −1 if it is not in the tile.
-
-    Columns have 32 bits, like the logits: a tile of 64-bit comparisons would not fit into the registers next to the logits.
-    """
-    target = tl.load(targets + rows)
-    here = (target >= start) & (target < tl.minimum(start + COLUMNS, vocabulary))
-    return tl.where(here, target - start, -1).to(tl.int32)
-
-
-@triton.jit
-def logits_tile(
-    hidden,  # pointer to (N, H)
-    weight,  # pointer to (V, H)
-    bias,  # pointer to (V,)
-    rows,  # (rows of the tile,) int64, all of them valid tokens
-    columns,  # (columns of the tile,) int64, may exceed V
-    hidden_size,
+def products_tile(
+    hidden,  # (N, H): a pointer, or with TMA a descriptor of blocks (ROWS, DEPTH)
+    weight,  # (V, H): a pointer, or with TMA a descriptor of blocks (COLUMNS, DEPTH)
+    first_row,
+    first_column,
+    tokens,
     vocabulary,
+    hidden_size,
     hidden_stride,
     hidden_step,
     weight_stride,
     weight_step,
-    logit_scale,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    TMA: tl.constexpr,  # whether Hopper's tensor memory accelerator loads the operands
     WHOLE_DEPTH: tl.constexpr,  # whether DEPTH divides the hidden size
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -59,34 +38,39 @@ def logits_tile(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """``softcap(logit_scale · (h Wᵀ) + b)``, (ROWS, COLUMNS) float32; −∞ in columns past the vocabulary."""
+    """``h Wᵀ``, (ROWS, COLUMNS) float32. Rows past the tokens and columns past the vocabulary hold anything."""
     tl.assume(hidden_size > 0)  # without it, triton 3.6 may serialize the tensor cores' products (warning C7515)
-    depth = tl.arange(0, DEPTH)
-    inside = columns < vocabulary
-    # Columns past the end read the last row of the head, so that no load needs a mask over the vocabulary.
-    readable = tl.minimum(columns, vocabulary - 1)
-    left = hidden + rows[:, None] * hidden_stride + depth[None, :] * hidden_step
-    right = weight + readable[None, :] * weight_stride + depth[:, None] * weight_step
     z = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, hidden_size, DEPTH):
-        if WHOLE_DEPTH:
-            h = tl.load(left)
-            w = tl.load(right)
-        else:
-            h = tl.load(left, mask=(start + depth)[None, :] < hidden_size, other=0.0)
-            w = tl.load(right, mask=(start + depth)[:, None] < hidden_size, other=0.0)
-        if UPCAST:
-            h = h.to(tl.float32)
-            w = w.to(tl.float32)
-        z = tl.dot(h, w, z, input_precision=PRECISION)
-        left += DEPTH * hidden_step
-        right += DEPTH * weight_step
-    z *= logit_scale
-    if HAS_BIAS:
-        z += tl.load(bias + readable).to(tl.float32)[None, :]
-    if HAS_SOFTCAP:
-        z = softcap * tanh(z / softcap)
-    return tl.where(inside[None, :], z, float("-inf"))
+    if TMA:
+        for start in range(0, hidden_size, DEPTH):
+            z = tl.dot(hidden.load([first_row, start]), weight.load([first_column, start]).T, z, input_precision=PRECISION)
+    else:
+        # What lies past the end reads the last row instead, so that no load needs a mask over tokens or vocabulary.
+        rows = tl.minimum(first_row + tl.arange(0, ROWS), tokens - 1).to(tl.int64)
+        columns = tl.minimum(first_column + tl.arange(0, COLUMNS), vocabulary - 1).to(tl.int64)
+        depth = tl.arange(0, DEPTH)
+        left = rows[:, None] * hidden_stride + depth[None, :] * hidden_step
+        right = columns[None, :] * weight_stride + depth[:, None] * weight_step
+        for start in range(0, hidden_size, DEPTH):
+            if WHOLE_DEPTH:
+                h = tl.load(hidden + left)
+                w = tl.load(weight + right)
+            else:
+                h = tl.load(hidden + left, mask=(start + depth)[None, :] < hidden_size, other=0.0)
+                w = tl.load(weight + right, mask=(start + depth)[:, None] < hidden_size, other=0.0)
+            if UPCAST:
+                h = h.to(tl.float32)
+                w = w.to(tl.float32)
+            z = tl.dot(h, w, z, input_precision=PRECISION)
+            hidden += DEPTH * hidden_step
+            weight += DEPTH * weight_step
+    return z
+
+
+@triton.jit
+def capped(z, softcap):
+    """``c · tanh(z/c)``."""
+    return softcap * tanh(z / softcap)
 
 
 @triton.jit

@@ -330,7 +330,12 @@ HIDDEN, WEIGHT = torch.ones(2, 3), torch.ones(5, 3)
         ((HIDDEN, WEIGHT.to_sparse()), {}, TypeError, "weight has layout torch.sparse_coo"),
         ((HIDDEN.to("meta"), WEIGHT.to("meta")), {}, ValueError, "hidden is on the meta device"),
         ((HIDDEN, WEIGHT.to("meta"), torch.tensor([0, 1])), {}, ValueError, "weight is on the meta device"),
-        ((HIDDEN, WEIGHT), {"temperature": torch.tensor(0.5)}, TypeError, r"temperature is a Tensor.*pass float\(temperature\)"),
+        (
+            (HIDDEN, WEIGHT),
+            {"temperature": torch.tensor(0.5)},
+            TypeError,
+            r"temperature is a Tensor.*pass float\(temperature\)",
+        ),
         ((HIDDEN, WEIGHT), {"logit_scale": torch.nn.Parameter(torch.tensor(0.5))}, TypeError, "logit_scale is a Parameter"),
         ((HIDDEN, WEIGHT), {"softcap": torch.tensor(0.5)}, TypeError, "softcap is a Tensor"),
         ((HIDDEN, WEIGHT), {"temperature": None}, TypeError, "temperature is a NoneType"),

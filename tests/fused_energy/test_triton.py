@@ -10,6 +10,7 @@ import mmap
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,7 @@ from tests.fused_energy.numerics import IGNORED, Problem, assert_no_worse_than_p
 if not (dispatch.HAS_TRITON and (torch.cuda.is_available() or dispatch.TRITON_IS_INTERPRETED)):
     pytest.skip("needs triton and a GPU, or TRITON_INTERPRET=1 before Python starts", allow_module_level=True)
 
-from fused_energy.triton import configs
-from fused_energy.triton import launch as problem
+from fused_energy.triton import configs, launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -38,12 +38,13 @@ def bound(dtype: torch.dtype) -> float:
 @pytest.fixture(autouse=True, scope="module")
 def _several_of_everything_and_poison() -> Iterator[None]:
     """Tokens and vocabulary in several blocks, several tiles per program; uninitialized memory is NaN."""
-    saved = problem.SCRATCH_BYTES, problem.PROGRAMS
-    problem.SCRATCH_BYTES, problem.PROGRAMS = 2**10, 4
+    few = {"SCRATCH_BYTES": 2**10, "PROGRAMS": 4, "TOKENS_AT_ONCE": 12, "FEWEST_ROWS": 4, "STEP": 4}
+    saved = {name: getattr(launch, name) for name in few}
+    launch.__dict__.update(few)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-    problem.SCRATCH_BYTES, problem.PROGRAMS = saved
+    launch.__dict__.update(saved)
 
 
 def run(problem: Problem) -> dict[str, torch.Tensor]:
@@ -63,11 +64,12 @@ def test_random_problems_are_no_worse_than_plain_pytorch(problem):
 
 
 def test_large_vocabulary(monkeypatch):
-    wide, deep = configs.TINY.logits._replace(columns=8192), configs.TINY.by_head._replace(depth=4096)
-    monkeypatch.setattr(configs, "TINY", configs.TINY._replace(logits=wide, by_head=deep))
-    monkeypatch.setattr(problem, "SCRATCH_BYTES", 2**20)
+    monkeypatch.setattr(configs, "TINY", configs.TINY._replace(columns=8192))
+    monkeypatch.setattr(launch, "SCRATCH_BYTES", 2**17)
+    monkeypatch.setattr(launch.Problem, "block", lambda self, width: {"BLOCK": 8192})
     large = Problem(normal(0, 2, 16), normal(1, 256_000, 16), None, torch.tensor([255_999, 77_777]), needs=(True, False, False))
-    assert_no_worse_than_plain(large.to(torch.float16, DEVICE), "triton")
+    for needs in ((False, False, False), (True, False, False)):
+        assert_no_worse_than_plain(replace(large, needs=needs).to(torch.float16, DEVICE), "triton")
 
 
 @pytest.mark.parametrize("name", ["primes", "everything", "zero upstream"])
