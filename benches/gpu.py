@@ -197,7 +197,7 @@ def tune(run: Run) -> None:
         for field, value in found._asdict().items():
             run.add(f"Fastest tile of {name}", key, field, value)
     for size, what, ratio in scratch_sizes(head, run.rehearse):
-        run.add("Time / matmul, by MiB of scratch", what, size, ratio)
+        run.add("Time / matmul, by memory for chunks of logits", what, size, ratio)
         if run.out_of_time():
             break
 

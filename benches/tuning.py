@@ -14,7 +14,6 @@ from peers import ours
 from fused_energy.triton import configs, launch
 from fused_energy.triton.configs import Config
 
-MIB = 2**20
 SOFTCAP = {"HALF_PRECISION": None, "HALF_PRECISION_WITH_MORE": 30.0}  # of the work that a table of tiles is for
 
 
@@ -64,11 +63,11 @@ def tune_forward(
 
 
 def scratch_sizes(head: Head, rehearse: bool) -> Iterator[tuple[str, str, float]]:
-    """(MiB, what, time in multiples of the matmul) for other sizes of the chunks of logits."""
-    usual = launch.SCRATCH_BYTES
-    for size in (usual,) if rehearse else (usual // 2, usual, usual * 2, usual * 4):
-        launch.SCRATCH_BYTES = size
+    """(size, what, time in multiples of the matmul) for other sizes of the chunks of logits."""
+    usual = launch.FORWARD_BYTES, launch.BACKWARD_BYTES
+    for factor in (1.0,) if rehearse else (0.5, 1.0, 2.0, 4.0):
+        launch.FORWARD_BYTES, launch.BACKWARD_BYTES = (int(factor * size) for size in usual)
         for what in (FROZEN, TRAINABLE):
             times = medians({"matmul": head.matmul, what: head.step(partial(ours, "triton"), what)[0]}, head.hidden.device.type)
-            yield f"{size / MIB:.0f}", what, times[what] / times["matmul"]
-    launch.SCRATCH_BYTES = usual
+            yield f"{factor:g} × as much", what, times[what] / times["matmul"]
+    launch.FORWARD_BYTES, launch.BACKWARD_BYTES = usual

@@ -8,7 +8,7 @@ from torch import Tensor
 from fused_energy import common as shared
 from fused_energy.common import HeadOptions
 from fused_energy.triton import launch
-from fused_energy.triton.launch import Problem, add_product, chosen_tokens, product, whole_steps
+from fused_energy.triton.launch import Problem, add_product, chosen_tokens, product, program_of_row
 from fused_energy.triton.rows import gradients_kernel
 
 
@@ -47,56 +47,45 @@ def _fill(
     grad_weight: Tensor | None,  # (V, H), written
     grad_bias: Tensor | None,  # (V,), written
 ) -> None:
-    hidden, weight, n = problem.hidden, problem.weight, problem.tokens
-    held = min(n, launch.TOKENS_AT_ONCE)
-    stretch = min(
-        launch.SCRATCH_BYTES // (hidden.element_size() * held), launch.SCRATCH_BYTES // (4 * min(n, launch.FEWEST_ROWS))
-    )
-    stretch = whole_steps(stretch, problem.vocabulary)
-    rows = whole_steps(launch.SCRATCH_BYTES // (4 * stretch), n)
-    products = energy.new_empty(rows, stretch)
-    gradient = hidden.new_empty(held, stretch)
-    for columns in shared.blocks(problem.vocabulary, stretch):
-        width = columns.stop - columns.start
-        sums = None
-        if grad_weight is not None and held < n:
-            sums = energy.new_zeros(width, problem.hidden_size)
-        sum_bias = energy.new_zeros(width)
-        for block in shared.blocks(n, held):
-            for start in range(block.start, block.stop, rows):
-                part = slice(start, min(start + rows, block.stop))
-                z = products[: part.stop - start, :width]
-                product(hidden[part], weight[columns].T, z)
-                gradients_kernel[(len(z),)](
-                    z,
-                    problem.bias[columns] if problem.has_bias else problem.bias,
-                    problem.targets[part],
-                    energy[0, part],
-                    energy[-1, part],
-                    grad_energy[0, part],
-                    grad_energy[-1, part],
-                    grad_target[part] if problem.has_targets else grad_energy,
-                    gradient[start - block.start :],
-                    columns.start,
-                    width,
-                    z.stride(0),
-                    gradient.stride(0),
-                    *problem.options_of_logits(),
-                    1.0 / problem.options.temperature,
-                    **problem.flags(),
-                    AND_AT_ONE=problem.and_at_one,
-                    NEEDS_BIAS=grad_bias is not None,
-                    **problem.block(width),
-                )
-                if grad_bias is not None:
-                    sum_bias += z.sum(dim=0)
-            if grad_weight is not None:
-                of_block = gradient[: block.stop - block.start, :width].T
-                if sums is None:
-                    product(of_block, hidden, grad_weight[columns])
-                else:
-                    add_product(sums, of_block, hidden[block])
+    hidden, weight = problem.hidden, problem.weight
+    held = min(problem.tokens, launch.TOKENS_AT_ONCE)
+    products, results = problem.chunk(held, launch.BACKWARD_BYTES)
+    constants = problem.flags() | {"AND_AT_ONE": problem.and_at_one}
+    for columns in shared.blocks(problem.vocabulary, products.shape[1]):
+        own_weight = weight[columns]
+        width = len(own_weight)
+        sums = energy.new_zeros(width, problem.hidden_size) if grad_weight is not None and held < problem.tokens else None
+        sum_bias = energy.new_zeros(1, width)
+        for block in shared.blocks(problem.tokens, held):
+            own_hidden = hidden[block]
+            z, gradient = (x[: len(own_hidden), :width] for x in (products, results))
+            product(own_hidden, own_weight.T, z)
+            gradients_kernel[(len(own_hidden),)](
+                z,
+                gradient,
+                problem.bias[columns] if problem.has_bias else problem.bias,
+                problem.targets[block],
+                energy[0, block],
+                energy[-1, block],
+                grad_energy[0, block],
+                grad_energy[-1, block],
+                grad_target[block],
+                columns.start,
+                width,
+                products.stride(0),
+                results.stride(0),
+                *problem.options_of_logits(),
+                1.0 / problem.options.temperature,
+                **constants,
+                **program_of_row(width),
+            )
+            if grad_bias is not None:
+                add_product(sum_bias, gradient.new_ones(1, len(own_hidden)), gradient)
+            if sums is not None:
+                add_product(sums, gradient.T, own_hidden)
+            elif grad_weight is not None:
+                product(gradient.T, own_hidden, grad_weight[columns], problem.options.logit_scale)
         if grad_weight is not None and sums is not None:
-            grad_weight[columns] = sums
+            grad_weight[columns] = sums.mul_(problem.options.logit_scale)
         if grad_bias is not None:
-            grad_bias[columns] = sum_bias
+            grad_bias[columns] = sum_bias[0]

@@ -32,12 +32,12 @@ GENERAL = Config(64, 64, 32, 8, 2)  # for float32, and for strides that do not a
 TINY = Config(16, 32, 16, 1, 1, 2)  # for the interpreter: every test crosses several tiles
 HALF_PRECISION = {
     "sm80": Config(128, 128, 32, 8, 4),
-    "sm90": Config(128, 256, 64, 8, 3),
+    "sm90": Config(128, 256, 64, 8, 4, 8),
     "sm100": Config(128, 128, 64, 8, 3),
     "hip": Config(128, 128, 32, 8, 2),
 }
 # With a softcap or two temperatures, which need more registers.
-HALF_PRECISION_WITH_MORE = HALF_PRECISION | {"sm80": Config(64, 128, 32, 8, 4), "sm90": Config(128, 256, 64, 8, 3)}
+HALF_PRECISION_WITH_MORE = HALF_PRECISION | {"sm80": Config(64, 128, 32, 8, 4), "sm90": Config(128, 256, 64, 8, 3, 8)}
 
 
 def kind(device: torch.device) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fused_energy import common as shared
 from fused_energy.common import LEFT_OUT, HeadOptions, Pass
 from fused_energy.triton import configs, launch
-from fused_energy.triton.launch import Problem, add_product, chosen_tokens, product, whole_steps
+from fused_energy.triton.launch import Problem, add_product, chosen_tokens, product, program_of_row, whole_steps
 from fused_energy.triton.rows import probabilities_kernel
 from fused_energy.triton.tiles import FINITE_MAX, capped, grouped_tile, products_tile
 
@@ -43,6 +43,7 @@ def _logsumexp_kernel(
     softcap,
     exponent_scale,  # log2(e) / T
     log2e,
+    HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     AND_AT_ONE: tl.constexpr,  # whether the sum at temperature 1 is needed in addition
@@ -67,7 +68,8 @@ def _logsumexp_kernel(
             weight_stride, weight_step, TMA, WHOLE_DEPTH, ROWS, COLUMNS, DEPTH, PRECISION, UPCAST,
         )  # fmt: skip
         columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-        z *= logit_scale
+        if HAS_SCALE:
+            z *= logit_scale
         if HAS_BIAS:
             z += tl.load(bias + tl.minimum(columns, vocabulary - 1)).to(tl.float32)[None, :]
         if HAS_SOFTCAP:
@@ -171,6 +173,7 @@ def _energy(problem: Problem, done: Pass) -> None:
         *problem.options_of_logits(),
         LOG2E / problem.options.temperature,
         LOG2E,
+        HAS_SCALE=problem.options.logit_scale != 1.0,
         **{name: value for name, value in problem.flags().items() if name != "HAS_TARGETS"},
         AND_AT_ONE=problem.and_at_one,
         TMA=tma,
@@ -203,40 +206,41 @@ def _energy_and_weighted(problem: Problem, done: Pass) -> None:
     hidden, weight = problem.hidden, problem.weight
     temperatures = problem.options.temperatures(problem.has_targets)
     kinds = len(temperatures)
-    rows = whole_steps(launch.SCRATCH_BYTES // (8 * kinds * problem.hidden_size), problem.tokens)
-    stretch = whole_steps(launch.SCRATCH_BYTES // (4 * max(rows, min(problem.tokens, launch.FEWEST_ROWS))), problem.vocabulary)
-    products = done.energy.new_empty(rows, stretch)
-    probabilities = hidden.new_empty(rows, stretch)
+    rows = whole_steps(launch.FORWARD_BYTES // (12 * kinds * problem.hidden_size), problem.tokens)
+    products, results = problem.chunk(rows, launch.FORWARD_BYTES)
+    constants = problem.flags() | {"DEPTH": min(1024, triton.next_power_of_2(problem.hidden_size))}
     for block in shared.blocks(problem.tokens, rows):
-        slots = block.stop - block.start
+        own_hidden, targets, target_logit = hidden[block], problem.targets[block], done.target_logit[block]
+        slots = len(own_hidden)
         reference = done.energy.new_full((kinds, slots), -FINITE_MAX.value)
         total = done.energy.new_zeros(kinds, slots)
         weighted = done.energy.new_zeros(kinds, slots, problem.hidden_size)
-        for columns in shared.blocks(problem.vocabulary, stretch):
-            width = columns.stop - columns.start
-            z, p = products[:slots, :width], probabilities[:slots, :width]
-            product(hidden[block], weight[columns].T, z)
+        for columns in shared.blocks(problem.vocabulary, products.shape[1]):
+            own_weight = weight[columns]
+            width = len(own_weight)
+            z, p = products[:slots, :width], results[:slots, :width]
             for k, temperature in enumerate(temperatures):
+                product(own_hidden, own_weight.T, z)  # the probabilities of another temperature have taken its place
                 probabilities_kernel[(slots,)](
                     z,
-                    problem.bias[columns] if problem.has_bias else problem.bias,
-                    problem.targets[block],
-                    done.target_logit[block],
                     p,
+                    problem.bias[columns] if problem.has_bias else problem.bias,
+                    targets,
+                    target_logit,
                     reference[k],
                     total[k],
                     weighted[k],
                     columns.start,
                     width,
-                    stretch,
+                    products.stride(0),
+                    results.stride(0),
                     problem.hidden_size,
                     *problem.options_of_logits(),
-                    temperature,
                     1.0 / temperature,
-                    **problem.flags(),
-                    **problem.block(width),
+                    **constants,
+                    **program_of_row(width),
                 )
-                add_product(weighted[k], p, weight[columns])
+                add_product(weighted[k], p, own_weight)
         for k, temperature in enumerate(temperatures):
             done.energy[k, block] = -reference[k] - temperature * total[k].log()
             done.weighted[k, block] = weighted[k].div_(total[k, :, None]).to(done.weighted.dtype)

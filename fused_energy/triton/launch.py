@@ -7,15 +7,14 @@ import triton
 from torch import Tensor
 
 from fused_energy.common import HeadOptions
-from fused_energy.triton import configs
 
-SCRATCH_BYTES = 32 * 2**20  # of a chunk of logits; what is made from it takes as much, whatever N and V
+FORWARD_BYTES = 48 * 2**20  # of a chunk of logits, whatever N and V; a third of it more for the sums made from it
+BACKWARD_BYTES = 64 * 2**20  # of a chunk of logits, which has a row for every token, up to TOKENS_AT_ONCE
 SPLIT_BYTES = 2**20  # of partial maxima, and as much for each partial sum
 PROGRAMS = 2048  # enough to fill any GPU several times over; fewer, longer programs fold more of the vocabulary on the chip
 TOKENS_AT_ONCE = 8192  # whose gradients of logits are held for one product with the hidden states
-FEWEST_ROWS = 512  # of a chunk of logits: with fewer, its product would not fill a GPU
+LONGEST_ROW = 16384  # columns of a chunk, which one program reads at once
 STEP = 128  # rows and columns of a chunk are a multiple of it, unless there are fewer, so that products use whole tiles
-LARGEST_BLOCK = 4096  # columns that one program reads at a time
 
 
 class Problem:
@@ -45,12 +44,17 @@ class Problem:
             "HAS_TARGETS": self.has_targets,
         }
 
-    def block(self, width: int) -> dict[str, int]:
-        """The columns that the program of a row reads at a time, and its warps."""
-        if configs.interpreted(self.hidden.device):
-            return {"BLOCK": 32}  # so that tests read several
-        size = min(LARGEST_BLOCK, triton.next_power_of_2(width))
-        return {"BLOCK": size, "num_warps": 8 if size >= 1024 else 4}
+    def chunk(self, rows: int, size: int) -> tuple[Tensor, Tensor]:
+        """Room for float32 logits of ``rows`` tokens within ``size`` bytes, and the same memory in the dtype of the head."""
+        width = whole_steps(min(LONGEST_ROW, size // (4 * rows)), self.vocabulary)
+        products = self.hidden.new_empty(rows, width + width % 2, dtype=torch.float32)
+        return products, products.view(self.hidden.dtype)
+
+
+def program_of_row(width: int) -> dict[str, int]:
+    """The block that covers a row, and enough warps to hold it in registers."""
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": min(16, max(4, block // 1024))}
 
 
 def chosen_tokens(chosen: Tensor | None, hidden: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -72,14 +76,18 @@ def whole_steps(size: int, length: int) -> int:
     return min(length, max(1, size // STEP * STEP or size))
 
 
-def product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """``out = left @ right``; half precision is multiplied exactly and summed in float32, whatever the dtype of ``out``."""
+def product(left: Tensor, right: Tensor, out: Tensor, scale: float = 1.0) -> None:
+    """``out = scale · left @ right``; half precision is multiplied exactly and summed in float32, whatever the dtype of ``out``."""
     if not left.is_cuda:  # the interpreter; a CPU would round a product of half precision to half precision
-        out.copy_(left.to(torch.float32) @ right.to(torch.float32))
-    elif out.dtype == left.dtype:
+        out.copy_(scale * (left.to(torch.float32) @ right.to(torch.float32)))
+    elif out.dtype != left.dtype:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+        if scale != 1.0:
+            out *= scale
+    elif scale == 1.0:
         torch.mm(left, right, out=out)
     else:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
+        torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
 
 
 def add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:

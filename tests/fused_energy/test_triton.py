@@ -38,7 +38,7 @@ def bound(dtype: torch.dtype) -> float:
 @pytest.fixture(autouse=True, scope="module")
 def _several_of_everything_and_poison() -> Iterator[None]:
     """Tokens and vocabulary in several blocks, several tiles per program; uninitialized memory is NaN."""
-    few = {"SCRATCH_BYTES": 2**10, "PROGRAMS": 4, "TOKENS_AT_ONCE": 12, "FEWEST_ROWS": 4, "STEP": 4}
+    few = {"FORWARD_BYTES": 2**12, "BACKWARD_BYTES": 2**10, "PROGRAMS": 4, "TOKENS_AT_ONCE": 12, "LONGEST_ROW": 16, "STEP": 4}
     saved = {name: getattr(launch, name) for name in few}
     launch.__dict__.update(few)
     torch.use_deterministic_algorithms(True)
@@ -65,8 +65,8 @@ def test_random_problems_are_no_worse_than_plain_pytorch(problem):
 
 def test_large_vocabulary(monkeypatch):
     monkeypatch.setattr(configs, "TINY", configs.TINY._replace(columns=8192))
-    monkeypatch.setattr(launch, "SCRATCH_BYTES", 2**17)
-    monkeypatch.setattr(launch.Problem, "block", lambda self, width: {"BLOCK": 8192})
+    monkeypatch.setattr(launch, "FORWARD_BYTES", 2**17)
+    monkeypatch.setattr(launch, "LONGEST_ROW", 8192)
     large = Problem(normal(0, 2, 16), normal(1, 256_000, 16), None, torch.tensor([255_999, 77_777]), needs=(True, False, False))
     for needs in ((False, False, False), (True, False, False)):
         assert_no_worse_than_plain(replace(large, needs=needs).to(torch.float16, DEVICE), "triton")
