@@ -26,7 +26,7 @@ from eua.guard.guarded_generate import GuardHandle
 from eua.guard.hub import MissingFileError, find_file, send_file
 from eua.guard.questions import Turns
 from eua.guard.scores import answer_scores, prompt_scores
-from eua.model.fingerprints import model_fingerprint, tokenizer_fingerprint
+from eua.model.fingerprints import model_fingerprint, recent_fingerprint, tokenizer_fingerprint
 from eua.statistics import check_calibration, conformal_threshold
 
 GUARD_FILE = "energy_guard.json"
@@ -196,9 +196,15 @@ class EnergyGuard:
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         )
 
-    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Raise :class:`EUAError` for another model or tokenizer than in the calibration, see :mod:`eua.model.fingerprints`."""
-        if self.model_fingerprint is not None and self.model_fingerprint != model_fingerprint(model):
+    def check(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, thorough: bool = True
+    ) -> None:
+        """Raise :class:`EUAError` for another model or tokenizer than in the calibration, see :mod:`eua.model.fingerprints`.
+
+        Unless ``thorough``, all weights are read only if there is a sign that they have changed since they were last read.
+        """
+        fingerprint_of = model_fingerprint if thorough else recent_fingerprint
+        if self.model_fingerprint is not None and self.model_fingerprint != fingerprint_of(model):
             raise EUAError(
                 "The guard was calibrated for other weights than this model's (it may have been trained, merged, quantized or "
                 "cast since), so its threshold promises nothing here: calibrate it again for this model."
@@ -231,7 +237,7 @@ class EnergyGuard:
         Raises:
             EUAError: if prompts cannot be read, or for another model or tokenizer, see :meth:`check`.
         """
-        self.check(model, tokenizer)
+        self.check(model, tokenizer, thorough=False)
         return self.score_ids(model, encode_prompts(prompts, tokenizer), batch_size, check=True)
 
     def score_ids(

@@ -293,6 +293,11 @@ def change(model: LlamaForCausalLM, how: str) -> None:
     weight = model.model.layers[0].mlp.up_proj.weight
     if how == "cast":
         model.bfloat16()
+    elif how == "fused step":  # the optimizer that transformers' Trainer takes by default
+        weight.grad = torch.ones_like(weight)
+        torch.optim.AdamW([weight], fused=True).step()
+    elif how == "written through data":
+        model.lm_head.weight.data[: len(model.lm_head.weight) * 9 // 10] = 0
     elif how == "trained":
         with torch.no_grad():
             weight[0, 0] += 1.0
@@ -300,7 +305,7 @@ def change(model: LlamaForCausalLM, how: str) -> None:
         weight.data = weight.data + 1.0
 
 
-@pytest.mark.parametrize("how", ["cast", "trained", "replaced"])
+@pytest.mark.parametrize("how", ["cast", "trained", "fused step", "written through data", "replaced"])
 def test_a_guard_does_not_work_on_weights_that_changed(known, tokenizer, questions, guard, how):
     with guard.attach(known):
         change(known, how)
