@@ -17,7 +17,7 @@ from transformers.generation import BaseStreamer, GenerationMode
 from eua.errors import EUAError
 from eua.guard.covered_calls import check_call, given_ids, prompt_mask
 from eua.model.energy_recorder import EnergyProbe, EnergyRecorder, end_ids
-from eua.model.head import output_module
+from eua.model.head import vocabulary_and_device
 
 if TYPE_CHECKING:
     from eua.guard.guard import EnergyGuard
@@ -41,7 +41,12 @@ class GuardHandle:
     """
 
     def __init__(self, guard: EnergyGuard, model: PreTrainedModel) -> None:
-        output_module(model)  # raises here, rather than in the middle of a generation, if the model has no plain head
+        vocabulary, _ = vocabulary_and_device(model)  # raises here, not in a generation, if the model has no plain head
+        if max(*guard.refusal_ids, *guard.stop_ids) >= vocabulary:
+            raise EUAError(
+                f"The refusal has token {max(*guard.refusal_ids, *guard.stop_ids)}, but the model has {vocabulary} tokens, so "
+                "the guard is for another model: calibrate one for this model."
+            )
         guard.check(model)
         _check_pair(model, guard)
         self.guard = guard
@@ -132,7 +137,6 @@ class GuardHandle:
         return output
 
 
-
 def _check_pair(model: PreTrainedModel, guard: EnergyGuard) -> None:
     """Raise if this guard and one that is already attached would interfere with each other."""
     earlier = getattr(model.__dict__.get("generate"), "__self__", None)
@@ -209,7 +213,7 @@ class _GuardedCall(EnergyRecorder):
     def decide(self) -> Tensor:
         """Decide which rows to refuse, (R,) bool."""
         if self.refused is None:
-            refused = self.scores() > self.guard.threshold
+            refused = self.guard.refuses(self.scores())
             self.since = torch.where(refused, 0, _NEVER)
             self.lets_all_pass = self.probe is None and not refused.any()
             self.refused = refused
@@ -229,7 +233,7 @@ class _GuardedCall(EnergyRecorder):
             self.decide()
             if self.probe is not None:
                 step = input_ids.shape[1] - self.start
-                self.since = self.since.minimum(torch.where(self.probe.scores() > self.stop_above, step, _NEVER))
+                self.since = self.since.minimum(torch.where(self.probe.scores() <= self.stop_above, _NEVER, step))
         return scores
 
     def force(self, input_ids: Tensor, scores: Tensor) -> Tensor:
