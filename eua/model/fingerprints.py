@@ -26,7 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedTokenizerBase
 
 from eua.data.rows import QUESTION_TEMPLATE
-from eua.distributed import full_shape, full_tensor, local_shard
+from eua.distributed import full_shape, full_tensor, has_other_processes
 from eua.model.head import check_present
 
 PARTS = 16
@@ -50,10 +50,10 @@ def model_fingerprint(model: nn.Module) -> str:
     """
     check_present(model)
     saved = frozenset(model.state_dict())
-    signs = _signs(model, saved)
     digest = hashlib.sha256()
     sums: dict[str, Sums] = {}
     weights = _weights(model, saved)
+    signs = None if has_other_processes() else _signs(model, saved)
     plain = {name.removeprefix("_orig_mod.").removeprefix("base_model.model."): name for name in weights}
     for name, original in sorted(plain.items()):
         weight = weights[original]
@@ -62,7 +62,7 @@ def model_fingerprint(model: nn.Module) -> str:
             sums[original] = [[int(total) for total in part] for part in _checksums(full_tensor(weight), range(PARTS))]
             digest.update(repr((tuple(full_shape(weight)), sums[original])).encode())
     digest.update(repr(adapter_states(model)).encode())
-    if all(local_shard(weight) is weight for weight in weights.values()):
+    if signs is not None:
         _known[model] = _Known(digest.hexdigest(), saved, signs, sums)
     return digest.hexdigest()
 
@@ -71,7 +71,7 @@ def model_fingerprint(model: nn.Module) -> str:
 def recent_fingerprint(model: nn.Module) -> str:
     """:func:`model_fingerprint`, or the one that was found last if no sign shows that the model has changed since.
 
-    Sharded weights are always gathered and read, since processes that see different signs would wait for each other.
+    With several processes, all weights are always read: processes that see different signs would wait for each other.
     """
     known = _known.get(model)
     if known is None or known.signs != _signs(model, known.saved) or known.differs_in_the_next_part(model):

@@ -65,6 +65,14 @@ def test_the_head_is_checked_once(model, tokenizer, questions, forwards):
         guard.score(model, tokenizer, questions)
 
 
+def test_one_of_several_processes_checks_the_head_every_time(model, tokenizer, questions, forwards, monkeypatch):
+    """A process that remembered another head than the others would leave them waiting for it."""
+    monkeypatch.setattr("eua.model.forward.has_other_processes", lambda: True)
+    for _ in range(2):
+        prompt_scores(model, encode_prompts(questions, tokenizer))
+    assert forwards == [1, 1, 6] * 2
+
+
 # ---- where it may be used ---------------------------------------------------------------------------------------------
 
 

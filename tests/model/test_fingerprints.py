@@ -168,6 +168,13 @@ def test_an_unchanged_model_is_not_read_again(monkeypatch):
     assert len(read) == 4
 
 
+def test_one_of_several_processes_remembers_nothing(monkeypatch):
+    monkeypatch.setattr(fingerprints, "has_other_processes", lambda: True)
+    model = tiny_llama(100)
+    assert recent_fingerprint(model) == recent_fingerprint(model)
+    assert model not in fingerprints._known
+
+
 def test_what_is_remembered_goes_with_the_model():
     kept = len(fingerprints._known)
     model = tiny_llama(100)
