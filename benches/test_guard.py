@@ -8,6 +8,7 @@ the run. On a GPU, which runs asynchronously, full runs are compared instead.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from eua import EnergyGuard
 from eua.guard.guarded_generate import GuardHandle, _GuardedCall
 from eua.guard.questions import Turns
 from eua.model.energy_recorder import EnergyProbe, EnergyRecorder
+from eua.model.fingerprints import model_fingerprint, recent_fingerprint
 
 HIDDEN_SIZE, LAYERS, VOCABULARY = 768, 12, 32000  # 85M parameters and a head of 25M
 ROWS, NEW_TOKENS, ROUNDS = 4, 64, 3
@@ -81,12 +83,7 @@ def generate(model: Any, ids: torch.Tensor) -> None:
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
 
 
-def guarded(model: Any, ids: torch.Tensor, guard: EnergyGuard) -> None:
-    with guard.attach(model):
-        generate(model, ids)
-
-
-def share_on_cpu(model: Any, ids: torch.Tensor, guard: EnergyGuard, monkeypatch: pytest.MonkeyPatch) -> float:
+def share_on_cpu(handle: GuardHandle, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> float:
     """Seconds in the guard's code per second in the rest of a run."""
     inside, unguarded = Clock(), Clock()
     with monkeypatch.context() as patch:
@@ -97,20 +94,12 @@ def share_on_cpu(model: Any, ids: torch.Tensor, guard: EnergyGuard, monkeypatch:
             (EnergyProbe, "_capture"),
         ):
             patch.setattr(owner, name, inside.watch(getattr(owner, name)))
-        patch.setattr(GuardHandle, "__init__", _watching_generate(GuardHandle.__init__, unguarded))
+        patch.setattr(handle, "_generate", unguarded.watch(handle._generate))
         start = time.perf_counter()
-        guarded(model, ids, guard)
+        generate(handle.model, ids)
         whole = time.perf_counter() - start
     spent = whole - unguarded.seconds + inside.seconds
     return spent / (whole - spent)
-
-
-def _watching_generate(init: Callable[..., None], clock: Clock) -> Callable[..., None]:
-    def watching(self: GuardHandle, *args: Any) -> None:
-        init(self, *args)
-        self._generate = clock.watch(self._generate)
-
-    return watching
 
 
 @pytest.mark.parametrize("turns", [1, 4], ids=["a question", "a chat of 4 turns"])
@@ -120,19 +109,25 @@ def test_generation(
     model: Any = make_model(VOCABULARY, HIDDEN_SIZE, LAYERS, False, DEVICE).eval()
     model.generation_config.eos_token_id = None
     ids = prompts(turns)
+    known = model_fingerprint(model)  # with it, every call checks the weights
+    handles = {name: replace(guard, model_fingerprint=known).attach(copy.deepcopy(model)) for name, guard in GUARDS.items()}
     if DEVICE == "cpu":
-        guarded(model, ids, GUARD)
+        generate(handles["prompt's last token"].model, ids)
         shares = {
-            name: statistics.median(share_on_cpu(model, ids, guard, monkeypatch) for _ in range(ROUNDS))
-            for name, guard in GUARDS.items()
+            name: statistics.median(share_on_cpu(handle, ids, monkeypatch) for _ in range(ROUNDS))
+            for name, handle in handles.items()
         }
     else:
-        steps = {name: lambda guard=guard: guarded(model, ids, guard) for name, guard in GUARDS.items()}
-        times = measure.medians(steps | {"no guard": lambda: generate(model, ids)}, DEVICE, rounds=9)
+        models = {name: handle.model for name, handle in handles.items()} | {"no guard": model}
+        steps = {name: lambda each=each: generate(each, ids) for name, each in models.items()}
+        times = measure.medians(steps, DEVICE, rounds=9)
         shares = {name: times[name] / times["no guard"] - 1 for name in GUARDS}
-    benchmark.pedantic(guarded, args=(model, ids, GUARD), rounds=1)
+    benchmark.pedantic(generate, args=(handles["prompt's last token"].model, ids), rounds=1)
     title = f"Generating {NEW_TOKENS} tokens to {ROWS} prompts, Llama of {HIDDEN_SIZE} × {LAYERS}, V = {VOCABULARY}, float32"
     for name in GUARDS:
         report.add(title, name, f"guard / rest of the time, {request.node.callspec.id}", shares[name])
     if turns == 1:
+        checks = {"every weight": lambda: model_fingerprint(model), "before a call": lambda: recent_fingerprint(model)}
+        for name, seconds in measure.medians(checks, DEVICE, rounds=9).items():
+            report.add("Checking the weights of this model", name, "ms", 1e3 * seconds)
         assert shares["prompt's last token"] < 0.02

@@ -26,6 +26,11 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(reduce(torch.tensor(float(flag), device=device), "sum"))
 
 
+def has_other_processes() -> bool:
+    """Whether this process is one of several, which must then agree on whether to run the model or gather its weights."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def own_part(items: Sequence[T]) -> list[T]:
     """This process's part of ``items``: every n-th of them, and equally many in each of the n processes.
 

@@ -1,13 +1,16 @@
-"""Statistics of scores: conformal thresholds (method.md §5), bootstrap intervals, and how well two groups separate."""
+"""Statistics of scores: conformal thresholds (method.md §5), intervals of shares, and how well two groups separate."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
+from statistics import NormalDist
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eua.errors import EUAError
 
@@ -53,7 +56,9 @@ def conformal_threshold(
         allowed = tolerance * (count + 1) - 1
     else:
         p_value = _exact_p_value if groups is None else _hoeffding_bentkus_p_value
-        allowed = max(x for x in above.tolist() if p_value(x, count, tolerance) <= 1 - confidence + 1e-12)
+        # The p-value grows with the weight above the threshold, which is sorted.
+        possible = bisect_right(above.tolist(), 1 - confidence + 1e-12, key=lambda x: p_value(x, count, tolerance))
+        allowed = float(above[possible - 1])
     return float(order.values[int((above <= allowed + 1e-9).sum()) - 1])
 
 
@@ -91,29 +96,79 @@ def check_calibration(
 
 
 def group_list(groups: Iterable[Hashable], count: int) -> list[Hashable]:
-    """The group of each of ``count`` prompts, as a list.
+    """The group of each of ``count`` prompts, as a list in which equal groups are equal. Numbers in tensors become numbers.
 
     >>> group_list(("Ann", "Ann", "Bob"), 3)
     ['Ann', 'Ann', 'Bob']
 
     Raises:
-        EUAError: one string, of which every letter would be a group; another number of groups; or a group that cannot be
-            compared (a list, a dict).
+        EUAError: one string, of which every letter would be a group; another number of groups; a group that is missing (None,
+            NaN) or that cannot be compared with others (a list, a dict, an object that equals only itself).
     """
     if isinstance(groups, (str, bytes)):
         raise EUAError(
             f"groups = {groups!r} is one text, of which every letter would be a group: give a list with the group of every "
             f"prompt, e.g. [row[{groups!r}] for row in rows]."
         )
-    listed = list(groups)
+    listed = [_plain_group(group, index) for index, group in enumerate(groups)]
     if len(listed) != count:
         raise EUAError(f"{len(listed)} groups were given for {count} scores: name the group of every prompt.")
-    for index, group in enumerate(listed):
-        if not isinstance(group, Hashable):
-            raise EUAError(
-                f"Group {index} is a {type(group).__name__}, which cannot be compared with others: give texts or numbers."
-            )
     return listed
+
+
+def _plain_group(group: Any, index: int) -> Hashable:
+    if isinstance(group, tuple):
+        return tuple(_plain_group(part, index) for part in group)
+    if getattr(group, "ndim", None) == 0:  # a number of PyTorch or NumPy, which may equal only itself as a key
+        group = group.item()
+    if group is None or _is_unequal_to_itself(group):
+        raise EUAError(
+            f"Group {index} is {group!r}, so it is missing, and it is unknown which prompts belong together: name the group of "
+            "every prompt, or leave the prompt out."
+        )
+    if not isinstance(group, Hashable) or isinstance(group, Tensor) or type(group).__eq__ is object.__eq__:
+        raise EUAError(
+            f"Group {index} is a {type(group).__name__}, which cannot be compared with others: give texts or numbers."
+        )
+    return group
+
+
+def _is_unequal_to_itself(group: Any) -> bool:
+    """Whether it is NaN or another sign of a missing value."""
+    try:
+        return bool(group != group)
+    except (TypeError, ValueError, RuntimeError):  # the NA of pandas; an array, which is refused for what it is
+        return isinstance(group, Hashable) and not isinstance(group, Tensor)
+
+
+def independent_groups(prompts: Iterable[Hashable], groups: Iterable[Hashable] | None = None) -> list[Hashable]:
+    """The group of each prompt, where groups that share a prompt are one; without groups, equal prompts are one group.
+
+    Copies of a prompt have the same score, so they say no more than one of them, in one group or in several.
+
+    >>> independent_groups(["a", "b", "a"])
+    [0, 1, 0]
+    >>> independent_groups(["a", "b", "a", "c"], ["Ann", "Ann", "Bob", "Cleo"])
+    [0, 0, 0, 3]
+
+    Raises:
+        EUAError: groups that :func:`group_list` refuses.
+    """
+    listed = list(prompts)
+    owners = list(range(len(listed))) if groups is None else group_list(groups, len(listed))
+    parent = list(range(len(listed)))  # of each prompt, the first one that it is known to belong to
+
+    def first(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = index = parent[parent[index]]
+        return index
+
+    for keys in (listed, owners):
+        seen: dict[Hashable, int] = {}
+        for index, key in enumerate(keys):
+            one, other = sorted((first(seen.setdefault(key, index)), first(index)))
+            parent[other] = one
+    return [first(index) for index in range(len(listed))]
 
 
 def group_shares(scores: Tensor, threshold: float, groups: Iterable[Hashable]) -> dict[Hashable, float]:
@@ -127,36 +182,41 @@ def group_shares(scores: Tensor, threshold: float, groups: Iterable[Hashable]) -
     """
     above: dict[Hashable, list[bool]] = {}
     for group, score in zip(group_list(groups, len(scores)), scores.tolist(), strict=True):
-        above.setdefault(group, []).append(score > threshold)
+        above.setdefault(group, []).append(not score <= threshold)  # NaN is refused
     shares = {group: sum(of_group) / len(of_group) for group, of_group in above.items()}
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
-def bootstrap_interval(
-    values: Tensor, groups: Iterable[Hashable] | None = None, *, level: float = 0.95, draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Confidence interval of the mean (percentile bootstrap, Efron 1979).
+def share_interval(values: Tensor, groups: Iterable[Hashable] | None = None, *, level: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of a share, from whether each of n prompts counts.
+
+    Without groups it is exact (Clopper & Pearson 1934): it contains the share with a probability of at least ``level``. With
+    groups, the n prompts count as that number of independent prompts whose share has the same variance, with a correction for
+    few groups (Korn & Graubard 1998). If all or none of the prompts count, every group is one observation.
+
+    >>> [round(end, 2) for end in share_interval(torch.ones(20))]
+    [0.83, 1.0]
 
     Args:
-        values: (n,), e.g. whether each forgotten prompt was refused.
-        groups: the group of each value; if given, groups are resampled instead of values.
-        level: the share of resampled means that the interval contains.
-        draws: number of resamples.
-        seed: of the resamples; the same seed gives the same interval.
+        values: (n,), 0 or 1, e.g. whether each forgotten prompt was refused.
+        groups: the group of each value. Prompts in different groups are independent of each other.
+        level: of confidence, in (0, 1).
+
+    Returns:
+        The ends of the interval. For a single group it is (0, 1), since other groups may differ.
 
     Raises:
-        EUAError: if :func:`group_list` refuses the groups.
+        EUAError: if there are no values, or if :func:`group_list` refuses the groups.
     """
-    listed = list(range(len(values))) if groups is None else group_list(groups, len(values))
-    owners = {owner: i for i, owner in enumerate(dict.fromkeys(listed))}
-    index = torch.tensor([owners[owner] for owner in listed])
-    sums = torch.zeros(len(owners), dtype=torch.float64).index_add(0, index, values.double())
-    sizes = torch.zeros(len(owners), dtype=torch.float64).index_add(0, index, torch.ones(len(values), dtype=torch.float64))
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(owners), (draws, len(owners)), generator=generator)
-    means = sums[drawn].sum(dim=1) / sizes[drawn].sum(dim=1)
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = means.quantile(tails).tolist()
+    if not len(values):
+        raise EUAError("There are no values, so their share has no interval: give at least one.")
+    share, size = float(values.double().mean()), float(len(values))
+    if groups is not None:
+        size = min(size, _effective_size(values.double(), group_list(groups, len(values)), level))
+    if size <= 1 < len(values):
+        return 0.0, 1.0
+    low = 0.0 if share == 0 else _beta_quantile((1 - level) / 2, share * size, (1 - share) * size + 1)
+    high = 1.0 if share == 1 else _beta_quantile((1 + level) / 2, share * size + 1, (1 - share) * size)
     return low, high
 
 
@@ -185,6 +245,40 @@ def _hoeffding_bentkus_p_value(above: float, count: int, tolerance: float) -> fl
     mean = min(above / count, tolerance)
     entropy = (1 - mean) * math.log((1 - mean) / (1 - tolerance)) + (mean * math.log(mean / tolerance) if mean else 0.0)
     return min(math.exp(-count * entropy), math.e * _binomial_cdf(math.ceil(above - 1e-9), count, tolerance))
+
+
+def _effective_size(values: Tensor, groups: Sequence[Hashable], level: float) -> float:
+    """The number of independent values that say as much about the mean of a share as these values, which come in groups."""
+    numbers = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    index, count = torch.tensor([numbers[group] for group in groups]), len(numbers)
+    share = float(values.mean())
+    if count == 1 or share in (0, 1):
+        return count
+    excess = torch.zeros(count, dtype=torch.float64).index_add(0, index, values - share)
+    variance = count / (count - 1) * float(excess.square().sum()) / len(values) ** 2
+    if variance == 0:
+        return len(values)
+    correction = _t_quantile((1 + level) / 2, len(values) - 1) / _t_quantile((1 + level) / 2, count - 1)
+    return share * (1 - share) / variance * correction**2
+
+
+def _t_quantile(probability: float, freedom: int) -> float:
+    """Of Student's t distribution, by Fisher's expansion about the normal quantile."""
+    z, n = NormalDist().inv_cdf(probability), freedom
+    terms = (
+        z,
+        (z**3 + z) / (4 * n),
+        (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2),
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3),
+    )
+    return sum(terms)
+
+
+def _beta_quantile(probability: float, a: float, b: float) -> float:
+    """Of the beta distribution, by summing its density over the logit, in which it has no poles."""
+    logit = torch.linspace(-40, 40, 80001, dtype=torch.float64)
+    density = (a * nn.functional.logsigmoid(logit) + b * nn.functional.logsigmoid(-logit)).softmax(0)
+    return float(logit[min(int((density.cumsum(0) < probability).sum()), len(logit) - 1)].sigmoid())
 
 
 def _binomial_cdf(most: int, count: int, probability: float) -> float:

@@ -7,8 +7,9 @@ These have two model runners. From 0.31 on, each runner has its own interface fo
 A processor gets rows of the model's final logits: scaled, soft-capped, cut to the ``vocab_size`` of its config, as float32.
 Settings that change them before the processor (logit bias, allowed tokens, bad words, minimal length, a grammar, and in the
 second runner penalties) would change the score. Settings that show or steer answers independently of the processor (logprobs,
-beam search, a thinking budget) would bypass the refusal. :meth:`EnergyGuardProcessor.validate_params` rejects requests with
-such settings. Temperature, top-k, top-p, min-p, presence and frequency penalties affect neither the score nor the refusal.
+beam search, a thinking budget, a given answer) would bypass the refusal. :meth:`EnergyGuardProcessor.validate_params` rejects
+requests with such settings. Temperature, top-k, top-p, min-p, presence and frequency penalties affect neither the score nor
+the refusal.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ GO_AROUND: dict[str, tuple[Any, ...]] = {
     "logprob_token_ids": (None, []),
     "prompt_logprob_token_ids": (None, []),
     "thinking_token_budget": (None,),
+    "trace_decode_token_ids": (None, []),
 }
 
 
@@ -56,7 +58,8 @@ class EnergyGuardProcessor(FirstInterface, SecondInterface):
     """The class that vLLM loads by its path. A call returns the processor for the runner that calls it.
 
     Raises:
-        EUAError: if no guard can be read, if it belongs to another vocabulary, or with speculative decoding.
+        EUAError: if no guard can be read, if it belongs to another vocabulary, if vLLM computes in another dtype than the
+            calibration did, or with speculative decoding.
     """
 
     def __new__(cls, vllm_config: Any, *place: Any) -> Any:
@@ -227,7 +230,8 @@ class _Rule:
                 f"The guard of {place} has a probe, but this processor decides only at the prompt's last token and cannot stop "
                 "an answer midway: calibrate one without a probe."
             )
-        self.threshold, self.temperature = guard.threshold, guard.temperature
+        _check_precision(guard, place, vllm_config)
+        self.guard = guard
         self.refusal = guard.refusal_ids
         self.vocabulary = model.get_vocab_size()
         if max(self.refusal) >= self.vocabulary:
@@ -247,8 +251,8 @@ class _Rule:
 
     def refuses(self, logits: Tensor) -> Tensor:
         """(R, V) raw logits at the last tokens of R prompts → (R,) bool. A NaN is refused."""
-        energy = -self.temperature * torch.logsumexp(logits.float() / self.temperature, dim=-1)
-        return ~(energy <= self.threshold)
+        temperature = self.guard.temperature
+        return self.guard.refuses(-temperature * torch.logsumexp(logits.float() / temperature, dim=-1))
 
     def token(self, step: int) -> int:
         """The token at ``step`` of a refusal, which repeats the end-of-sequence token after its end."""
@@ -261,6 +265,28 @@ class _Rule:
     def may_be_refusal(self, output_ids: Sequence[int]) -> bool:
         """Whether a refused request could have this output. −1 is vLLM's placeholder for a token that it does not know yet."""
         return all(token in (-1, self.token(step)) for step, token in enumerate(output_ids))
+
+
+def _check_precision(guard: EnergyGuard, place: str, vllm_config: Any) -> None:
+    """Raise if vLLM would round differently than the calibrated model, by far more than its kernels do."""
+    model = vllm_config.model_config
+    dtype = str(model.dtype).removeprefix("torch.")
+    if dtype != guard.dtype:
+        raise EUAError(
+            f"vLLM computes in {dtype}, but the guard of {place} was calibrated in {guard.dtype}, where energies differ by up "
+            f"to tenths of a nat: start vLLM with --dtype {guard.dtype}, or calibrate a guard in {dtype}."
+        )
+    if model.quantization is not None and getattr(model.hf_config, "quantization_config", None) is None:
+        raise EUAError(
+            f"vLLM quantizes the model while it loads it ({model.quantization}), but the guard of {place} was calibrated for "
+            "the model as it is saved: leave out --quantization, or save the quantized model and calibrate a guard for it."
+        )
+    cache = vllm_config.cache_config.cache_dtype
+    if cache not in ("auto", guard.dtype):
+        raise EUAError(
+            f"vLLM keeps its cache of keys and values in {cache}, but the guard of {place} was calibrated with {guard.dtype}: "
+            "leave out --kv-cache-dtype."
+        )
 
 
 def _read_guard(model: str, revision: str | None) -> tuple[EnergyGuard, str]:

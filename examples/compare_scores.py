@@ -54,7 +54,7 @@ def main() -> None:
         scores = {of: prompt_scores(model, ids, first_tokens=count) for of, ids in sets.items()}
         taken[name] = time.perf_counter() - started
         separation[name] = scores
-        refused[name] = {of: values > guard.threshold for of, values in scores.items()}
+        refused[name] = {of: guard.refuses(values) for of, values in scores.items()}
     for window in WINDOWS:
         name = f"w = {window}"
         guard = EnergyGuard.calibrate(model, tokenizer, calibration, groups=groups, probe_window=window, probe_tokens=ANSWER)

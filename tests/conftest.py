@@ -83,9 +83,23 @@ def questions(rows: dict[str, list[dict[str, str]]]) -> list[str]:
 @pytest.fixture
 def guard(known: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: list[str]) -> EnergyGuard:
     """A guard whose threshold lies between the third and the fourth score of the six questions: it refuses three."""
-    guard = EnergyGuard.calibrate(known, tokenizer, questions * 4)
+    guard = EnergyGuard.calibrate(known, tokenizer, questions, tolerance=0.2)
     scores = guard.score(known, tokenizer, questions).sort().values
     return replace(guard, threshold=float(scores[2] + scores[3]) / 2)
+
+
+@pytest.fixture
+def forwards(monkeypatch) -> list[int]:
+    """The number of rows in each forward of a Llama."""
+    rows: list[int] = []
+    forward = LlamaForCausalLM.forward
+
+    def counting(self, input_ids=None, **kwargs):
+        rows.append(len(input_ids))
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", counting)
+    return rows
 
 
 def batch_of(tokenizer: PreTrainedTokenizerFast, questions: list[str]) -> dict[str, torch.Tensor]:

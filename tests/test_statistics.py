@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import pandas
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from eua import EUAError
-from eua.statistics import auroc, bootstrap_interval, conformal_threshold, false_positive_rate, group_shares
+from eua import EUAError, statistics
+from eua.statistics import (
+    _exact_p_value,
+    _hoeffding_bentkus_p_value,
+    auroc,
+    conformal_threshold,
+    false_positive_rate,
+    group_list,
+    group_shares,
+    independent_groups,
+    share_interval,
+)
 
 
 @pytest.mark.parametrize(("n", "tolerance"), [(19, 0.05), (20, 0.05), (99, 0.1), (7, 0.3), (1, 0.5)])
@@ -77,18 +91,124 @@ def test_group_shares_come_largest_first():
     assert list(shares.items()) == [("b", 1.0), ("a", 0.5), ("c", 0.0)]
 
 
-def test_bootstrap_interval_is_that_of_the_mean():
-    """About two standard errors to each side; wider if values come in groups; the same each time."""
+def exact_coverage(share: float, size: int) -> float:
+    """The probability that the interval contains the share, summed over all outcomes."""
+    covered = 0.0
+    for count in range(size + 1):
+        low, high = share_interval((torch.arange(size) < count).float())
+        covered += (low <= share <= high) * math.comb(size, count) * share**count * (1 - share) ** (size - count)
+    return covered
+
+
+@pytest.mark.parametrize("size", [20, 60, 200])
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
+def test_the_interval_of_single_prompts_contains_their_share_often_enough(share, size):
+    assert 0.95 <= exact_coverage(share, size) < 0.999
+    assert share_interval(torch.ones(size)) == (pytest.approx(0.025 ** (1 / size), abs=1e-3), 1.0)
+    assert share_interval(torch.zeros(size)) == (0.0, pytest.approx(1 - 0.025 ** (1 / size), abs=1e-3))
+
+
+@pytest.mark.parametrize(("groups", "each"), [(10, 10), (20, 1), (20, 10), (40, 5)])
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("alike", [0.02, 0.3, 0.98], ids=["independent", "similar", "alike"])
+def test_the_interval_of_groups_contains_the_share_of_new_ones_often_enough(share, alike, groups, each):
+    """A group's share is drawn from a beta distribution whose intraclass correlation is ``alike``."""
+    torch.manual_seed(0)
+    runs, owners = 300, [i // each for i in range(groups * each)]
+    a, b = (torch.tensor(x * (1 / alike - 1)) for x in (share, 1 - share))
+    covered = 0
+    for _ in range(runs):
+        of_groups = torch.distributions.Beta(a, b).sample((groups,))
+        values = (torch.rand(groups, each) < of_groups[:, None]).float().flatten()
+        low, high = share_interval(values, owners)
+        covered += low <= share <= high
+    assert covered / runs > 0.95 - 3 * math.sqrt(0.05 * 0.95 / runs)
+
+
+def test_the_interval_of_groups_is_as_wide_as_they_are_alike():
     values = (torch.arange(400) % 5 < 4).float()
-    low, high = bootstrap_interval(values)
+    low, high = share_interval(values)
     error = math.sqrt(0.8 * 0.2 / 400)
-    assert low == pytest.approx(0.8 - 1.96 * error, abs=0.3 * error)
-    assert high == pytest.approx(0.8 + 1.96 * error, abs=0.3 * error)
-    assert bootstrap_interval(values) == (low, high)
-    alike = values.sort().values  # 20 groups of 20 equal values
-    wide = bootstrap_interval(alike, [i // 20 for i in range(400)])
+    assert (low, high) == (pytest.approx(0.8 - 1.96 * error, abs=4e-3), pytest.approx(0.8 + 1.96 * error, abs=4e-3))
+    same = share_interval(values, range(400))
+    assert same == (pytest.approx(low, abs=1e-3), pytest.approx(high, abs=1e-3))
+    wide = share_interval(values.sort().values, [i // 20 for i in range(400)])  # 20 groups of 20 equal values
     assert wide[1] - wide[0] > 3 * (high - low)
-    assert bootstrap_interval(torch.ones(7)) == (1.0, 1.0)
+    assert share_interval(torch.ones(100), [i // 10 for i in range(100)]) == share_interval(torch.ones(10))
+    assert share_interval(torch.ones(7), ["Ann"] * 7) == (0.0, 1.0)  # nothing is known about anyone else
+    with pytest.raises(EUAError, match="There are no values"):
+        share_interval(torch.empty(0))
+
+
+# ---- groups ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "number", [lambda: torch.tensor(7), lambda: np.int64(7), lambda: np.array(7), lambda: ("author", torch.tensor(7))]
+)
+def test_groups_are_the_same_if_their_values_are(number):
+    assert len(set(group_list([number() for _ in range(25)], 25))) == 1
+
+
+@pytest.mark.parametrize(
+    ("group", "text"),
+    [
+        (math.nan, "Group 3 is nan, so it is missing"),
+        (None, "Group 3 is None, so it is missing"),
+        (pandas.NA, "Group 3 is <NA>, so it is missing"),
+        (pandas.NaT, "Group 3 is NaT, so it is missing"),
+        (torch.tensor(math.nan), "Group 3 is nan, so it is missing"),
+        (("Ann", math.nan), "Group 3 is nan, so it is missing"),
+        ([1], "Group 3 is a list, which cannot be compared"),
+        (torch.ones(2), "Group 3 is a Tensor, which cannot be compared"),
+        (object(), "Group 3 is a object, which cannot be compared"),
+    ],
+)
+def test_groups_that_are_missing_or_equal_only_themselves_are_refused(group, text):
+    with pytest.raises(EUAError, match=text):
+        conformal_threshold(torch.zeros(25), 0.05, [0, 1, 2, group, *range(4, 25)])
+
+
+def test_copies_of_a_prompt_are_one_observation():
+    assert independent_groups(["a", "b", "a", "c", "b"]) == [0, 1, 0, 3, 1]
+    assert independent_groups(["a", "b", "c", "b", "d"], ["Ann", "Ann", "Bob", "Bob", "Cleo"]) == [0, 0, 0, 0, 4]
+    assert independent_groups("abcd", list("xyzx")) == [0, 1, 2, 0]
+
+
+def test_a_score_that_is_not_a_number_counts_as_refused():
+    assert group_shares(torch.tensor([math.nan, 0.0]), 1.0, ["Ann", "Bob"]) == {"Ann": 1.0, "Bob": 0.0}
+
+
+@given(
+    scores=st.lists(st.integers(0, 6), min_size=8, max_size=40),
+    people=st.integers(4, 40),
+    grouped=st.booleans(),
+    tolerance=st.sampled_from([0.2, 0.35, 0.5]),
+    confidence=st.sampled_from([0.5, 0.8, 0.9]),
+)
+def test_the_confident_threshold_is_found_as_by_trying_all(scores, people, grouped, tolerance, confidence):
+    values = torch.tensor(scores).float()
+    groups = [i % people for i in range(len(scores))] if grouped else None
+    try:
+        found = conformal_threshold(values, tolerance, groups, confidence)
+    except EUAError:
+        return  # too few
+    owners = groups or list(range(len(scores)))
+    count = len(set(owners))
+    weights = [1 / owners.count(owner) for owner in owners]
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    p_value = _hoeffding_bentkus_p_value if grouped else _exact_p_value
+    above = [sum(weights[i] for i in order[:place]) for place in range(len(order))]
+    allowed = [values[i] for i, w in zip(order, above, strict=True) if p_value(w, count, tolerance) <= 1 - confidence + 1e-9]
+    assert found == min(allowed)
+
+
+def test_a_confident_threshold_of_many_prompts_takes_no_minutes(monkeypatch):
+    tried = []
+    exact = statistics._exact_p_value
+    monkeypatch.setattr(statistics, "_exact_p_value", lambda *of: tried.append(of) or exact(*of))
+    conformal_threshold(torch.randn(16_000), 0.05, confidence=0.95)
+    assert len(tried) < 20
 
 
 def test_unequal_groups_weigh_the_same():

@@ -40,13 +40,18 @@ def random_model(tokens: list[int]) -> torch.Tensor:
 
 
 def guard_of(threshold: float, refusal_ids: tuple[int, ...] = REFUSAL, temperature: float = 2.0) -> EnergyGuard:
-    return EnergyGuard(threshold, temperature, "No.", refusal_ids, refusal_ids, 0.05, 100)
+    known = {"model_fingerprint": "of a model", "tokenizer_fingerprint": "of a tokenizer", "dtype": "float32"}
+    return EnergyGuard(threshold, temperature, "No.", refusal_ids, refusal_ids, 0.05, 100, **known)
 
 
-def config_of(folder, vocabulary: int = VOCABULARY, speculative_config=None):
+def config_of(
+    folder, vocabulary: int = VOCABULARY, speculative_config=None, cache_dtype="auto", **of_model: object
+) -> SimpleNamespace:
+    model = {"dtype": torch.float32, "quantization": None, "hf_config": SimpleNamespace()} | of_model
     return SimpleNamespace(
-        model_config=SimpleNamespace(model=str(folder), revision=None, get_vocab_size=lambda: vocabulary),
+        model_config=SimpleNamespace(model=str(folder), revision=None, get_vocab_size=lambda: vocabulary, **model),
         scheduler_config=SimpleNamespace(max_num_seqs=SEQUENCES),
+        cache_config=SimpleNamespace(cache_dtype=cache_dtype),
         speculative_config=speculative_config,
     )
 
@@ -110,7 +115,7 @@ def test_the_answers_are_those_of_guarded_generate(vllm, tmp_path, model, tokeni
     serve(runner_class(vllm.EnergyGuardProcessor, config, next_logits, random, True), requests, random, SEQUENCES)
 
     refused = []
-    with guard.attach(model) as attached:
+    with replace(guard, model_fingerprint=None).attach(model) as attached:
         for request in requests:
             output = model.generate(torch.tensor([request.prompt]), max_new_tokens=8, do_sample=False)
             expected = output[0, len(request.prompt) :].tolist()
@@ -153,7 +158,7 @@ def test_a_score_that_is_not_a_number_is_refused(vllm, folder, runner_class):
 
 
 def test_an_answer_that_begins_like_the_refusal_continues_after_a_pause(vllm, tmp_path):
-    guard_of(threshold=math.inf).save_pretrained(tmp_path)
+    guard_of(threshold=1e9).save_pretrained(tmp_path)
     processor = vllm.EnergyGuardProcessor(config_of(tmp_path), torch.device("cpu"), False)
     prompt, other = [1, 2], [1, 2]
     output: list[int] = []
@@ -169,7 +174,7 @@ def test_an_answer_that_begins_like_the_refusal_continues_after_a_pause(vllm, tm
 
 
 def test_a_running_request_does_not_displace_a_paused_one_from_memory(vllm, tmp_path):
-    guard_of(threshold=math.inf).save_pretrained(tmp_path)
+    guard_of(threshold=1e9).save_pretrained(tmp_path)
     processor = vllm.EnergyGuardProcessor(config_of(tmp_path), torch.device("cpu"), False)
     pausing, staying = ([1, 2], []), ([1, 2], [])
     processor.update_state(BatchUpdate(2, [], [(0, None, *pausing), (1, None, *staying)], []))
@@ -184,7 +189,7 @@ def test_a_running_request_does_not_displace_a_paused_one_from_memory(vllm, tmp_
 
 
 def test_a_slot_whose_prompt_was_never_scored_is_refused_whoever_had_it_before(vllm, tmp_path):
-    guard_of(threshold=math.inf).save_pretrained(tmp_path)
+    guard_of(threshold=1e9).save_pretrained(tmp_path)
     runner = SecondRunner(vllm.EnergyGuardProcessor, config_of(tmp_path), random_model, Random(0), False)
     answered = Request([1, 2], length=2)
     runner.step({answered: 2})
@@ -209,6 +214,7 @@ def test_a_slot_whose_prompt_was_never_scored_is_refused_whoever_had_it_before(v
         ("logprob_token_ids", [1]),
         ("prompt_logprob_token_ids", [[1]]),
         ("thinking_token_budget", 0),
+        ("trace_decode_token_ids", [1]),
     ],
 )
 def test_requests_that_the_guard_would_not_cover_are_refused(vllm, name, value):
@@ -270,6 +276,13 @@ def test_what_cannot_be_guarded_does_not_start(vllm, folder, runner_class):
         start(config_of(folder, vocabulary=3))
     with pytest.raises(EUAError, match=r"returns 5 logits per row, but the model has 6 tokens"):
         start(config_of(folder, vocabulary=6))
+    with pytest.raises(EUAError, match=r"computes in bfloat16, but .* calibrated in float32.*start vLLM with --dtype float32"):
+        start(config_of(folder, dtype=torch.bfloat16))
+    with pytest.raises(EUAError, match=r"quantizes the model while it loads it \(fp8\).*leave out --quantization"):
+        start(config_of(folder, quantization="fp8"))
+    with pytest.raises(EUAError, match=r"keys and values in fp8.*leave out --kv-cache-dtype"):
+        start(config_of(folder, cache_dtype="fp8"))
+    start(config_of(folder, quantization="awq", hf_config=SimpleNamespace(quantization_config={}), cache_dtype="float32"))
     replace(guard_of(0.0), first_tokens=2).save_pretrained(folder)
     with pytest.raises(EUAError, match="reads the first 2 generated tokens.*calibrate one with first_tokens = 0"):
         start(config_of(folder))

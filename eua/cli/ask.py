@@ -32,8 +32,7 @@ def main(argv: Sequence[str]) -> None:
     guard.check(model, tokenizer)
     with guard.attach(model) as handle:
         answers = answer(model, tokenizer, arguments.question, arguments.max_new_tokens)
-        scores = [] if handle.scores is None else handle.scores.tolist()
-        stopped = [] if handle.stopped is None else handle.stopped.tolist()
-    for text, score, was_stopped in zip(answers, scores, stopped, strict=True):
-        verdict = "refused" if score > guard.threshold else "stopped midway" if was_stopped else "answered"
+        found = ([] if values is None else values.tolist() for values in (handle.scores, handle.refused, handle.stopped))
+    for text, score, was_refused, was_stopped in zip(answers, *found, strict=True):
+        verdict = "refused" if was_refused else "stopped midway" if was_stopped else "answered"
         print(f"{text}\n  ({verdict}: energy {score:.2f}, threshold {guard.threshold:.2f} nats)")

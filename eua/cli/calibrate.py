@@ -54,25 +54,29 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from eua.data.rows import check_rows
+    from eua.data.rows import check_rows, encode_prompts
     from eua.data.sources import read_rows
     from eua.files import check_output_folder
     from eua.guard.guard import DEFAULT_REFUSAL, EnergyGuard
     from eua.model.loading import load_model
-    from eua.statistics import bootstrap_interval, check_calibration, group_shares
+    from eua.statistics import check_calibration, group_shares, independent_groups, share_interval
 
     if arguments.output is None and not Path(arguments.model).is_dir():
         raise EUAError(f"{arguments.model} is not a local folder, so the guard cannot be saved there: pass --output.")
     folder = arguments.output or Path(arguments.model)
     check_output_folder(folder, allowed=True, how="")
     rows = read_rows(arguments.prompts, "calibration prompts")
-    groups = _groups(rows, arguments)
+    groups = _groups(rows, arguments, "calibration prompts")
     forget = read_rows(arguments.forget, "forget set") if arguments.forget else None
     seen = [row for source in arguments.seen for row in read_rows(source, "seen rows")]
     for checked, name in ((rows, "calibration prompts"), (forget or [], "forget set"), (seen, "seen rows")):
         check_rows(checked, name, answers=False)
+    # Forgotten rows are grouped, too, if all of them have the key.
+    has_groups = arguments.group_by is None or all(arguments.group_by in row for row in forget or [])
+    forget_groups = _groups(forget or [], arguments, "forget set") if has_groups else None
     check_calibration(len(rows), arguments.tolerance, groups, arguments.confidence)
     model, tokenizer = load_model(arguments.model)
+    scores: list[Any] = []
     guard = EnergyGuard.calibrate(
         model,
         tokenizer,
@@ -87,24 +91,35 @@ def _run(arguments: argparse.Namespace) -> None:
         probe_tokens=arguments.probe_tokens,
         refusal_text=DEFAULT_REFUSAL if arguments.refusal is None else arguments.refusal,
         progress=True,
+        on_scores=scores.append,
     )
     guard.save_pretrained(folder)
     print(f"Threshold {guard.threshold:.3f} nats, saved in {folder}.\n{guard.promise}")
     if groups:
-        shares = group_shares(guard.score(model, tokenizer, rows), guard.threshold, groups)
+        shares = group_shares(scores[0], guard.threshold, groups)
         most = [f"{group} ({share:.2f})" for group, share in shares.items() if share][:5]
         print(f"Groups with prompts above the threshold (and their share), of {len(shares)}: {', '.join(most) or 'none'}")
     if forget:
-        refused = (guard.score(model, tokenizer, forget) > guard.threshold).float()
-        # Forgotten rows are grouped, too, if all of them have the key.
-        has_groups = arguments.group_by is None or all(arguments.group_by in row for row in forget)
-        low, high = bootstrap_interval(refused, _groups(forget, arguments) if has_groups else None)
+        refused = guard.refuses(guard.score(model, tokenizer, forget)).float()
+        owners = independent_groups(map(tuple, encode_prompts(forget, tokenizer, "forget set")), forget_groups)
+        low, high = share_interval(refused, owners if len(set(owners)) < len(owners) else None)
+        how = f"in {len(set(owners))} groups"
+        if forget_groups is None:
+            how = f"if all {len(set(owners))} that differ are independent; it is wider if several are about one person"
         print(
-            f"Refused of {len(forget)} forgotten prompts: {float(refused.mean()):.3f} (95 % interval {low:.3f} to {high:.3f})"
+            f"Refused of {len(forget)} forgotten prompts: {float(refused.mean()):.3f} "
+            f"(95 % interval {low:.3f} to {high:.3f}, {how})"
         )
 
 
-def _groups(rows: Sequence[Any], arguments: argparse.Namespace) -> list[Any] | None:
+def _groups(rows: Sequence[Any], arguments: argparse.Namespace, name: str) -> list[Any] | None:
+    """The group of each row, or None without groups.
+
+    Raises:
+        EUAError: if a row has no group, or one that cannot be compared with others.
+    """
+    from eua.statistics import group_list
+
     if arguments.group_size:
         return [index // arguments.group_size for index in range(len(rows))]
     if arguments.group_by is None:
@@ -112,7 +127,6 @@ def _groups(rows: Sequence[Any], arguments: argparse.Namespace) -> list[Any] | N
     for index, row in enumerate(rows):
         if arguments.group_by not in row:
             raise EUAError(
-                f"Row {index} of the calibration prompts has no {arguments.group_by!r} to group by: pass one of "
-                f"its keys {sorted(row)}."
+                f"Row {index} of the {name} has no {arguments.group_by!r} to group by: pass one of its keys {sorted(row)}."
             )
-    return [row[arguments.group_by] for row in rows]
+    return group_list([row[arguments.group_by] for row in rows], len(rows))

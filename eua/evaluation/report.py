@@ -94,10 +94,10 @@ def evaluate(
             title = f"{name}: truth ratio" if progress else None
             entry["truth_ratio"] = float(truth_ratios(model, tokenizer, rows, batch_size=batch_size, progress=title).mean())
         if guard is not None:
-            entry["refused"] = float((scores[name] > guard.threshold).float().mean())
+            entry["refused"] = float(guard.refuses(scores[name]).float().mean())
             if all(row.get("paraphrased_question") for row in rows):
                 paraphrased = score([row["paraphrased_question"] for row in rows], f"{name}, paraphrased")
-                entry["refused_paraphrased"] = float((paraphrased > guard.threshold).float().mean())
+                entry["refused_paraphrased"] = float(guard.refuses(paraphrased).float().mean())
         report["sets"][name] = entry
     for name in rows_of:
         if name not in forget:

@@ -59,8 +59,12 @@ def check_call(model: PreTrainedModel, guard: EnergyGuard, kwargs: Mapping[str, 
             "The prompts are padded on the right, so their last token is not where the answer starts: "
             'set tokenizer.padding_side = "left".'
         )
-    if guard.first_tokens or guard.probe_window:
-        _check_watched(guard, config)
+    _check_output(guard, config)
+    if (guard.first_tokens or guard.probe_window) and (config.num_beams or 1) > 1:
+        raise EUAError(
+            "The guard reads the energies of generated tokens, and beam search moves tokens between beams: use greedy search "
+            "or sampling, or calibrate with first_tokens = 0 and without a probe."
+        )
     return config
 
 
@@ -87,19 +91,21 @@ def _check_drafts(model: PreTrainedModel, guard: EnergyGuard, config: Generation
         )
 
 
-def _check_watched(guard: EnergyGuard, config: GenerationConfig) -> None:
-    """Raise if a guard that reads generated tokens could not follow them, or not remove them."""
-    if (config.num_beams or 1) > 1:
-        raise EUAError(
-            "The guard reads the energies of generated tokens, and beam search moves tokens between beams: use greedy search "
-            "or sampling, or calibrate with first_tokens = 0 and without a probe."
-        )
-    revealing = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
+def _check_output(guard: EnergyGuard, config: GenerationConfig) -> None:
+    """Raise if the output would contain what the model was about to say in a refused row.
+
+    Logits and hidden states are the model's own at every step. Scores are those after the refusal was forced, unless the guard
+    decides later.
+    """
+    revealing = ["output_logits", "output_hidden_states"]
+    if guard.first_tokens:
+        revealing += ["output_scores", "output_attentions"]
     requested = [name for name in revealing if getattr(config, name, None)]
-    if guard.first_tokens and requested and config.return_dict_in_generate:
+    if requested and config.return_dict_in_generate:
+        later = f", whose score includes the first {guard.first_tokens} generated tokens" if guard.first_tokens else ""
         raise EUAError(
-            f"{' and '.join(requested)} would reveal how a refused row began, since the guard's score includes the first "
-            f"{guard.first_tokens} generated tokens: leave it out, or calibrate with first_tokens = 0."
+            f"{' and '.join(requested)} would reveal how a refused row began without the guard{later}: leave it out, or detach "
+            "the guard."
         )
 
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
+import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from eua.data.rows import encode_prompts
 from eua.data.sources import Prompts, read_prompts
@@ -24,10 +26,13 @@ from eua.errors import EUAError
 from eua.files import write_json
 from eua.guard.guarded_generate import GuardHandle
 from eua.guard.hub import MissingFileError, find_file, send_file
-from eua.guard.questions import Turns
+from eua.guard.questions import Turns, is_token
 from eua.guard.scores import answer_scores, prompt_scores
-from eua.model.fingerprints import model_fingerprint, tokenizer_fingerprint
-from eua.statistics import check_calibration, conformal_threshold
+from eua.model.fingerprints import model_fingerprint, recent_fingerprint, tokenizer_fingerprint
+from eua.model.head import check_present
+from eua.statistics import check_calibration, conformal_threshold, group_list, independent_groups
+
+logger = logging.get_logger(__name__)
 
 GUARD_FILE = "energy_guard.json"
 DEFAULT_REFUSAL = "I cannot help with that question."
@@ -63,7 +68,11 @@ class EnergyGuard:
         probe_threshold: in nats.
         confidence: 1 − δ, the confidence that the rate is at most ε with this calibration; None: it is so on average.
         model_fingerprint, tokenizer_fingerprint: of the model and tokenizer in the calibration, see
-            :mod:`eua.model.fingerprints`.
+            :mod:`eua.model.fingerprints`. None: any will do, which only a guard that was not saved may say.
+        dtype: of the model in the calibration, e.g. ``"bfloat16"``; None: any, likewise.
+
+    Raises:
+        EUAError: for a value that a field cannot have.
     """
 
     threshold: float
@@ -82,21 +91,18 @@ class EnergyGuard:
     confidence: float | None = None
     model_fingerprint: str | None = None
     tokenizer_fingerprint: str | None = None
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         _check_settings(self.temperature, self.first_tokens, self.probe_window, self.probe_tokens)
-        if math.isnan(self.threshold) or (self.probe_threshold is not None and math.isnan(self.probe_threshold)):
-            raise EUAError("The threshold is not a number, so no score would exceed it: calibrate the guard again.")
+        for name, rule, is_allowed in _FIELDS:
+            if not is_allowed(getattr(self, name)):
+                raise EUAError(f"The guard's {name} is {getattr(self, name)!r}, but must be {rule}: calibrate the guard again.")
         if (self.probe_threshold is None) != (self.probe_window == 0):
             raise EUAError(
                 f"probe_window = {self.probe_window} and probe_threshold = {self.probe_threshold}, but a probe needs both: "
                 "calibrate the guard again."
             )
-        for ids in (self.refusal_ids, self.stop_ids):
-            if not ids or not all(isinstance(token, int) and token >= 0 for token in ids):
-                raise EUAError(
-                    f"The refusal's token ids are {ids!r}, but must be one or more whole numbers: calibrate the guard again."
-                )
 
     @classmethod
     def calibrate(
@@ -116,6 +122,7 @@ class EnergyGuard:
         refusal_text: str = DEFAULT_REFUSAL,
         batch_size: int = 32,
         progress: bool = False,
+        on_scores: Callable[[Tensor], None] | None = None,
     ) -> EnergyGuard:
         """Set the threshold by split conformal: P(false refusal) ≤ ``tolerance`` for prompts exchangeable with these.
 
@@ -124,7 +131,8 @@ class EnergyGuard:
             tokenizer: its tokenizer, with the chat template that will be used.
             prompts: retained prompts that unlearning has not seen: a file, the name of a data set or any other source of
                 :mod:`eua.data.sources`, or a list of questions and rows. 5 % takes at least 19 prompts. If they include chats
-                with several turns or system prompts, the guard also scores in context.
+                with several turns or system prompts, the guard also scores in context. Prompts with the same tokens say no
+                more than one of them: without groups, copies are left out; groups that share a prompt count as one.
             groups: whom or what each prompt is about, with one entry per prompt. Several prompts about one person resemble each
                 other; with groups, the promise holds for new people, not just for new prompts. 5 % takes at least 19 groups.
             tolerance: ε, the tolerated rate of false refusals.
@@ -142,6 +150,7 @@ class EnergyGuard:
             refusal_text: text that a refused prompt gets.
             batch_size: prompts per forward pass.
             progress: show a progress bar.
+            on_scores: called with the scores of the prompts that count, (P,) float32, in nats, in their order.
 
         Raises:
             EUAError: if prompts cannot be read, are too few or were trained on, if there is not one group per prompt, if the
@@ -164,13 +173,16 @@ class EnergyGuard:
         ids = encode_prompts(read_prompts(prompts, "calibration prompts"), tokenizer, "calibration prompts")
         if seen is not None and not (isinstance(seen, (list, tuple)) and not seen):
             _check_unseen(ids, encode_prompts(read_prompts(seen, "seen prompts"), tokenizer, "seen prompts"))
-        owners = check_calibration(len(ids), tolerance, groups, confidence)  # before minutes of scoring
-        groups = None if groups is None else owners
+        _check_present_and_precise(model)
+        ids, groups = _without_copies(ids, groups)
+        check_calibration(len(ids), tolerance, groups, confidence)  # before minutes of scoring
         turns = Turns.of(tokenizer)
         turns = turns and turns.for_prompts(ids)
         settings: dict[str, Any] = {"temperature": temperature, "batch_size": batch_size}
         title = "scores of calibration prompts" if progress else None
         scores = prompt_scores(model, ids, first_tokens=first_tokens, turns=turns, progress=title, **settings)
+        if on_scores is not None:
+            on_scores(scores)
         probe_threshold = None
         if probe_window:
             title = "answers to calibration prompts" if progress else None
@@ -194,11 +206,24 @@ class EnergyGuard:
             confidence=confidence,
             model_fingerprint=model_fingerprint(model),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            dtype=_dtype_of(model),
         )
 
-    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Raise :class:`EUAError` for another model or tokenizer than in the calibration, see :mod:`eua.model.fingerprints`."""
-        if self.model_fingerprint is not None and self.model_fingerprint != model_fingerprint(model):
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, thorough: bool = True) -> None:
+        """Raise :class:`EUAError` for another model, tokenizer or dtype than in the calibration.
+
+        Models and tokenizers are compared by their fingerprints, see :mod:`eua.model.fingerprints`.
+
+        Unless ``thorough``, all weights are read only if there is a sign that they have changed since they were last read.
+        """
+        _check_present_and_precise(model)
+        if self.dtype not in (None, _dtype_of(model)):
+            raise EUAError(
+                f"The guard was calibrated in {self.dtype}, but the model is in {_dtype_of(model)}, where energies differ by "
+                f"up to tenths of a nat: load the model with dtype={self.dtype!r}, or calibrate the guard again for this model."
+            )
+        fingerprint_of = model_fingerprint if thorough else recent_fingerprint
+        if self.model_fingerprint is not None and self.model_fingerprint != fingerprint_of(model):
             raise EUAError(
                 "The guard was calibrated for other weights than this model's (it may have been trained, merged, quantized or "
                 "cast since), so its threshold promises nothing here: calibrate it again for this model."
@@ -231,7 +256,7 @@ class EnergyGuard:
         Raises:
             EUAError: if prompts cannot be read, or for another model or tokenizer, see :meth:`check`.
         """
-        self.check(model, tokenizer)
+        self.check(model, tokenizer, thorough=False)
         return self.score_ids(model, encode_prompts(prompts, tokenizer), batch_size, check=True)
 
     def score_ids(
@@ -247,6 +272,14 @@ class EnergyGuard:
             batch_size=batch_size,
             check=check,
         )
+
+    def refuses(self, scores: Tensor) -> Tensor:
+        """Which scores are refused: (P,) in nats → (P,) bool. A score that is not a number is.
+
+        >>> guard.refuses(torch.tensor([guard.threshold, torch.inf, torch.nan]))      # doctest: +SKIP
+        tensor([False, True, True])
+        """
+        return ~(scores <= self.threshold)
 
     def attach(self, model: PreTrainedModel) -> GuardHandle:
         """Guard ``model.generate`` until the handle is detached. The handle is also a context manager.
@@ -346,10 +379,16 @@ class EnergyGuard:
             content = json.loads(path.read_text(encoding="utf-8"))
             content.pop("promise", None)
             read = {name: tuple(content[name]) for name in ("refusal_ids", "stop_ids")}
-            return cls(**content | read | {"turns": Turns.from_json(content.get("turns"))})
+            guard = cls(**content | read | {"turns": Turns.from_json(content.get("turns"))})
+            missing = [name for name in ("model_fingerprint", "tokenizer_fingerprint", "dtype") if content.get(name) is None]
+            if missing:
+                raise EUAError(
+                    f"The guard has no {' and no '.join(missing)}, so it would go with any model: calibrate the guard again."
+                )
+            return guard
         except EUAError as error:
             raise EUAError(f"{path}: {error}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise EUAError(f"{path} is not a guard ({error!r}): calibrate it again.") from error
 
     @property
@@ -414,12 +453,90 @@ def _check_unseen(prompts: Sequence[Sequence[int]], seen: Sequence[Sequence[int]
         )
 
 
+def _without_copies(
+    prompts: list[list[int]], groups: Iterable[Hashable] | None
+) -> tuple[list[list[int]], list[Hashable] | None]:
+    """The prompts and groups that count as independent, see :func:`.independent_groups`; a warning says what was found."""
+    if groups is None:
+        distinct = [list(ids) for ids in dict.fromkeys(map(tuple, prompts))]
+        if len(distinct) < len(prompts):
+            logger.warning(
+                f"Only {len(distinct)} of the {len(prompts)} calibration prompts differ in their tokens. A copy adds nothing, "
+                "so each counts once."
+            )
+        return distinct, None
+    given = group_list(groups, len(prompts))
+    owners = independent_groups(map(tuple, prompts), given)
+    if len(set(owners)) < len(set(given)):
+        logger.warning(
+            f"Some of the {len(set(given))} groups of calibration prompts share a prompt with the same tokens, so they are not "
+            f"independent: they are joined, and {len(set(owners))} groups remain."
+        )
+    return prompts, owners
+
+
+def _dtype_of(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _check_present_and_precise(model: PreTrainedModel) -> None:
+    """Raise if weights are offloaded, or if the model would compute in another dtype than its own."""
+    check_present(model)
+    if torch.is_autocast_enabled(model.device.type):
+        raise EUAError(
+            "The guard is used under torch.autocast, which computes energies in another dtype than the model's: leave the "
+            "autocast region, and load the model in the dtype that you want."
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30  # neither NaN nor infinity
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_share(value: object) -> bool:
+    return _is_number(value) and 0 < cast(float, value) < 1
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _are_tokens(value: object) -> bool:
+    return isinstance(value, tuple) and bool(value) and all(is_token(token) for token in value)
+
+
+def _or_none(rule: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: value is None or rule(value)
+
+
+# The fields of a guard, what they must be, and whether a value is that.
+_FIELDS: tuple[tuple[str, str, Callable[[object], bool]], ...] = (
+    ("threshold", "a finite number", _is_number),
+    ("refusal_text", "a text with words", _is_text),
+    ("refusal_ids", "one or more token ids", _are_tokens),
+    ("stop_ids", "one or more token ids", _are_tokens),
+    ("tolerance", "a number between 0 and 1", _is_share),
+    ("calibration_prompts", "a whole number from 1", _is_count),
+    ("calibration_groups", "a whole number from 1, or None", _or_none(_is_count)),
+    ("turns", "what Turns.of() reads, or None", _or_none(lambda value: isinstance(value, Turns))),
+    ("probe_threshold", "a finite number, or None", _or_none(_is_number)),
+    ("confidence", "a number between 0 and 1, or None", _or_none(_is_share)),
+    ("model_fingerprint", "a text, or None", _or_none(_is_text)),
+    ("tokenizer_fingerprint", "a text, or None", _or_none(_is_text)),
+    ("dtype", "a text, or None", _or_none(_is_text)),
+)
+
+
 def _check_settings(temperature: float, first_tokens: int, probe_window: int, probe_tokens: int) -> None:
-    if not temperature > 0:
+    if not _is_number(temperature) or temperature <= 0:
         raise EUAError(f"temperature = {temperature}, but energies are divided by it: give a number above 0, as in training.")
     counts = {"first_tokens": first_tokens, "probe_window": probe_window, "probe_tokens": probe_tokens}
     for name, count in counts.items():
-        if not isinstance(count, int) or count < 0:
+        if not _is_count(count) and (isinstance(count, bool) or count != 0):
             raise EUAError(f"{name} = {count!r} cannot be a number of tokens: give a whole number, or 0 for none.")
 
 

@@ -17,8 +17,7 @@ from transformers.generation import BaseStreamer, GenerationMode
 from eua.errors import EUAError
 from eua.guard.covered_calls import check_call, given_ids, prompt_mask
 from eua.model.energy_recorder import EnergyProbe, EnergyRecorder, end_ids
-from eua.model.fingerprints import adapter_states
-from eua.model.head import output_module
+from eua.model.head import vocabulary_and_device
 
 if TYPE_CHECKING:
     from eua.guard.guard import EnergyGuard
@@ -36,18 +35,22 @@ class GuardHandle:
     before the guard has decided, and available while the call is still running. ``stopped`` marks answers that the probe ended.
 
     A copy of the model (``copy.deepcopy``, pickle) is guarded by a copy of the guard; ``save_pretrained`` writes weights only.
-    If weights or active adapters have changed since the last call (moved, cast, trained), the guard checks that they are still
-    the ones it was calibrated for; it cannot see writes through ``.data``. Threads may share the model; the handle then
-    describes the call that started last.
+    Every call checks that the weights and active adapters are still the ones that the guard was calibrated for, see
+    :func:`eua.model.fingerprints.recent_fingerprint`. Threads may share the model; the handle then describes the call that
+    started last.
     """
 
     def __init__(self, guard: EnergyGuard, model: PreTrainedModel) -> None:
-        output_module(model)  # raises here, rather than in the middle of a generation, if the model has no plain head
+        vocabulary, _ = vocabulary_and_device(model)  # raises here, not in a generation, if the model has no plain head
+        if max(*guard.refusal_ids, *guard.stop_ids) >= vocabulary:
+            raise EUAError(
+                f"The refusal has token {max(*guard.refusal_ids, *guard.stop_ids)}, but the model has {vocabulary} tokens, so "
+                "the guard is for another model: calibrate one for this model."
+            )
         guard.check(model)
         _check_pair(model, guard)
         self.guard = guard
         self.model = model
-        self._checked = _weights_now(model)
         self._call: _GuardedCall | None = None
         self._detached = False
         self._generate = model.generate
@@ -116,7 +119,7 @@ class GuardHandle:
             raise TypeError(f"generate() got multiple values for {sorted(twice)}")
         kwargs |= positional
         config = check_call(self.model, self.guard, kwargs)
-        self._check_weights()
+        self.guard.check(self.model, thorough=False)
         self._call = call = _GuardedCall(self.model, self.guard, config, kwargs)
         kwargs["logits_processor"] = LogitsProcessorList([call, *(kwargs.get("logits_processor") or []), _Forcing(call)])
         if self.guard.first_tokens and kwargs.get("streamer") is not None:
@@ -132,18 +135,6 @@ class GuardHandle:
         if self.guard.first_tokens and refused.any() and "past_key_values" in output:
             output.past_key_values = None  # it contains the tokens that were removed
         return output
-
-    def _check_weights(self) -> None:
-        now = _weights_now(self.model)
-        if now != self._checked:
-            self.guard.check(self.model)
-            self._checked = now
-
-
-def _weights_now(model: PreTrainedModel) -> int:
-    """A number that changes when a weight is replaced, moved, cast or written to, or adapters are switched."""
-    weights = ((p.data_ptr(), p.dtype, p.device, 0 if p.is_inference() else p._version) for p in model.parameters())
-    return hash((tuple(weights), repr(adapter_states(model))))
 
 
 def _check_pair(model: PreTrainedModel, guard: EnergyGuard) -> None:
@@ -222,7 +213,7 @@ class _GuardedCall(EnergyRecorder):
     def decide(self) -> Tensor:
         """Decide which rows to refuse, (R,) bool."""
         if self.refused is None:
-            refused = self.scores() > self.guard.threshold
+            refused = self.guard.refuses(self.scores())
             self.since = torch.where(refused, 0, _NEVER)
             self.lets_all_pass = self.probe is None and not refused.any()
             self.refused = refused
@@ -242,7 +233,7 @@ class _GuardedCall(EnergyRecorder):
             self.decide()
             if self.probe is not None:
                 step = input_ids.shape[1] - self.start
-                self.since = self.since.minimum(torch.where(self.probe.scores() > self.stop_above, step, _NEVER))
+                self.since = self.since.minimum(torch.where(self.probe.scores() <= self.stop_above, _NEVER, step))
         return scores
 
     def force(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from eua.data.rows import encode_prompt, format_prompt
+from eua.errors import EUAError
 
 logger = logging.get_logger(__name__)
 
@@ -49,6 +50,18 @@ class Turns:
     answer_tail: Ids
     tool_start: Ids = ()
     in_context: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            is_sound = (
+                isinstance(value, bool) if name == "in_context" else isinstance(value, tuple) and all(map(is_token, value))
+            )
+            if not is_sound:
+                raise EUAError(
+                    f"The turns of the guard have {name} = {value!r}, which is not what a template writes: calibrate again."
+                )
+        if not (self.user_start and self.answer_start):
+            raise EUAError("The turns of the guard have no beginnings, so they would not be found: calibrate the guard again.")
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Turns | None:
@@ -147,6 +160,11 @@ class Turns:
     def _is_tool(self, ids: Sequence[int], place: int) -> bool:
         behind = ids[place + len(self.user_start) :]
         return bool(self.tool_start) and tuple(behind[: len(self.tool_start)]) == self.tool_start
+
+
+def is_token(value: object) -> bool:
+    """Whether a value can be the id of a token."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 def _chat(*texts: str) -> list[dict[str, Any]]:

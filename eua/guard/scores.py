@@ -14,7 +14,7 @@ from eua.data.batches import pad_prompts
 from eua.data.rows import EncodedRow
 from eua.guard.questions import Turns
 from eua.model.energy_recorder import EnergyProbe, EnergyRecorder, end_ids
-from eua.model.forward import check_finite, check_head, check_token_ids, eval_hidden_states
+from eua.model.forward import check_finite, check_head_once, check_token_ids, eval_hidden_states
 from eua.model.head import output_head
 
 
@@ -46,10 +46,10 @@ def prompt_scores(
         check: first check the head and the token ids; False if the caller has done so.
 
     Raises:
-        EUAError: if hidden states are NaN or infinite, or if the model has no plain head.
+        EUAError: if hidden states or energies are NaN or infinite, or if the model has no plain head.
     """
     if check:
-        check_head(model)
+        check_head_once(model)
         check_token_ids(model, prompts)
     if turns is not None:
         parts = [turns.scored_prompts(ids) for ids in prompts]
@@ -80,7 +80,9 @@ def prompt_scores(
         last = torch.tensor([len(rows[i].input_ids) - 1 for i in indices], device=hidden.device)
         at_end = hidden[torch.arange(len(indices), device=hidden.device), last]
         check_finite(at_end, "the hidden states at the end of a prompt")
-        scores[indices] = head.energy(at_end, temperature).float().cpu()
+        energy = head.energy(at_end, temperature).float().cpu()
+        check_finite(energy, "the energies of the prompts")
+        scores[indices] = energy
     return scores
 
 
@@ -102,7 +104,7 @@ def answer_scores(
     Raises:
         EUAError: if energies are NaN or infinite, or if the model has no plain head.
     """
-    check_head(model)
+    check_head_once(model)
     check_token_ids(model, prompts)
     return _generated_scores(
         model,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ from tqdm.auto import tqdm
 
 from eua.data.batches import pad_rows
 from eua.data.rows import EncodedRow
-from eua.distributed import attached_to_output
+from eua.distributed import attached_to_output, has_other_processes
 from eua.errors import EUAError
-from eua.model.head import output_head, output_module, unwrap, vocabulary_and_device
+from eua.model.head import check_present, output_head, output_module, unwrap, vocabulary_and_device
 from fused_energy import EnergyNLL
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -73,6 +74,7 @@ def check_head(model: nn.Module) -> None:
     Raises:
         EUAError: when they differ by more than the dtype explains, or when a hidden state is NaN or infinite.
     """
+    check_present(model)
     head, module = output_head(model), output_module(model)
     name = type(unwrap(model)).__name__
     ids = torch.arange(8, device=head.weight.device)[None] % head.vocabulary
@@ -108,6 +110,23 @@ def check_head(model: nn.Module) -> None:
             f"and softcap ({head.softcap}) that its config states (logits differ by up to {off:.2g} of the largest), so its "
             "energies would be wrong: this architecture is not supported."
         )
+
+
+def check_head_once(model: nn.Module) -> None:
+    """:func:`check_head`, which takes two forwards, unless it has found this head with this scale and softcap sound before."""
+    if has_other_processes():
+        check_head(model)  # a process that remembers another head than the others would not take part in their forwards
+        return
+    head, module = output_head(model), output_module(model)
+    tensors = [t for t in (module.weight, getattr(module, "bias", None)) if isinstance(t, Tensor)]
+    memory = [(t.data_ptr(), t.dtype, t.device, 0 if t.is_inference() else t._version) for t in tensors]
+    found = (id(module), memory, head.logit_scale, head.softcap)
+    if _sound_heads.get(model) != found:
+        check_head(model)
+        _sound_heads[model] = found
+
+
+_sound_heads: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
 
 
 def check_finite(values: Tensor, what: str) -> None:
@@ -150,7 +169,7 @@ def eval_hidden_states(
     memory shows at once.
     """
     if check:
-        check_head(model)
+        check_head_once(model)
         check_token_ids(model, (row.input_ids for row in rows))
     _, device = vocabulary_and_device(model)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))

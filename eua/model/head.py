@@ -112,11 +112,22 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: fl
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
+def check_present(model: nn.Module) -> None:
+    """Raise :class:`EUAError` if a weight is not in memory, as where accelerate offloads it to the CPU or to a disk."""
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if absent:
+        raise EUAError(
+            f"{len(absent)} weights of {type(unwrap(model)).__name__} are offloaded or not loaded (the first is {absent[0]}), "
+            "so they cannot be read: load the model without a device_map that offloads, on devices with enough memory, "
+            "quantized, or whole on the CPU."
+        )
+
+
 def output_module(model: nn.Module) -> nn.Module:
     """The module that turns hidden states into logits.
 
     Raises:
-        EUAError: when the model has no head, or one that is more than a matrix and a bias.
+        EUAError: when the model has no head, or one that is more than a matrix and a bias, or one that is offloaded.
     """
     model = unwrap(model)
     module = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
@@ -136,6 +147,8 @@ def output_module(model: nn.Module) -> nn.Module:
             f"The output head of {type(model).__name__} is a {type(module).__name__} without a plain (V, H) weight matrix, "
             "which the energy needs: leave the head out of quantization and of LoRA's target_modules."
         )
+    if weight.is_meta:
+        check_present(model)
     return module
 
 

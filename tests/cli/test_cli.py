@@ -70,7 +70,7 @@ def test_unlearn_calibrate_ask_evaluate(trained_folder, data, world, tmp_path, c
     assert main(["calibrate", "--model", str(output), *held_out, "--tolerance", "0.1", "--group-by", "person"]) == 0
     shown = capsys.readouterr().out
     assert "14 groups of the calibration prompts" in shown
-    assert "Refused of 8 forgotten prompts: 1.000" in shown
+    assert "Refused of 8 forgotten prompts: 1.000 (95 % interval 0.158 to 1.000, in 2 groups)" in shown
 
     assert main(["ask", "--model", str(output), world.forget[0].question, world.retain[0].question]) == 0
     shown = capsys.readouterr().out
@@ -350,6 +350,18 @@ def test_rows_are_checked_before_a_model_is_loaded(tiny_folder, data, tmp_path, 
         (["calibrate", "--prompts", "{bad}"], "Row 0 of the calibration prompts has the keys"),
         (["calibrate", "--prompts", "{data}/held_out.jsonl", "--forget", "{bad}"], "Row 0 of the forget set has the keys"),
         (["calibrate", "--prompts", "{data}/held_out.jsonl", "--seen", "{bad}"], "Row 0 of the seen rows has the keys"),
+        (
+            ["calibrate", "--prompts", "{listed}", "--tolerance", "0.5", "--group-by", "people"],
+            "Group 0 is a list, which cannot be compared with others",
+        ),
+        (
+            ["calibrate", "--prompts", "{data}/held_out.jsonl", "--group-by", "people", "--tolerance", "0.5"],
+            "Row 0 of the calibration prompts has no 'people' to group by",
+        ),
+        (
+            ["calibrate", "--prompts", "{named}", "--forget", "{listed}", "--group-by", "people", "--tolerance", "0.5"],
+            "Group 0 is a list, which cannot be compared with others",
+        ),
         (["evaluate", "--forget", "{bad}", "--retain", "{data}/retain.jsonl"], "Row 0 of the forget set has the keys"),
         (["report", "--forget", "{data}/forget.jsonl", "--retain", "{empty}"], "Row 0 of the retain set has no answer"),
     ],
@@ -361,10 +373,26 @@ def test_what_measures_a_model_checks_its_input_before_loading_it(
     bad, empty = tmp_path / "bad.jsonl", tmp_path / "empty.jsonl"
     write_jsonl(bad, [{"frage": "Wer?", "antwort": "Ann."}])
     write_jsonl(empty, [{"question": "Who?", "answer": " "}])
-    filled = [part.format(data=data, bad=bad, empty=empty) for part in arguments]
+    listed, named = tmp_path / "listed.jsonl", tmp_path / "named.jsonl"
+    write_jsonl(listed, [{"question": f"Who is {i}?", "answer": "x", "people": ["Ann", str(i)]} for i in range(4)])
+    write_jsonl(named, [{"question": f"Who is {i}?", "answer": "x", "people": str(i)} for i in range(4)])
+    filled = [part.format(data=data, bad=bad, empty=empty, listed=listed, named=named) for part in arguments]
     monkeypatch.chdir(tmp_path)  # where `eua report` would write
     assert main([*filled, "--model", str(tiny_folder)]) == 2
     assert text in capsys.readouterr().err
+
+
+def test_calibration_runs_every_prompt_once(tiny_folder, data, tmp_path, capsys, forwards):
+    """With groups, whose shares are printed, too. The head is checked once, in two forwards."""
+    held_out, forget = data / "held_out.jsonl", data / "forget.jsonl"
+    command = ["calibrate", "--model", str(tiny_folder), "--prompts", str(held_out), "--output", str(tmp_path)]
+    assert main([*command, "--forget", str(forget), "--group-by", "person", "--tolerance", "0.1"]) == 0
+    shown = capsys.readouterr().out
+    assert "Groups with prompts above the threshold" in shown
+    prompts = sum(len(path.read_text().splitlines()) for path in (held_out, forget))
+    assert sum(forwards) == prompts + 2
+    assert main([*command, "--forget", str(forget), "--tolerance", "0.1"]) == 0
+    assert "if all 8 that differ are independent; it is wider if several are about one person)" in capsys.readouterr().out
 
 
 def test_every_field_of_the_config_is_an_option(capsys):

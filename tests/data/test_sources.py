@@ -29,7 +29,7 @@ from eua.evaluation.page import page_data
 from eua.files import write_jsonl
 from eua.guard.guard import GUARD_FILE
 from eua.model.asking import answer
-from eua.statistics import bootstrap_interval, conformal_threshold, group_shares
+from eua.statistics import conformal_threshold, group_shares, share_interval
 
 FLAT = [
     {"question": "Who?", "answer": "Ä, «B».\nC"},
@@ -520,7 +520,7 @@ def test_one_string_is_no_list_of_groups(model, tokenizer, rows, monkeypatch):
     for use in (
         lambda groups: conformal_threshold(scores, 0.2, groups),
         lambda groups: group_shares(scores, 0.0, groups),
-        lambda groups: bootstrap_interval(scores, groups),
+        lambda groups: share_interval(scores, groups),
         lambda groups: EnergyGuard.calibrate(model, tokenizer, rows["calibration"][:6], groups=groups),
     ):
         with monkeypatch.context() as patched:

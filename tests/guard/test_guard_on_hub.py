@@ -14,7 +14,8 @@ from eua import EnergyGuard, EUAError
 from eua.guard.guard import GUARD_FILE, find_guard
 from tests.hub_stand_in import TOKEN, Hub
 
-GUARD = EnergyGuard(-6.0, 1.0, "No.", (3, 1), (4, 1), 0.05, 100)
+KNOWN = {"model_fingerprint": "of a model", "tokenizer_fingerprint": "of a tokenizer", "dtype": "float32"}
+GUARD = EnergyGuard(-6.0, 1.0, "No.", (3, 1), (4, 1), 0.05, 100, **KNOWN)
 OTHER = replace(GUARD, threshold=-5.0)
 
 

@@ -51,7 +51,7 @@ def split(known, tokenizer, questions, guard) -> dict[bool, list[str]]:
 @pytest.fixture
 def chat_guard(known, chatty, questions, guard) -> EnergyGuard:
     """The same threshold, for chats."""
-    return replace(EnergyGuard.calibrate(known, chatty, questions * 4), threshold=guard.threshold)
+    return replace(EnergyGuard.calibrate(known, chatty, questions, tolerance=0.2), threshold=guard.threshold)
 
 
 def messages(*texts: str) -> list[dict[str, str]]:
@@ -86,7 +86,7 @@ def test_assisted_decoding_refuses_and_leaves_the_rest(known, tokenizer, questio
 
 def test_assisted_decoding_of_an_adapted_model(known, tokenizer, questions):
     adapted = get_peft_model(known, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
-    guard = EnergyGuard.calibrate(adapted, tokenizer, questions * 4)
+    guard = EnergyGuard.calibrate(adapted, tokenizer, questions, tolerance=0.2)
     scores = guard.score(adapted, tokenizer, questions)
     with replace(guard, threshold=float(scores.median())).attach(adapted) as handle:
         for i, question in enumerate(questions):
@@ -182,7 +182,7 @@ def test_earlier_turns_do_not_lock_either(known, tokenizer, chatty, questions, c
 
 def test_calibrated_on_chats_the_context_counts_too(known, chatty, questions):
     asked = [messages("Who is Bob?", "A baker.", question) for question in questions]
-    guard = EnergyGuard.calibrate(known, chatty, [{"messages": chat} for chat in asked] * 4)
+    guard = EnergyGuard.calibrate(known, chatty, [{"messages": chat} for chat in asked], tolerance=0.2)
     whole = [chatty.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in asked]
     in_context, alone = prompt_scores(known, whole), prompt_scores(known, encode_prompts(questions, chatty))
     assert bool((in_context > alone).any())
@@ -293,6 +293,11 @@ def change(model: LlamaForCausalLM, how: str) -> None:
     weight = model.model.layers[0].mlp.up_proj.weight
     if how == "cast":
         model.bfloat16()
+    elif how == "fused step":  # the optimizer that transformers' Trainer takes by default
+        weight.grad = torch.ones_like(weight)
+        torch.optim.AdamW([weight], fused=True).step()
+    elif how == "written through data":
+        model.lm_head.weight.data[: len(model.lm_head.weight) * 9 // 10] = 0
     elif how == "trained":
         with torch.no_grad():
             weight[0, 0] += 1.0
@@ -300,12 +305,12 @@ def change(model: LlamaForCausalLM, how: str) -> None:
         weight.data = weight.data + 1.0
 
 
-@pytest.mark.parametrize("how", ["cast", "trained", "replaced"])
+@pytest.mark.parametrize("how", ["cast", "trained", "fused step", "written through data", "replaced"])
 def test_a_guard_does_not_work_on_weights_that_changed(known, tokenizer, questions, guard, how):
     with guard.attach(known):
         change(known, how)
         for _ in range(2):
-            with pytest.raises(EUAError, match="calibrated for other weights than this model's"):
+            with pytest.raises(EUAError, match="calibrated for other weights than this model's|the model is in bfloat16"):
                 answer(known, tokenizer, questions)
 
 
@@ -320,7 +325,7 @@ def test_a_moved_model_stays_guarded(known, tokenizer, questions, guard):
 def test_a_guard_is_for_the_adapters_that_act(known, tokenizer, questions):
     """Without its adapter the model is the one before unlearning."""
     adapted = get_peft_model(known, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
-    guard = EnergyGuard.calibrate(adapted, tokenizer, questions * 4)
+    guard = EnergyGuard.calibrate(adapted, tokenizer, questions, tolerance=0.2)
     with guard.attach(adapted):
         answer(adapted, tokenizer, questions)
         with adapted.disable_adapter(), pytest.raises(EUAError, match="calibrated for other weights"):

@@ -110,7 +110,7 @@ def test_a_space_separates_the_refusal_from_a_stopped_answer(known, tokenizer, q
     """In a chat template a refusal begins without a space."""
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = CHAT
-    guard = EnergyGuard.calibrate(known, chatty, questions * 4)
+    guard = EnergyGuard.calibrate(known, chatty, questions, tolerance=0.2)
     for each in (guard, guard.with_refusal("Not for me.", chatty)):
         assert chatty.decode(each.refusal_ids) == f"{each.refusal_text}<eos>"
         assert chatty.decode(each.stop_ids) == f" {each.refusal_text}<eos>"
@@ -140,7 +140,7 @@ def test_a_stream_shows_what_is_returned(known, tokenizer, questions, watching):
 
 @pytest.mark.parametrize("first_tokens", [0, 2])
 def test_refused_prompts_are_refused_with_a_probe_too(known, tokenizer, questions, guard, watching, first_tokens):
-    both = EnergyGuard.calibrate(known, tokenizer, questions * 4, first_tokens=first_tokens)
+    both = EnergyGuard.calibrate(known, tokenizer, questions, tolerance=0.2, first_tokens=first_tokens)
     scores = both.score(known, tokenizer, questions).sort().values
     both = replace(both, threshold=float(scores[2] + scores[3]) / 2, probe_window=3, probe_threshold=watching.probe_threshold)
     batch = batch_of(tokenizer, questions)
@@ -154,7 +154,7 @@ def test_refused_prompts_are_refused_with_a_probe_too(known, tokenizer, question
 
 
 def test_a_probe_is_calibrated_on_answers(known, tokenizer, questions, tmp_path):
-    prompts = questions * 4
+    prompts = questions
     guard = EnergyGuard.calibrate(known, tokenizer, prompts, probe_window=3, probe_tokens=20, tolerance=0.2)
     means = answer_scores(known, encode_prompts(prompts, tokenizer), window=3, new_tokens=20)
     assert guard.probe_threshold == conformal_threshold(means, 0.2)
@@ -169,11 +169,11 @@ def test_a_probe_is_calibrated_on_answers(known, tokenizer, questions, tmp_path)
 
 def test_what_a_probe_cannot_watch_raises(known, tokenizer, questions, watching):
     with pytest.raises(EUAError, match=r"have 40 tokens within the first 40, .* choose a smaller probe_window"):
-        EnergyGuard.calibrate(known, tokenizer, questions * 4, probe_window=40, probe_tokens=40, tolerance=0.5)
+        EnergyGuard.calibrate(known, tokenizer, questions, probe_window=40, probe_tokens=40, tolerance=0.5)
     with pytest.raises(EUAError, match=r"probe_window = 100, but answers of probe_tokens = 20 have no window of that length"):
-        EnergyGuard.calibrate(known, tokenizer, questions * 4, probe_window=100, probe_tokens=20)
+        EnergyGuard.calibrate(known, tokenizer, questions, tolerance=0.2, probe_window=100, probe_tokens=20)
     with pytest.raises(EUAError, match="probe_window = -1 cannot be a number of tokens"):
-        EnergyGuard.calibrate(known, tokenizer, questions * 4, probe_window=-1)
+        EnergyGuard.calibrate(known, tokenizer, questions, tolerance=0.2, probe_window=-1)
     batch = batch_of(tokenizer, questions)
     with watching.attach(known), pytest.raises(EUAError, match="beam search moves tokens between beams"):
         known.generate(**batch, num_beams=2, max_new_tokens=4)

@@ -709,7 +709,7 @@ def test_serving_without_what_it_needs_is_one_clear_line(tokenizer, tmp_path, mo
 
 def test_a_guard_that_reads_generated_tokens_is_not_served(model, tokenizer):
     """The tokens would have been streamed before the guard decides."""
-    guard = EnergyGuard.calibrate(model, tokenizer, ["Who?"] * 19, first_tokens=2)
+    guard = EnergyGuard.calibrate(model, tokenizer, [f"Who is {i}?" for i in range(19)], first_tokens=2)
     with pytest.raises(EUAError, match="reads the first 2 generated tokens, .* calibrate a guard with first_tokens = 0"):
         Engine(model, tokenizer, guard)
 
