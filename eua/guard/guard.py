@@ -18,7 +18,7 @@ from huggingface_hub import CommitInfo
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eua.data.rows import encode_prompts
+from eua.data.rows import encode_answer, encode_prompts
 from eua.data.sources import Prompts, read_prompts
 from eua.errors import EUAError
 from eua.files import write_json
@@ -349,7 +349,7 @@ class EnergyGuard:
             return cls(**content | read | {"turns": Turns.from_json(content.get("turns"))})
         except EUAError as error:
             raise EUAError(f"{path}: {error}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise EUAError(f"{path} is not a guard ({error!r}): calibrate it again.") from error
 
     @property
@@ -435,8 +435,7 @@ def _refusal_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[i
     """Token ids of the refusal as an answer, and as the continuation of one, each with the end-of-sequence token at the end."""
     if tokenizer.eos_token_id is None:
         raise EUAError("The tokenizer has no end-of-sequence token, so a refusal could not end: set tokenizer.eos_token.")
-    plain, spaced = (tokenizer(start + text, add_special_tokens=False)["input_ids"] for start in ("", " "))
-    ids = plain if tokenizer.chat_template is not None else spaced
-    if not text.strip() or not ids:
+    ids, rest = encode_answer(text, tokenizer), encode_answer(text, tokenizer, begun="Well")
+    if not text.strip() or len(ids) < 2:
         raise EUAError(f"The refusal text {text!r} has no tokens: give it some words.")
-    return (*ids, tokenizer.eos_token_id), (*spaced, tokenizer.eos_token_id)
+    return tuple(ids), tuple(rest)

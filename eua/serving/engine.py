@@ -96,7 +96,7 @@ class Engine:
         """Token ids of the prompt of a chat that ends with the user's message, and the limit for its answer.
 
         Raises:
-            EUAError: if the tokenizer's template rejects the chat, or if it is too long.
+            RequestError: if the tokenizer's template rejects the chat, or if it is too long.
         """
         chat = self.tokenizer.chat_template is not None
         if not chat and len(messages) > 1:
@@ -108,15 +108,9 @@ class Engine:
         row = {"prompt": messages} if chat else messages[0]["content"]
         try:
             with self._encoding:
-                (ids,) = encode_prompts([row], self.tokenizer)
-        except EUAError:
-            raise
-        except Exception as error:  # a template may raise anything, and tokenizers fail at half a surrogate pair
-            raise RequestError(
-                f"The messages cannot be turned into a prompt for this model ({type(error).__name__}): check the order of "
-                "roles, and that the text is valid Unicode.",
-                field="messages",
-            ) from None
+                (ids,) = encode_prompts([row], self.tokenizer, "request")
+        except EUAError as error:  # of the tokenizer's template, or because of half a surrogate pair
+            raise RequestError(str(error), field="messages") from error
         check_token_ids(self.model, [ids])
         return ids, self._answer_length(len(ids), max_tokens)
 
