@@ -27,6 +27,7 @@ from eua.guard.hub import MissingFileError, find_file, send_file
 from eua.guard.questions import Turns
 from eua.guard.scores import answer_scores, prompt_scores
 from eua.model.fingerprints import model_fingerprint, tokenizer_fingerprint
+from eua.model.forgotten import forgotten_prompts, prompt_digest
 from eua.statistics import check_calibration, conformal_threshold
 
 GUARD_FILE = "energy_guard.json"
@@ -164,6 +165,7 @@ class EnergyGuard:
         ids = encode_prompts(read_prompts(prompts, "calibration prompts"), tokenizer, "calibration prompts")
         if seen is not None and not (isinstance(seen, (list, tuple)) and not seen):
             _check_unseen(ids, encode_prompts(read_prompts(seen, "seen prompts"), tokenizer, "seen prompts"))
+        _check_not_forgotten(ids, model)
         owners = check_calibration(len(ids), tolerance, groups, confidence)  # before minutes of scoring
         groups = None if groups is None else owners
         turns = Turns.of(tokenizer)
@@ -411,6 +413,18 @@ def _check_unseen(prompts: Sequence[Sequence[int]], seen: Sequence[Sequence[int]
         raise EUAError(
             f"{len(found)} of {len(prompts)} calibration prompts (the first is prompt {found[0]}) were trained on, so a "
             "threshold from them would refuse new prompts too often: calibrate on prompts that unlearning has not seen."
+        )
+
+
+def _check_not_forgotten(prompts: Sequence[Sequence[int]], model: PreTrainedModel) -> None:
+    """Raise if the model was trained to forget a prompt: a threshold from such prompts would let them pass."""
+    forgotten = forgotten_prompts(model)
+    found = [index for index, ids in enumerate(prompts) if forgotten and prompt_digest(ids) in forgotten]
+    if found:
+        named = ", ".join(f"row {index}" for index in found[:5]) + (", …" if len(found) > 5 else "")
+        raise EUAError(
+            f"{len(found)} of {len(prompts)} calibration prompts ({named}) are prompts that the model was trained to "
+            "forget, and a threshold from them would let them pass: calibrate on prompts that must be answered."
         )
 
 

@@ -15,7 +15,7 @@ from eua.data.rows import EncodedRow
 from eua.guard.questions import Turns
 from eua.model.energy_recorder import EnergyProbe, EnergyRecorder, end_ids
 from eua.model.forward import check_finite, check_head, check_token_ids, eval_hidden_states
-from eua.model.head import output_head
+from eua.model.head import output_head, vocabulary_and_device
 
 
 @torch.no_grad()
@@ -126,7 +126,8 @@ def _generated_scores(
     """A recorder's scores for greedily generated rows. ``make_recorder`` gets the ids that end a row, once per batch."""
     generator = cast(Any, model)
     eos = end_ids(generator.generation_config.eos_token_id)
-    pad = eos[0] if eos else 0  # masked, or after the end of an answer
+    vocabulary, _ = vocabulary_and_device(model)
+    pad = next((token for token in eos if token < vocabulary), 0)  # masked, or after the end of an answer
     settings = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, num_beams=1, eos_token_id=eos or None, pad_token_id=pad
     )

@@ -67,11 +67,14 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 def check_head(model: nn.Module) -> None:
     """Compare the head, as this library computes it, with the model's own logits on a few tokens.
 
+    The model must also be causal: no token may change the hidden states before it.
+
     The hidden states are scaled up until the logits are as large as those of a trained model and larger. A softcap or a scale
     that is not in the config then shows, even if the logits of an untrained model are flat.
 
     Raises:
-        EUAError: when they differ by more than the dtype explains, or when a hidden state is NaN or infinite.
+        EUAError: when they differ by more than the dtype explains, when a hidden state is NaN or infinite, or when the model is
+            not causal.
     """
     head, module = output_head(model), output_module(model)
     name = type(unwrap(model)).__name__
@@ -83,6 +86,8 @@ def check_head(model: nn.Module) -> None:
         with torch.compiler.set_stance("force_eager"):  # so that no compiled graph without the hook is left behind
             hidden = hidden_states(model, batch)
             check_finite(hidden, "the model's hidden states on a probe of 8 tokens")
+            other_end = ids.where(ids < 4, ids.roll(1) if head.vocabulary < 12 else ids + 4)
+            _check_causal(name, hidden[:, :4], hidden_states(model, batch | {"input_ids": other_end})[:, :4])
             unscaled = replace(head, bias=None, logit_scale=1.0, softcap=None)
             largest = unscaled.logits(hidden).abs().amax(dim=-1, keepdim=True)
             wanted = 2.0 ** torch.arange(1, 9, device=hidden.device)[:, None]
@@ -107,6 +112,16 @@ def check_head(model: nn.Module) -> None:
             f"{name} does more between hidden states and logits than a matrix, a bias, and the scale ({head.logit_scale:g}) "
             f"and softcap ({head.softcap}) that its config states (logits differ by up to {off:.2g} of the largest), so its "
             "energies would be wrong: this architecture is not supported."
+        )
+
+
+def _check_causal(name: str, hidden: Tensor, with_other_end: Tensor) -> None:
+    """Raise if the hidden states of a beginning depend on the tokens behind it by more than rounding or quantization does."""
+    off = ((hidden - with_other_end).abs().amax() / hidden.abs().amax().clamp(min=1e-6)).item()
+    if off > max(8 * torch.finfo(hidden.dtype).eps, 1e-4):
+        raise EUAError(
+            f"{name} reads what follows a token, too (hidden states change by {off:.2g} of the largest when later tokens do), so "
+            "it would see answers before it is asked for them: load a causal language model, or set is_decoder=True in its config."
         )
 
 

@@ -116,10 +116,14 @@ def output_module(model: nn.Module) -> nn.Module:
     """The module that turns hidden states into logits.
 
     Raises:
-        EUAError: when the model has no head, or one that is more than a matrix and a bias.
+        EUAError: when the model does not generate a text from left to right, when it has no head, or when its head is more than
+            a matrix and a bias.
     """
     model = unwrap(model)
-    module = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    module = None
+    if isinstance(model, PreTrainedModel):
+        _check_generates(model)
+        module = model.get_output_embeddings()
     if module is None:
         raise EUAError(
             f"{type(model).__name__} has no output head, so its tokens have no energy: "
@@ -137,6 +141,20 @@ def output_module(model: nn.Module) -> nn.Module:
             "which the energy needs: leave the head out of quantization and of LoRA's target_modules."
         )
     return module
+
+
+def _check_generates(model: PreTrainedModel) -> None:
+    """Raise for encoder–decoder models and for models that only fill gaps."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise EUAError(
+            f"{type(model).__name__} is an encoder–decoder model, whose answers depend on an encoder that reads the prompt, and "
+            "energies are defined here for one text from left to right: use a causal language model (AutoModelForCausalLM)."
+        )
+    if model.get_output_embeddings() is not None and not model.can_generate():
+        raise EUAError(
+            f"{type(model).__name__} generates no text, so there is neither an answer to forget nor one to refuse: load a causal "
+            "language model (AutoModelForCausalLM)."
+        )
 
 
 def output_head(model: nn.Module) -> Head:

@@ -19,6 +19,7 @@ from eua.data.batches import pad_prompts
 from eua.data.rows import encode_prompts
 from eua.errors import EUAError
 from eua.guard.guard import EnergyGuard
+from eua.model.asking import padding_id
 from eua.model.energy_recorder import end_ids
 from eua.model.forward import check_token_ids
 from eua.serving.jobs import Failure, Job
@@ -66,8 +67,8 @@ class Engine:
         self.positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_prompt_tokens = max_prompt_tokens
         self.draining = False  # set it to reject new jobs while accepted ones are finished
+        self._pad = padding_id(model, tokenizer)  # raises if the model generates no text
         self._eos = end_ids(model.generation_config.eos_token_id) or end_ids(tokenizer.eos_token_id)
-        self._pad = next((token for token in (tokenizer.pad_token_id, *self._eos) if token is not None), 0)  # masked anyway
         self._encoding = threading.Lock()  # encoding may change a tokenizer's padding; decoding does not
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []

@@ -26,12 +26,14 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import logging
 
 from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset
+from eua.data.overlap import retain_without_forget
 from eua.data.pairing import PairedSampler
 from eua.data.rows import IGNORE_INDEX, encode_rows
 from eua.data.sources import Source
 from eua.distributed import is_sharded
 from eua.errors import EUAError
 from eua.methods.d2 import d2_loss, loss_means, loss_sums, scheduled_gamma
+from eua.model.forgotten import forgotten_prompts, prompt_digest, set_forgotten
 from eua.model.forward import check_head, check_token_ids, hidden_states, token_energies
 from eua.model.head import output_head
 from eua.model.loading import load_model, load_tokenizer
@@ -117,6 +119,7 @@ class EUATrainer(CheckpointingTrainer):
             for kind, dataset in sets.items()
             for name in [f"{kind.replace('_', ' ')} set"]
         }
+        rows["retain"] = retain_without_forget(rows["forget"], rows["retain"], processing_class, args.overlap)
         if isinstance(model, str):
             # Weights that are trained must be float32: in bfloat16 most steps of a small learning rate round away.
             model, _ = load_model(model, "auto" if peft_config is not None else torch.float32, place=False)
@@ -157,6 +160,7 @@ class EUATrainer(CheckpointingTrainer):
         if not is_sharded(self.accelerator):
             self._check_forward()
         self.encoded_rows = rows
+        self.forgotten_prompts = forgotten_prompts(model) | {prompt_digest(row.prompt_ids) for row in rows["forget"]}
         # compute_loss divides by the counts of the whole accumulation window itself.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -198,6 +202,7 @@ class EUATrainer(CheckpointingTrainer):
         if self.is_interrupted():
             raise KeyboardInterrupt(f"stopped by signal {stop.received} after step {self.state.global_step}")
         self.check_weights()
+        set_forgotten(self.model, self.forgotten_prompts)
         self.model.eval()  # without dropout, for calibration and generation
         return result
 
