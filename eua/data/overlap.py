@@ -53,7 +53,7 @@ def retain_without_forget(
     alike = sum(prompt in asked for prompt in _plain_prompts(kept, tokenizer))
     if alike:
         logger.warning(
-            f"{alike} of {len(kept)} rows to retain ask what a row to forget asks (their prompts are the same, or differ only in "
+            f"{alike} of {len(kept)} rows to retain ask what a row to forget asks (the prompts are the same, or differ only in "
             "case, spaces and punctuation), so what follows these prompts is trained both ways: check that this is intended."
         )
     return kept

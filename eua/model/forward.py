@@ -120,8 +120,8 @@ def _check_causal(name: str, hidden: Tensor, with_other_end: Tensor) -> None:
     off = ((hidden - with_other_end).abs().amax() / hidden.abs().amax().clamp(min=1e-6)).item()
     if off > max(8 * torch.finfo(hidden.dtype).eps, 1e-4):
         raise EUAError(
-            f"{name} reads what follows a token, too (hidden states change by {off:.2g} of the largest when later tokens do), so "
-            "it would see answers before it is asked for them: load a causal language model, or set is_decoder=True in its config."
+            f"{name} reads what follows a token, too (hidden states change by {off:.2g} of the largest when later tokens do), "
+            "so it would see answers before it gives them: load a causal language model, or set is_decoder=True in its config."
         )
 
 

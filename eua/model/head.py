@@ -147,13 +147,14 @@ def _check_generates(model: PreTrainedModel) -> None:
     """Raise for encoder–decoder models and for models that only fill gaps."""
     if getattr(model.config, "is_encoder_decoder", False):
         raise EUAError(
-            f"{type(model).__name__} is an encoder–decoder model, whose answers depend on an encoder that reads the prompt, and "
-            "energies are defined here for one text from left to right: use a causal language model (AutoModelForCausalLM)."
+            f"{type(model).__name__} is an encoder–decoder model, in which one part reads the prompt and another writes the "
+            "answer, but energies are defined for one text from left to right: use a causal language model "
+            "(AutoModelForCausalLM)."
         )
     if model.get_output_embeddings() is not None and not model.can_generate():
         raise EUAError(
-            f"{type(model).__name__} generates no text, so there is neither an answer to forget nor one to refuse: load a causal "
-            "language model (AutoModelForCausalLM)."
+            f"{type(model).__name__} generates no text, so there is neither an answer to forget nor one to refuse: "
+            "load a causal language model (AutoModelForCausalLM)."
         )
 
 

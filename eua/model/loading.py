@@ -27,8 +27,8 @@ def load_model(name: str, dtype: Any = "auto", *, place: bool = True) -> tuple[A
         config, _ = PreTrainedConfig.get_config_dict(name)  # without values, if it is an adapter's folder
     if config.get("is_encoder_decoder"):
         raise EUAError(
-            f"{name!r} is an encoder–decoder model, of which only the decoder would be loaded as a causal language model: name a "
-            "causal language model."
+            f"{name!r} is an encoder–decoder model, of which only the decoder would be loaded as a causal language model: "
+            "name a causal language model."
         )
     with _explained(name):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)  # no pickles

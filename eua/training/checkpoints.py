@@ -155,7 +155,7 @@ class CheckpointingTrainer(Trainer):
         if is_in_shards and self._is_saving_checkpoint:
             return  # Trainer saves the weights in shards with the optimizer's state
         folder = Path(output_dir or self.args.output_dir)
-        is_for_hub = folder.parent == self.output_folder / HUB_FOLDER  # where digests would let anyone confirm a guess
+        is_for_hub = _internal_call and folder.parent.name == HUB_FOLDER
 
         def write(folder: Path) -> None:
             full_weights = changed(plugin, state_dict_type="FULL_STATE_DICT") if is_in_shards else nullcontext()
@@ -165,7 +165,7 @@ class CheckpointingTrainer(Trainer):
         def write_all(folder: Path) -> None:
             write(folder)
             (folder / TRAINING_ARGS_PICKLE).unlink(missing_ok=True)
-            if not is_for_hub:
+            if not is_for_hub:  # where anyone could confirm a guess with the digests
                 write_forgotten(folder, self.forgotten_prompts)
             (folder / CARD_FILE).write_text(self.model_card(), encoding="utf-8")  # instead of PEFT's, which names local paths
 
