@@ -14,7 +14,7 @@ from eua.data.batches import pad_prompts
 from eua.data.rows import EncodedRow
 from eua.guard.questions import Turns
 from eua.model.energy_recorder import EnergyProbe, EnergyRecorder, end_ids
-from eua.model.forward import check_finite, check_head, check_token_ids, eval_hidden_states
+from eua.model.forward import check_finite, check_head, check_ids, eval_hidden_states
 from eua.model.head import output_head, vocabulary_and_device
 
 
@@ -46,11 +46,11 @@ def prompt_scores(
         check: first check the head and the token ids; False if the caller has done so.
 
     Raises:
-        EUAError: if hidden states are NaN or infinite, or if the model has no plain head.
+        EUAError: if hidden states are NaN or infinite, if the model has no plain head, or if it cannot read a prompt.
     """
     if check:
         check_head(model)
-        check_token_ids(model, prompts)
+        check_ids(model, prompts, "prompts", first_tokens)
     if turns is not None:
         parts = [turns.scored_prompts(ids) for ids in prompts]
         flat = [ids for of_one in parts for ids in of_one]
@@ -103,7 +103,7 @@ def answer_scores(
         EUAError: if energies are NaN or infinite, or if the model has no plain head.
     """
     check_head(model)
-    check_token_ids(model, prompts)
+    check_ids(model, prompts, "prompts", new_tokens)
     return _generated_scores(
         model,
         prompts,

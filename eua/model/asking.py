@@ -11,7 +11,7 @@ from eua.data.batches import pad_prompts
 from eua.data.rows import encode_prompts
 from eua.data.sources import Prompts
 from eua.model.energy_recorder import end_ids
-from eua.model.forward import check_token_ids
+from eua.model.forward import check_ids
 from eua.model.head import vocabulary_and_device
 
 
@@ -52,10 +52,11 @@ def answer(
         One answer per question, in the same order.
 
     Raises:
-        EUAError: if questions cannot be read, or if tokenizer and model have different vocabularies.
+        EUAError: if questions cannot be read, if tokenizer and model have different vocabularies, or if the model has too few
+            learned positions for a question and its answer.
     """
     ids = encode_prompts(questions, tokenizer, "questions")
-    check_token_ids(model, ids)
+    check_ids(model, ids, "questions", max_new_tokens)
     pad = padding_id(model, tokenizer)
     batch = pad_prompts(ids, pad, model.device)
     training = model.training

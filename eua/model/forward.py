@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from eua.data.batches import pad_rows
 from eua.data.rows import EncodedRow
@@ -22,6 +23,8 @@ from eua.distributed import attached_to_output
 from eua.errors import EUAError
 from eua.model.head import output_head, output_module, unwrap, vocabulary_and_device
 from fused_energy import EnergyNLL
+
+logger = logging.get_logger(__name__)
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
@@ -166,7 +169,7 @@ def eval_hidden_states(
     """
     if check:
         check_head(model)
-        check_token_ids(model, (row.input_ids for row in rows))
+        check_ids(model, (row.input_ids for row in rows))
     _, device = vocabulary_and_device(model)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
     batches: Iterable[int] = range(0, len(order), batch_size)
@@ -181,12 +184,55 @@ def eval_hidden_states(
         model.train(training)
 
 
-def check_token_ids(model: nn.Module, rows: Iterable[Sequence[int]]) -> None:
-    """Raise :class:`EUAError` if a token id in ``rows`` is outside the model's vocabulary."""
+def check_ids(model: nn.Module, rows: Iterable[Sequence[int]], name: str = "", new_tokens: int = 0) -> None:
+    """Check that a model can read rows: that it has their tokens, and a position for each.
+
+    Rows that are longer than what the model was made for cause a warning, if it computes its positions rather than having
+    learned them.
+
+    Args:
+        model: a causal language model.
+        rows: token ids.
+        name: what messages call the rows.
+        new_tokens: number of tokens that are generated behind each row.
+
+    Raises:
+        EUAError: if a row holds a token id outside the model's vocabulary, or needs more positions than the model has learned.
+    """
     vocabulary, _ = vocabulary_and_device(model)
-    largest = max((max(ids) for ids in rows if ids), default=0)
-    if largest >= vocabulary:
-        raise EUAError(
-            f"The rows hold token id {largest}, which is out of range for the model's vocabulary of {vocabulary}: "
-            "use the model's own tokenizer, or resize the model's embeddings."
+    positions, are_learned = _positions(model)
+    where = f"of the {name} " if name else ""
+    total, longer = 0, 0
+    for index, ids in enumerate(rows):
+        largest = max(ids, default=0)
+        if largest >= vocabulary:
+            raise EUAError(
+                f"Row {index} {where}holds token id {largest}, which is out of range for the model's vocabulary of "
+                f"{vocabulary}: use the model's own tokenizer, or resize the model's embeddings."
+            )
+        is_longer = positions is not None and len(ids) + new_tokens > positions
+        if is_longer and are_learned:
+            generated = f" and {new_tokens} generated ones" if new_tokens else ""
+            raise EUAError(
+                f"Row {index} {where}has {len(ids)} tokens{generated}, but the model has learned {positions} positions: "
+                "shorten it, leave it out, or cut long answers in training (max_length)."
+            )
+        total, longer = total + 1, longer + is_longer
+    if longer:
+        logger.warning(
+            f"{longer} of {total} rows {where}are longer than the {positions} positions for which the model was made, and "
+            "energies and answers beyond those mean little: shorten them, or leave them out."
         )
+
+
+# The names of tables of positions. A model without one computes its positions, however many there are.
+_TABLES = ("wpe.weight", "positions_embed.weight", "position_embeddings.weight", "embed_positions.weight", "embed_positions")
+
+
+def _positions(model: nn.Module) -> tuple[int | None, bool]:
+    """The number of positions that a model's config states, and whether the model has a table of them."""
+    model = unwrap(model)
+    config: Any = getattr(model, "config", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    tensors = (name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named)
+    return positions, any(name.endswith(_TABLES) for name in tensors)

@@ -21,7 +21,7 @@ from eua.errors import EUAError
 from eua.guard.guard import EnergyGuard
 from eua.model.asking import padding_id
 from eua.model.energy_recorder import end_ids
-from eua.model.forward import check_token_ids
+from eua.model.forward import check_ids
 from eua.serving.jobs import Failure, Job
 from eua.serving.protocol import RequestError
 from eua.serving.rows import AnswerRow
@@ -112,8 +112,9 @@ class Engine:
                 (ids,) = encode_prompts([row], self.tokenizer, "request")
         except EUAError as error:  # of the tokenizer's template, or because of half a surrogate pair
             raise RequestError(str(error), field="messages") from error
-        check_token_ids(self.model, [ids])
-        return ids, self._answer_length(len(ids), max_tokens)
+        length = self._answer_length(len(ids), max_tokens)
+        check_ids(self.model, [ids], "request")
+        return ids, length
 
     def _answer_length(self, prompt: int, asked: int | None) -> int:
         """Raise :class:`RequestError` if prompt or answer would be too long."""

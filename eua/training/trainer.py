@@ -34,12 +34,20 @@ from eua.distributed import is_sharded
 from eua.errors import EUAError
 from eua.methods.d2 import d2_loss, loss_means, loss_sums, scheduled_gamma
 from eua.model.forgotten import forgotten_prompts, prompt_digest, set_forgotten
-from eua.model.forward import check_head, check_token_ids, hidden_states, token_energies
+from eua.model.forward import check_head, check_ids, hidden_states, token_energies
 from eua.model.head import output_head
 from eua.model.loading import load_model, load_tokenizer
 from eua.training.boundaries import BoundaryStore
 from eua.training.checkpoints import CheckpointingTrainer, last_checkpoint
-from eua.training.checks import check_arguments, check_model, check_padding_free, check_scheduler, check_setup, check_trainable
+from eua.training.checks import (
+    check_arguments,
+    check_batches,
+    check_model,
+    check_padding_free,
+    check_scheduler,
+    check_setup,
+    check_trainable,
+)
 from eua.training.config import EUAConfig
 from eua.training.evaluation import held_out_metrics
 from eua.training.model_card import model_card
@@ -119,7 +127,8 @@ class EUATrainer(CheckpointingTrainer):
             for kind, dataset in sets.items()
             for name in [f"{kind.replace('_', ' ')} set"]
         }
-        rows["retain"] = retain_without_forget(rows["forget"], rows["retain"], processing_class, args.overlap)
+        check_batches(args, len(rows["forget"]))
+        kept = retain_without_forget(rows["forget"], rows["retain"], processing_class, args.overlap)
         if isinstance(model, str):
             # Weights that are trained must be float32: in bfloat16 most steps of a small learning rate round away.
             model, _ = load_model(model, "auto" if peft_config is not None else torch.float32, place=False)
@@ -130,8 +139,9 @@ class EUATrainer(CheckpointingTrainer):
             set_seed(args.seed)  # the adapter's start is drawn here
             model = get_peft_model(model, peft_config)
         check_trainable(model)
-        for kind in rows.values():
-            check_token_ids(model, (row.input_ids for row in kind))
+        for kind, of_kind in rows.items():
+            check_ids(model, (row.input_ids for row in of_kind), f"{kind.replace('_', ' ')} set")
+        rows["retain"] = kept  # only now, so that messages count rows as they were passed
         self.reference: Reference | None = None
         if ref_model is not None:
             if isinstance(ref_model, str):

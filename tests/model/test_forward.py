@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from eua import EnergyGuard, EUAConfig, EUAError, EUATrainer
 from eua.data.batches import flatten_rows, pad_rows
 from eua.data.rows import EncodedRow, encode_rows
 from eua.evaluation.metrics import measure_answers
-from eua.guard.scores import prompt_scores
+from eua.guard.scores import answer_scores, prompt_scores
 from eua.model.asking import answer
-from eua.model.forward import check_head, hidden_states, token_energies
+from eua.model.forward import check_head, check_ids, hidden_states, token_energies
 from eua.model.head import output_head, output_module
 from eua.model.loading import load_model
 from eua.serving.engine import Engine
@@ -374,6 +375,35 @@ def test_a_head_called_twice_is_refused():
 
     with pytest.raises(EUAError, match="Twice called its head 2 times, on .* energies need one call"):
         check_head(Twice(tiny_llama(V).config))
+
+
+LONG = [list(range(3, 3 + n)) for n in (4, 9, 8, 12)]
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("gpt2", "n_positions"), ("gptj", "n_positions"), ("opt", "max_position_embeddings")]
+)
+def test_rows_beyond_learned_positions_are_named(name, key):
+    model = random_model(name, **{key: 8})
+    with pytest.raises(EUAError, match="Row 1 of the forget set has 9 tokens, but the model has learned 8 positions: shorten"):
+        check_ids(model, LONG, "forget set")
+    with pytest.raises(EUAError, match="Row 1 has 9 tokens"):
+        measure_answers(model, [EncodedRow(ids, 2) for ids in LONG])
+    for score in (prompt_scores, partial(prompt_scores, first_tokens=1), partial(answer_scores, window=1, new_tokens=1)):
+        with pytest.raises(EUAError, match="Row 1 of the prompts has 9 tokens"):
+            score(model, LONG)
+    check_ids(model, LONG[::2])
+    with pytest.raises(EUAError, match="Row 1 has 8 tokens and 1 generated ones"):
+        check_ids(model, LONG[::2], new_tokens=1)
+
+
+def test_rows_beyond_computed_positions_are_counted_in_a_warning(caplog):
+    model = random_model("llama", max_position_embeddings=8)
+    check_ids(model, LONG, "forget set")
+    check_ids(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), LONG, "retain set")
+    check_ids(model, LONG[::2])
+    text = "2 of 4 rows of the {} set are longer than the 8 positions for which the model was made"
+    assert [message.partition(", and")[0] for message in caplog.messages] == [text.format(k) for k in ("forget", "retain")]
 
 
 class Int8Linear(nn.Module):

@@ -437,7 +437,9 @@ def test_models_that_cannot_be_honoured_are_refused(model, tokenizer, rows, tmp_
     frozen = tiny_llama(len(tokenizer)).requires_grad_(False)
     with pytest.raises(EUAError, match="No parameter of the model requires a gradient"):
         make(frozen, tokenizer, rows, tmp_path)
-    with pytest.raises(EUAError, match="token id .* out of range for the model's vocabulary of 50"):
+    with pytest.raises(
+        EUAError, match="Row 0 of the forget set holds token id .* out of range for the model's vocabulary of 50"
+    ):
         make(tiny_llama(50), tokenizer, rows, tmp_path)
 
 
