@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,20 @@ class OnTrainBegin(TrainerCallback):
 
 def _read_state(path: Path) -> TrainerState | None:
     return TrainerState.load_from_json(str(path)) if path.is_file() else None
+
+
+def pairs_of_epochs(args: EUAConfig, forget_rows: int) -> Iterator[int]:
+    """The largest number of pairs of rows, counted from its beginning, that training may use in each epoch."""
+    if args.max_steps <= 0:
+        yield from repeat(forget_rows, math.ceil(args.num_train_epochs))
+        return
+    batch = args.per_device_train_batch_size * args.world_size
+    whole, rest = divmod(forget_rows, batch)
+    # Several processes may split batches in other ways, and then make more steps in an epoch.
+    batches = whole + (rest > 0 and not args.dataloader_drop_last and args.world_size == 1)
+    steps_in_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    for steps_left in range(args.max_steps, 0, -steps_in_epoch):
+        yield min(forget_rows, steps_left * args.gradient_accumulation_steps * batch)
 
 
 class EUATrainer(CheckpointingTrainer):
@@ -233,7 +248,8 @@ class EUATrainer(CheckpointingTrainer):
 
         Sharded weights give them only once training is prepared, see :meth:`_complete_sharded_boundaries`.
         """
-        self.boundaries.look_up(self._reference_model, resuming=resuming)
+        used = self._get_train_sampler().rows_used(pairs_of_epochs(self.args, len(self.encoded_rows["forget"])))
+        self.boundaries.look_up(self._reference_model, resuming=resuming, used=used)
         if not is_sharded(self.accelerator):
             self._complete_boundaries()
         return self.boundaries.values
