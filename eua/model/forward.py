@@ -127,7 +127,8 @@ def _check_causal(model: nn.Module, hidden: Tensor, with_other_end: Tensor) -> N
     if off > (0.1 if is_quantized else max(8 * torch.finfo(hidden.dtype).eps, 1e-4)):
         raise EUAError(
             f"{type(model).__name__} reads what follows a token, too (hidden states change by {off:.2g} of the largest when "
-            "later tokens do), so it would see answers before it gives them: load a causal language model, or set is_decoder=True in its config."
+            "later tokens do), so it would see answers before it gives them: load a causal language model, or set "
+            "is_decoder=True in its config."
         )
 
 
