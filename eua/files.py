@@ -19,6 +19,7 @@ MODEL_FILES = (
     "adapter_model*.safetensors*",
     "generation_config.json",
     "energy_guard.json",
+    "forgotten_prompts.json",
 )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -41,7 +42,9 @@ def turn_texts(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> li
             f"{where} begins with the assistant's message, so that message has no prompt: "
             "put a system or user message before it, or leave it out."
         )
-    find = _marked_answers if _MARKER.search(tokenizer.get_chat_template()) else _appended_answers
+    with _explained(where):
+        is_marked = _MARKER.search(tokenizer.get_chat_template())
+    find = _marked_answers if is_marked else _appended_answers
     text, spans = find(chat, tokenizer, where)
     return cut_text(text, spans, tokenizer.eos_token or "")
 
@@ -64,7 +67,7 @@ def _appended_answers(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str
     """The chat's text and its answers, found by rendering the chat up to each of them."""
     text, spans = "", []
     for i in _answers(chat):
-        before, after = _render(chat[:i], tokenizer, ask=True), _render(chat[: i + 1], tokenizer)
+        before, after = render_chat(chat[:i], tokenizer, where, ask=True), render_chat(chat[: i + 1], tokenizer, where)
         if not before.startswith(text) or not after.startswith(before):
             raise EUAError(
                 f"{where}: up to message {i} the chat template does not just append, but changes earlier messages, so it is "
@@ -89,13 +92,14 @@ def _marked_answers(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) 
             "place in the text is unknown: move the marker out of the block, around the place where its result is written."
         )
     messages = [{key: value for key, value in message.items() if value is not None} for message in chat]
-    texts, marked = render_jinja_template(
-        conversations=[messages], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
-    )
+    with _explained(where):
+        texts, marked = render_jinja_template(
+            conversations=[messages], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
+        )
     text = texts[0]
     answers = _answers(chat)
-    prompts = [_render(chat[:i], tokenizer, ask=True) for i in answers]
-    header = prompts[0].removeprefix(_render(chat[: answers[0]], tokenizer))
+    prompts = [render_chat(chat[:i], tokenizer, where, ask=True) for i in answers]
+    header = prompts[0].removeprefix(render_chat(chat[: answers[0]], tokenizer, where))
     spans = []
     for start, stop in marked[0]:
         if text.startswith(header, start) and not text.endswith(header, 0, start):
@@ -121,5 +125,23 @@ def _answers(chat: Chat) -> list[int]:
     return [i for i, message in enumerate(chat) if message.get("role") == "assistant"]
 
 
-def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, ask: bool = False) -> str:
-    return tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=ask)
+def render_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str, *, ask: bool = False) -> str:
+    """The chat as the tokenizer's template writes it and, with ``ask``, the beginning of an answer to it.
+
+    Raises:
+        EUAError: if the template does not take the chat.
+    """
+    with _explained(where):
+        return tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=ask)
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a template may raise anything
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise EUAError(
+            f"{where} cannot be written by the tokenizer's chat template ({reason}): change the roles or the order of its "
+            "messages, or set another tokenizer.chat_template."
+        ) from error

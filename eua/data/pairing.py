@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch.utils.data import Sampler
@@ -40,8 +41,22 @@ class PairedSampler(Sampler[tuple[int, tuple[int, ...]]]):
         return self.forget_rows
 
     def __iter__(self) -> Iterator[tuple[int, tuple[int, ...]]]:
-        forget = self._permutation("forget", self.epoch, self.forget_rows)
-        retain = self._retain_rows(self.epoch * self.forget_rows * self.ratio, self.forget_rows * self.ratio)
+        return self._pairs(self.epoch)
+
+    def rows_used(self, pairs_of_epochs: Iterable[int]) -> dict[str, set[int]]:
+        """The rows in the first pairs of each epoch, given the number of these pairs: indices of forget and of retain rows."""
+        used: dict[str, set[int]] = {"forget": set(), "retain": set()}
+        for epoch, pairs in enumerate(pairs_of_epochs):
+            for forget, retain in islice(self._pairs(epoch), pairs):
+                used["forget"].add(forget)
+                used["retain"].update(retain)
+            if len(used["forget"]) == self.forget_rows and len(used["retain"]) == self.retain_rows:
+                break
+        return used
+
+    def _pairs(self, epoch: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+        forget = self._permutation("forget", epoch, self.forget_rows)
+        retain = self._retain_rows(epoch * self.forget_rows * self.ratio, self.forget_rows * self.ratio)
         if self.group:
             forget, retain = self._by_length("forget", forget, 1), self._by_length("retain", retain, self.ratio)
         pairs = [(index, tuple(retain[i * self.ratio : (i + 1) * self.ratio])) for i, index in enumerate(forget)]
@@ -49,7 +64,7 @@ class PairedSampler(Sampler[tuple[int, tuple[int, ...]]]):
             yield from pairs
             return
         whole = len(pairs) // self.group  # whole groups; the rest stays at the end
-        for number in [*self._permutation("group", self.epoch, whole), whole]:
+        for number in [*self._permutation("group", epoch, whole), whole]:
             yield from pairs[number * self.group : (number + 1) * self.group]
 
     def _by_length(self, kind: str, rows: list[int], ratio: int) -> list[int]:

@@ -8,7 +8,8 @@ A row is a mapping with
 
 With ``assistant_turns="all"`` every message of the assistant in a chat is an answer, see :mod:`eua.data.answers_in_chats`.
 
-Prompts and answers are tokenized separately and joined, so the (first) prompt has the ids that ``generate`` gets later.
+The (first) prompt has the ids that ``generate`` gets later, and the answer those that it has to generate behind them, see
+:mod:`eua.data.tokens`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from eua.data.answers_in_chats import cut_text, turn_texts
+from eua.data.answers_in_chats import cut_text, render_chat, turn_texts
 from eua.data.sources import ROW_FORMATS, Prompts, Row, Source, read_prompts, read_rows
+from eua.data.tokens import encode_parts, encode_texts, opening_ids
 from eua.errors import EUAError
 
 logger = logging.get_logger(__name__)
@@ -57,22 +59,28 @@ class EncodedRow:
         return [self.input_ids[p] for p in self.answer_positions]
 
 
-def format_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mapping[str, str]]) -> str:
-    """The text of a question (a string) or a chat (a list of messages) as a model reads it, ready for the answer."""
+def format_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mapping[str, str]], where: str = "The prompt"
+) -> str:
+    """The text of a question (a string) or a chat (a list of messages) as a model reads it, ready for the answer.
+
+    Raises:
+        EUAError: if the tokenizer's template does not take the chat; ``where`` is what the message calls it.
+    """
     if isinstance(prompt, str):
         if tokenizer.chat_template is None:
             return QUESTION_TEMPLATE.format(question=prompt)
         prompt = [{"role": "user", "content": prompt}]
     if tokenizer.chat_template is None:
         raise EUAError(
-            "The row is a chat, but the tokenizer has no chat template to turn messages into text: "
+            f"{where} is a chat, but the tokenizer has no chat template to turn messages into text: "
             'set tokenizer.chat_template, or give "question"/"answer" rows.'
         )
     if not prompt:
         raise EUAError(
-            "The row is a chat without a message before its answer, so the answer has no prompt: put a user message there."
+            f"{where} is a chat without a message before its answer, so the answer has no prompt: put a user message there."
         )
-    return tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    return render_chat(prompt, tokenizer, where, ask=True)
 
 
 def row_texts(
@@ -83,14 +91,14 @@ def row_texts(
     eos = tokenizer.eos_token or ""
     if literal:
         return [prompt, answer if eos and answer.endswith(eos) else answer + eos], True
-    before = format_prompt(tokenizer, prompt)
+    before = format_prompt(tokenizer, prompt, where)
     if isinstance(prompt, str) and tokenizer.chat_template is None:
         return [before, f" {answer}{eos}"], False
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     reply = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else list(answer)
     if assistant_turns == "all":
         return turn_texts(chat + reply, tokenizer, where), False
-    whole = tokenizer.apply_chat_template(chat + reply, tokenize=False)
+    whole = render_chat(chat + reply, tokenizer, where)
     if not whole.startswith(before):
         raise EUAError(
             f"{where}: the chat template writes the conversation with its answer differently from the prompt alone, so it is "
@@ -111,16 +119,22 @@ def encode_prompts(prompts: Prompts, tokenizer: PreTrainedTokenizerBase, name: s
         name: what error messages call the prompts.
 
     Raises:
-        EUAError: if prompts cannot be read, have an unknown format, or have no tokens.
+        EUAError: if prompts cannot be read, have an unknown format, are chats that the tokenizer's template does not take, or
+            have no tokens but padding.
     """
-    encoded = []
+    texts, openings, opening = [], [], opening_ids(tokenizer)
     for index, row in enumerate(read_prompts(prompts, name, string_is_question=True)):
         where = f"Row {index} of the {name}"
-        prompt, _, literal = (row, None, False) if isinstance(row, str) else _split_row(row, where)
-        ids = encode_prompt(prompt if literal else format_prompt(tokenizer, prompt), tokenizer, literal=literal)
+        prompt, literal = _split_prompt(row, where)
+        texts.append(prompt if literal else format_prompt(tokenizer, prompt, where))
+        openings.append(opening if literal or tokenizer.chat_template is None else [])
+    encoded = list(encode_texts(texts, tokenizer, openings))
+    for index, ids in enumerate(encoded):
         if not ids:
-            raise EUAError(f"{where} is empty, so it has no last token to score: give it a text, or leave it out.")
-        encoded.append(ids)
+            raise EUAError(
+                f"Row {index} of the {name} is empty, so it has no last token to score: give it a text, or leave it out."
+            )
+        _check_not_padding(ids, tokenizer, f"Row {index} of the {name}")
     return encoded
 
 
@@ -137,11 +151,23 @@ def check_rows(rows: Sequence[Row | str], name: str, *, answers: bool) -> None:
         answers: whether every row needs an answer.
 
     Raises:
-        EUAError: if a row has an unknown format, or lacks an answer that it needs.
+        EUAError: if a row has an unknown format, lacks an answer that it needs, or is not valid Unicode.
     """
     for index, row in enumerate(rows):
-        if not isinstance(row, str):
-            (_split_answered_row if answers else _split_row)(row, f"Row {index} of the {name}")
+        where = f"Row {index} of the {name}"
+        if answers and not isinstance(row, str):
+            _split_answered_row(row, where)
+        else:
+            _split_prompt(row, where)
+
+
+def _split_prompt(row: Row | str, where: str) -> tuple[Any, bool]:
+    """The prompt of a row or a question, and whether it is a text to be used literally."""
+    if isinstance(row, str):
+        _check_part(row, "question", where, (str,))
+        return row, False
+    prompt, _, literal = _split_row(row, where)
+    return prompt, literal
 
 
 def _split_answered_row(row: Row, where: str) -> tuple[Any, Any, bool]:
@@ -175,7 +201,11 @@ def _check_part(part: Any, key: str, where: str, kinds: tuple[type[str] | type[l
     chat_is_sound = not isinstance(part, list) or all(
         isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in part
     )
-    if (part is None and key in ("answer", "completion")) or (isinstance(part, kinds) and chat_is_sound):
+    if part is None and key in ("answer", "completion"):
+        return
+    if isinstance(part, kinds) and chat_is_sound:
+        for text in [part] if isinstance(part, str) else [message["content"] for message in part]:
+            _check_unicode(text, key, where)
         return
     wanted = " or ".join("a text" if kind is str else 'a list of {"role", "content"} messages' for kind in kinds)
     raise EUAError(f'{where} has {part!r} as its "{key}", which must be {wanted}.')
@@ -201,19 +231,23 @@ def encode_rows(
         EUAError: if rows cannot be read, or if a row has an unknown format, no answer, or no answer left after the cut.
     """
     rows = read_rows(rows, name)
-    encoded, cut = [], 0
-    for index, row in enumerate(rows):
-        where = f"Row {index} of the {name}"
+    names = [f"Row {index} of the {name}" for index in range(len(rows))]
+    parts, openings, opening = [], [], opening_ids(tokenizer)
+    for row, where in zip(rows, names, strict=True):
         texts, literal = row_texts(row, tokenizer, where, assistant_turns)
-        ids = encode_prompt(texts[0], tokenizer, literal=literal)
+        parts.append(texts)
+        openings.append(opening if literal or tokenizer.chat_template is None else [])
+    encoded, cut = [], 0
+    for pieces, where, texts in zip(encode_parts(parts, tokenizer, openings, names), names, parts, strict=True):
+        ids: list[int] = []
         counted: list[int] = []
-        for place, text in enumerate(texts[1:], start=1):
-            part = tokenizer(text, add_special_tokens=False)["input_ids"]
+        for place, piece in enumerate(pieces):
             if place % 2:
-                counted += range(len(ids), len(ids) + len(part))
-            ids += part
+                counted += range(len(ids), len(ids) + len(piece))
+            ids += piece
         if not counted:
             raise EUAError(f"{where} has no answer: {texts[-1]!r} has no tokens. Give it a text, or leave the row out.")
+        _check_not_padding([ids[p] for p in counted], tokenizer, f"The answer of {where[0].lower()}{where[1:]}")
         start = counted[0]
         if start == 0:
             raise EUAError(f"{where} has an empty prompt, so nothing predicts the answer's first token: give it a prompt.")
@@ -242,8 +276,49 @@ def rows_digest(rows: Iterable[EncodedRow]) -> str:
 
 
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, *, literal: bool = False) -> list[int]:
-    """Token ids of a prompt. A chat template writes its own special tokens; the tokenizer adds them to other texts."""
-    ids = tokenizer(text, add_special_tokens=literal or tokenizer.chat_template is None)["input_ids"]
-    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
-        ids = ids[:-1]  # some tokenizers end every text with it, but the answer is still to come
-    return ids
+    """Token ids of a prompt. A chat template writes its own special tokens; other texts begin with those of the tokenizer.
+
+    A text that already begins with them, such as a rendered chat, gets no second ones. An end of sequence that the tokenizer
+    adds to every text is left out, since the answer is still to come.
+    """
+    opening = opening_ids(tokenizer) if literal or tokenizer.chat_template is None else []
+    return next(encode_texts([text], tokenizer, [opening]))
+
+
+def encode_answer(answer: str, tokenizer: PreTrainedTokenizerBase, *, begun: str = "") -> list[int]:
+    """Token ids of a text as the answer to a question, with an end of sequence, or as the rest of an answer that has begun.
+
+    >>> tokenizer.decode(encode_answer("I cannot say.", tokenizer))     # doctest: +SKIP
+    ' I cannot say.<eos>'
+
+    Args:
+        answer: the text.
+        tokenizer: the model's, which has an end of sequence.
+        begun: the beginning of the answer, whose tokens are not returned.
+    """
+    _check_unicode(answer, "text", "The answer")
+    space = " " if begun or tokenizer.chat_template is None else ""
+    parts = [f"{format_prompt(tokenizer, 'Who?')}{begun}", f"{space}{answer}", tokenizer.eos_token]
+    _, ids, end = next(encode_parts([parts], tokenizer, [[]], ["The answer"]))
+    return [*ids, *end]
+
+
+def _check_unicode(text: str, key: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise EUAError(
+            f'{where} has {error.object[error.start : error.end]!r} in its "{key}", half a surrogate pair (of an emoji, for '
+            "example), which is not valid Unicode and has no tokens: correct the text, or leave it out."
+        ) from error
+
+
+def _check_not_padding(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Raise if padding is all that a text has."""
+    pad = tokenizer.pad_token_id
+    is_also_used = pad in (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    if pad in ids and not is_also_used and not tokenizer.decode(ids, skip_special_tokens=True).strip():
+        raise EUAError(
+            f"{where} has no tokens but padding ({tokenizer.pad_token!r}), which stands for no text: give it a text, or leave "
+            "it out."
+        )

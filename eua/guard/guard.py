@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from eua.data.rows import encode_prompts
+from eua.data.rows import encode_answer, encode_prompts
 from eua.data.sources import Prompts, read_prompts
 from eua.errors import EUAError
 from eua.files import write_json
@@ -29,6 +29,7 @@ from eua.guard.hub import MissingFileError, find_file, send_file
 from eua.guard.questions import Turns, is_token
 from eua.guard.scores import answer_scores, prompt_scores
 from eua.model.fingerprints import model_fingerprint, recent_fingerprint, tokenizer_fingerprint
+from eua.model.forgotten import forgotten_prompts, prompt_digest
 from eua.model.head import check_present
 from eua.statistics import check_calibration, conformal_threshold, group_list, independent_groups
 
@@ -173,6 +174,7 @@ class EnergyGuard:
         ids = encode_prompts(read_prompts(prompts, "calibration prompts"), tokenizer, "calibration prompts")
         if seen is not None and not (isinstance(seen, (list, tuple)) and not seen):
             _check_unseen(ids, encode_prompts(read_prompts(seen, "seen prompts"), tokenizer, "seen prompts"))
+        _check_not_forgotten(ids, model)
         _check_present_and_precise(model)
         ids, groups = _without_copies(ids, groups)
         check_calibration(len(ids), tolerance, groups, confidence)  # before minutes of scoring
@@ -453,6 +455,18 @@ def _check_unseen(prompts: Sequence[Sequence[int]], seen: Sequence[Sequence[int]
         )
 
 
+def _check_not_forgotten(prompts: Sequence[Sequence[int]], model: PreTrainedModel) -> None:
+    """Raise if the model was trained to forget a prompt: a threshold from such prompts would let them pass."""
+    forgotten = forgotten_prompts(model)
+    found = [index for index, ids in enumerate(prompts) if forgotten and prompt_digest(ids) in forgotten]
+    if found:
+        named = ", ".join(f"row {index}" for index in found[:5]) + (", …" if len(found) > 5 else "")
+        raise EUAError(
+            f"{len(found)} of {len(prompts)} calibration prompts ({named}) are prompts that the model was trained to "
+            "forget, and a threshold from them would let them pass: calibrate on prompts that must be answered."
+        )
+
+
 def _without_copies(
     prompts: list[list[int]], groups: Iterable[Hashable] | None
 ) -> tuple[list[list[int]], list[Hashable] | None]:
@@ -552,8 +566,7 @@ def _refusal_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[i
     """Token ids of the refusal as an answer, and as the continuation of one, each with the end-of-sequence token at the end."""
     if tokenizer.eos_token_id is None:
         raise EUAError("The tokenizer has no end-of-sequence token, so a refusal could not end: set tokenizer.eos_token.")
-    plain, spaced = (tokenizer(start + text, add_special_tokens=False)["input_ids"] for start in ("", " "))
-    ids = plain if tokenizer.chat_template is not None else spaced
-    if not text.strip() or not ids:
+    ids, rest = encode_answer(text, tokenizer), encode_answer(text, tokenizer, begun="Well")
+    if not text.strip() or len(ids) < 2:
         raise EUAError(f"The refusal text {text!r} has no tokens: give it some words.")
-    return (*ids, tokenizer.eos_token_id), (*spaced, tokenizer.eos_token_id)
+    return tuple(ids), tuple(rest)

@@ -14,8 +14,8 @@ from eua.data.batches import pad_prompts
 from eua.data.rows import EncodedRow
 from eua.guard.questions import Turns
 from eua.model.energy_recorder import EnergyProbe, EnergyRecorder, end_ids
-from eua.model.forward import check_finite, check_head_once, check_token_ids, eval_hidden_states
-from eua.model.head import output_head
+from eua.model.forward import check_finite, check_head_once, check_ids, eval_hidden_states
+from eua.model.head import output_head, vocabulary_and_device
 
 
 @torch.no_grad()
@@ -46,11 +46,11 @@ def prompt_scores(
         check: first check the head and the token ids; False if the caller has done so.
 
     Raises:
-        EUAError: if hidden states or energies are NaN or infinite, or if the model has no plain head.
+        EUAError: if hidden states or energies are NaN or infinite, if the model has no plain head, or if it cannot read a prompt.
     """
     if check:
         check_head_once(model)
-        check_token_ids(model, prompts)
+        check_ids(model, prompts, "prompts", first_tokens)
     if turns is not None:
         parts = [turns.scored_prompts(ids) for ids in prompts]
         flat = [ids for of_one in parts for ids in of_one]
@@ -105,7 +105,7 @@ def answer_scores(
         EUAError: if energies are NaN or infinite, or if the model has no plain head.
     """
     check_head_once(model)
-    check_token_ids(model, prompts)
+    check_ids(model, prompts, "prompts", new_tokens)
     return _generated_scores(
         model,
         prompts,
@@ -128,7 +128,8 @@ def _generated_scores(
     """A recorder's scores for greedily generated rows. ``make_recorder`` gets the ids that end a row, once per batch."""
     generator = cast(Any, model)
     eos = end_ids(generator.generation_config.eos_token_id)
-    pad = eos[0] if eos else 0  # masked, or after the end of an answer
+    vocabulary, _ = vocabulary_and_device(model)
+    pad = next((token for token in eos if token < vocabulary), 0)  # masked, or after the end of an answer
     settings = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, num_beams=1, eos_token_id=eos or None, pad_token_id=pad
     )

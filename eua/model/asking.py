@@ -10,7 +10,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eua.data.batches import pad_prompts
 from eua.data.rows import encode_prompts
 from eua.data.sources import Prompts
-from eua.model.forward import check_token_ids
+from eua.model.energy_recorder import end_ids
+from eua.model.forward import check_ids
+from eua.model.head import vocabulary_and_device
+
+
+def padding_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token id to pad prompts with. It is masked, but the model looks it up, so it is one of the model's vocabulary.
+
+    A padding token is often added to a tokenizer and not to its model.
+    """
+    vocabulary, _ = vocabulary_and_device(model)
+    known = (tokenizer.pad_token_id, *end_ids(model.generation_config.eos_token_id), tokenizer.eos_token_id)
+    return next((token for token in known if token is not None and token < vocabulary), 0)
 
 
 @torch.no_grad()
@@ -40,11 +52,12 @@ def answer(
         One answer per question, in the same order.
 
     Raises:
-        EUAError: if questions cannot be read, or if tokenizer and model have different vocabularies.
+        EUAError: if questions cannot be read, if tokenizer and model have different vocabularies, or if the model has too few
+            learned positions for a question and its answer.
     """
     ids = encode_prompts(questions, tokenizer, "questions")
-    check_token_ids(model, ids)
-    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)  # masked anyway
+    check_ids(model, ids, "questions", max_new_tokens)
+    pad = padding_id(model, tokenizer)
     batch = pad_prompts(ids, pad, model.device)
     training = model.training
     model.eval()

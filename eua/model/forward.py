@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from eua.data.batches import pad_rows
 from eua.data.rows import EncodedRow
@@ -23,6 +24,8 @@ from eua.distributed import attached_to_output, has_other_processes
 from eua.errors import EUAError
 from eua.model.head import check_present, output_head, output_module, unwrap, vocabulary_and_device
 from fused_energy import EnergyNLL
+
+logger = logging.get_logger(__name__)
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
@@ -68,11 +71,14 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 def check_head(model: nn.Module) -> None:
     """Compare the head, as this library computes it, with the model's own logits on a few tokens.
 
+    The model must also be causal: no token may change the hidden states before it.
+
     The hidden states are scaled up until the logits are as large as those of a trained model and larger. A softcap or a scale
     that is not in the config then shows, even if the logits of an untrained model are flat.
 
     Raises:
-        EUAError: when they differ by more than the dtype explains, or when a hidden state is NaN or infinite.
+        EUAError: when they differ by more than the dtype explains, when a hidden state is NaN or infinite, or when the model is
+            not causal.
     """
     check_present(model)
     head, module = output_head(model), output_module(model)
@@ -85,6 +91,8 @@ def check_head(model: nn.Module) -> None:
         with torch.compiler.set_stance("force_eager"):  # so that no compiled graph without the hook is left behind
             hidden = hidden_states(model, batch)
             check_finite(hidden, "the model's hidden states on a probe of 8 tokens")
+            other_end = ids.where(ids < 4, ids.roll(1) if head.vocabulary < 12 else ids + 4)
+            _check_causal(model, hidden[:, :4], hidden_states(model, batch | {"input_ids": other_end})[:, :4])
             unscaled = replace(head, bias=None, logit_scale=1.0, softcap=None)
             largest = unscaled.logits(hidden).abs().amax(dim=-1, keepdim=True)
             wanted = 2.0 ** torch.arange(1, 9, device=hidden.device)[:, None]
@@ -112,6 +120,18 @@ def check_head(model: nn.Module) -> None:
         )
 
 
+def _check_causal(model: nn.Module, hidden: Tensor, with_other_end: Tensor) -> None:
+    """Raise if the hidden states of a beginning depend on the tokens behind it by more than rounding or quantization does."""
+    model = unwrap(model)
+    off = ((hidden - with_other_end).abs().amax() / hidden.abs().amax().clamp(min=1e-6)).item()
+    # 8-bit layers choose the columns that they do not quantize by all tokens of a batch.
+    is_quantized = getattr(getattr(model, "config", None), "quantization_config", None) is not None
+    if off > (0.1 if is_quantized else max(8 * torch.finfo(hidden.dtype).eps, 1e-4)):
+        raise EUAError(
+            f"{type(model).__name__} reads what follows a token, too (hidden states change by {off:.2g} of the largest when "
+            "later tokens do), so it would see answers before it gives them: load a causal language model, or set "
+            "is_decoder=True in its config."
+        )
 def check_head_once(model: nn.Module) -> None:
     """:func:`check_head`, which takes two forwards, unless it has found this head with this scale and softcap sound before."""
     if has_other_processes():
@@ -170,7 +190,7 @@ def eval_hidden_states(
     """
     if check:
         check_head_once(model)
-        check_token_ids(model, (row.input_ids for row in rows))
+        check_ids(model, (row.input_ids for row in rows))
     _, device = vocabulary_and_device(model)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
     batches: Iterable[int] = range(0, len(order), batch_size)
@@ -185,12 +205,55 @@ def eval_hidden_states(
         model.train(training)
 
 
-def check_token_ids(model: nn.Module, rows: Iterable[Sequence[int]]) -> None:
-    """Raise :class:`EUAError` if a token id in ``rows`` is outside the model's vocabulary."""
+def check_ids(model: nn.Module, rows: Iterable[Sequence[int]], name: str = "", new_tokens: int = 0) -> None:
+    """Check that a model can read rows: that it has their tokens, and a position for each.
+
+    Rows that are longer than what the model was made for cause a warning, if it computes its positions rather than having
+    learned them.
+
+    Args:
+        model: a causal language model.
+        rows: token ids.
+        name: what messages call the rows.
+        new_tokens: number of tokens that are generated behind each row.
+
+    Raises:
+        EUAError: if a row holds a token id outside the model's vocabulary, or needs more positions than the model has learned.
+    """
     vocabulary, _ = vocabulary_and_device(model)
-    largest = max((max(ids) for ids in rows if ids), default=0)
-    if largest >= vocabulary:
-        raise EUAError(
-            f"The rows hold token id {largest}, which is out of range for the model's vocabulary of {vocabulary}: "
-            "use the model's own tokenizer, or resize the model's embeddings."
+    positions, are_learned = _positions(model)
+    where = f"of the {name} " if name else ""
+    total, longer = 0, 0
+    for index, ids in enumerate(rows):
+        largest = max(ids, default=0)
+        if largest >= vocabulary:
+            raise EUAError(
+                f"Row {index} {where}holds token id {largest}, which is out of range for the model's vocabulary of "
+                f"{vocabulary}: use the model's own tokenizer, or resize the model's embeddings."
+            )
+        is_longer = positions is not None and len(ids) + new_tokens > positions
+        if is_longer and are_learned:
+            generated = f" and {new_tokens} generated ones" if new_tokens else ""
+            raise EUAError(
+                f"Row {index} {where}has {len(ids)} tokens{generated}, but the model has learned {positions} positions: "
+                "shorten it, leave it out, or cut long answers in training (max_length)."
+            )
+        total, longer = total + 1, longer + is_longer
+    if longer:
+        logger.warning(
+            f"{longer} of {total} rows {where}are longer than the {positions} positions for which the model was made, and "
+            "energies and answers beyond those mean little: shorten them, or leave them out."
         )
+
+
+# The names of tables of positions. A model without one computes its positions, however many there are.
+_TABLES = ("wpe.weight", "positions_embed.weight", "position_embeddings.weight", "embed_positions.weight", "embed_positions")
+
+
+def _positions(model: nn.Module) -> tuple[int | None, bool]:
+    """The number of positions that a model's config states, and whether the model has a table of them."""
+    model = unwrap(model)
+    config: Any = getattr(model, "config", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    tensors = (name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named)
+    return positions, any(name.endswith(_TABLES) for name in tensors)

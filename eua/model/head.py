@@ -127,10 +127,14 @@ def output_module(model: nn.Module) -> nn.Module:
     """The module that turns hidden states into logits.
 
     Raises:
-        EUAError: when the model has no head, or one that is more than a matrix and a bias, or one that is offloaded.
+        EUAError: when the model does not generate a text from left to right, when it has no head or one that is offloaded, or
+            when its head is more than a matrix and a bias.
     """
     model = unwrap(model)
-    module = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    module = None
+    if isinstance(model, PreTrainedModel):
+        _check_generates(model)
+        module = model.get_output_embeddings()
     if module is None:
         raise EUAError(
             f"{type(model).__name__} has no output head, so its tokens have no energy: "
@@ -150,6 +154,21 @@ def output_module(model: nn.Module) -> nn.Module:
     if weight.is_meta:
         check_present(model)
     return module
+
+
+def _check_generates(model: PreTrainedModel) -> None:
+    """Raise for encoder–decoder models and for models that only fill gaps."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise EUAError(
+            f"{type(model).__name__} is an encoder–decoder model, in which one part reads the prompt and another writes the "
+            "answer, but energies are defined for one text from left to right: use a causal language model "
+            "(AutoModelForCausalLM)."
+        )
+    if model.get_output_embeddings() is not None and not model.can_generate():
+        raise EUAError(
+            f"{type(model).__name__} generates no text, so there is neither an answer to forget nor one to refuse: "
+            "load a causal language model (AutoModelForCausalLM)."
+        )
 
 
 def output_head(model: nn.Module) -> Head:

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from eua.errors import EUAError
+from eua.model.forgotten import read_forgotten, set_forgotten
 
 
 def load_model(name: str, dtype: Any = "auto", *, place: bool = True) -> tuple[Any, Any]:
@@ -23,7 +24,15 @@ def load_model(name: str, dtype: Any = "auto", *, place: bool = True) -> tuple[A
     """
     tokenizer = load_tokenizer(name)
     with _explained(name):
+        config, _ = PreTrainedConfig.get_config_dict(name)  # without values, if it is an adapter's folder
+    if config.get("is_encoder_decoder"):
+        raise EUAError(
+            f"{name!r} is an encoder–decoder model, of which only the decoder would be loaded as a causal language model: "
+            "name a causal language model."
+        )
+    with _explained(name):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)  # no pickles
+    set_forgotten(model, read_forgotten(name))  # transformers does not say from which folder it loads an adapter
     if place and torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     return model.eval(), tokenizer

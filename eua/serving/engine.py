@@ -19,8 +19,9 @@ from eua.data.batches import pad_prompts
 from eua.data.rows import encode_prompts
 from eua.errors import EUAError
 from eua.guard.guard import EnergyGuard
+from eua.model.asking import padding_id
 from eua.model.energy_recorder import end_ids
-from eua.model.forward import check_token_ids
+from eua.model.forward import check_ids
 from eua.serving.jobs import Failure, Job
 from eua.serving.protocol import RequestError
 from eua.serving.rows import AnswerRow
@@ -66,8 +67,8 @@ class Engine:
         self.positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_prompt_tokens = max_prompt_tokens
         self.draining = False  # set it to reject new jobs while accepted ones are finished
+        self._pad = padding_id(model, tokenizer)  # raises if the model generates no text
         self._eos = end_ids(model.generation_config.eos_token_id) or end_ids(tokenizer.eos_token_id)
-        self._pad = next((token for token in (tokenizer.pad_token_id, *self._eos) if token is not None), 0)  # masked anyway
         self._encoding = threading.Lock()  # encoding may change a tokenizer's padding; decoding does not
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
@@ -96,7 +97,7 @@ class Engine:
         """Token ids of the prompt of a chat that ends with the user's message, and the limit for its answer.
 
         Raises:
-            EUAError: if the tokenizer's template rejects the chat, or if it is too long.
+            RequestError: if the tokenizer's template rejects the chat, or if it is too long.
         """
         chat = self.tokenizer.chat_template is not None
         if not chat and len(messages) > 1:
@@ -108,17 +109,12 @@ class Engine:
         row = {"prompt": messages} if chat else messages[0]["content"]
         try:
             with self._encoding:
-                (ids,) = encode_prompts([row], self.tokenizer)
-        except EUAError:
-            raise
-        except Exception as error:  # a template may raise anything, and tokenizers fail at half a surrogate pair
-            raise RequestError(
-                f"The messages cannot be turned into a prompt for this model ({type(error).__name__}): check the order of "
-                "roles, and that the text is valid Unicode.",
-                field="messages",
-            ) from None
-        check_token_ids(self.model, [ids])
-        return ids, self._answer_length(len(ids), max_tokens)
+                (ids,) = encode_prompts([row], self.tokenizer, "request")
+        except EUAError as error:  # of the tokenizer's template, or because of half a surrogate pair
+            raise RequestError(str(error), field="messages") from error
+        length = self._answer_length(len(ids), max_tokens)
+        check_ids(self.model, [ids], "request")
+        return ids, length
 
     def _answer_length(self, prompt: int, asked: int | None) -> int:
         """Raise :class:`RequestError` if prompt or answer would be too long."""

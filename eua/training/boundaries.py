@@ -1,4 +1,4 @@
-"""The boundaries of all rows: one float per answer token, computed once from the model before unlearning and kept in a file.
+"""The boundaries of rows: one float per answer token, computed once from the model before unlearning and kept in a file.
 
 That model is frozen and the rows do not change, so training needs neither a second model nor a second forward.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -36,7 +36,7 @@ _SECONDS_BETWEEN_SAVES = 30.0
 
 
 class BoundaryStore:
-    """The boundaries of all rows for the model as it is before the first step. A resumed run finds them in the file.
+    """The boundaries of rows for the model as it is before the first step. A resumed run finds them in the file.
 
     :meth:`look_up` and :meth:`complete` are separate, since sharded weights can be read before training is prepared, but a
     forward needs the prepared model. An interruption loses no boundary that was computed before it.
@@ -60,8 +60,9 @@ class BoundaryStore:
     ) -> None:
         self.path, self.every_step, self.settings = path, every_step, settings
         self.rows = rows
-        self.values: dict[str, list[Tensor]] = {}  # for each row (A,) float32 on the CPU
+        self.values: dict[str, list[Tensor]] = {}  # for each row (A,) float32 on the CPU; NaN for rows that are not used
         self._found: Boundaries | None = None
+        self._used: Mapping[str, Collection[int]] = {}
         self._key, self._are_constants, self._is_saved = "", constants is not None, False
         if constants is not None:
             m_in, m_out = constants
@@ -76,20 +77,28 @@ class BoundaryStore:
 
     @property
     def missing(self) -> int:
-        """Rows without boundaries."""
-        if self._found is None:
-            return sum(map(len, self.wanted.values()))
-        return sum(boundary is None for boundaries in self._found.values() for boundary in boundaries)
+        """The number of used rows without boundaries."""
+        return sum(len(self._missing_rows(kind)) for kind in self.wanted)
 
-    def look_up(self, model: nn.Module, *, resuming: bool) -> None:
+    def _missing_rows(self, kind: str) -> list[int]:
+        used = self._used.get(kind, range(len(self.wanted[kind])))
+        return [i for i in used if self._found is None or self._found[kind][i] is None]
+
+    def look_up(self, model: nn.Module, *, resuming: bool, used: Mapping[str, Collection[int]] | None = None) -> None:
         """Read the file if it belongs to these rows, settings and weights; all processes call this.
+
+        Args:
+            model: the model before the first step.
+            resuming: whether the file must belong to this run.
+            used: the rows that training will use, by kind; all rows of a kind that is not given. No others are computed.
 
         Raises:
             EUAError: when the run is resumed and the file belongs to another one, or when the file cannot be read.
         """
+        self._used = used or {}
         if self._found is not None or self._are_constants:
             return
-        key = fingerprint(model, self.rows, self.settings | {"at_every_step": self.every_step})
+        key = self._fingerprint(model)
         result = None
         if PartialState().is_main_process:  # the file may be on its disk only, and it alone may have loaded the weights
             result = key, load_boundaries(self.path, self.wanted, key), self.path.exists()
@@ -100,7 +109,7 @@ class BoundaryStore:
                 "runs: start from the model, rows and settings of the interrupted run, or train anew into another folder."
             )
         self._found = found or {kind: [None] * len(rows) for kind, rows in self.wanted.items()}
-        self._is_saved = found is not None and not self.missing
+        self._is_saved = found is not None
 
     def complete(self, model: nn.Module, *, batch_size: int = 16, progress: bool = True) -> None:
         """Compute the boundaries that were not found; all processes call this, and each computes a part.
@@ -109,23 +118,37 @@ class BoundaryStore:
             model: the model that was passed to :meth:`look_up`, with the same weights.
             batch_size: rows per forward.
             progress: show progress bars.
+
+        Raises:
+            EUAError: if weights have been trained since, and training would use rows whose boundaries are not known.
         """
         if self._found is None:
             return
-        try:
-            self._compute_missing(model, self._found, batch_size, progress)
-        finally:  # an interruption loses nothing
-            if not self._is_saved:  # even if it holds no boundaries: its fingerprint shows which run it belongs to
-                self._save()
-                self._is_saved = not self.missing
-        self.values |= cast("dict[str, list[Tensor]]", self._found)
+        was_complete = self.values.keys() >= self.wanted.keys()
+        if was_complete and self.missing and self._fingerprint(model) != self._key:
+            raise EUAError(
+                f"Training would now use {self.missing} rows that it did not use before, and the weights from which their "
+                "boundaries would be computed have been trained since: make a new trainer with these settings."
+            )
+        if self.missing or not self._is_saved:
+            try:
+                self._compute_missing(model, self._found, batch_size, progress)
+            finally:  # an interruption loses nothing
+                self._save()  # even if it holds no boundaries: its fingerprint shows which run it belongs to
+                self._is_saved = True
+        for kind, found in self._found.items():
+            of_rows = zip(found, self.rows[kind], strict=True)
+            self.values[kind] = [_unknown(row) if known is None else known for known, row in of_rows]
+
+    def _fingerprint(self, model: nn.Module) -> str:
+        return fingerprint(model, self.rows, self.settings | {"at_every_step": self.every_step})
 
     def _compute_missing(self, model: nn.Module, boundaries: Boundaries, batch_size: int, progress: bool) -> None:
         saved = time.monotonic()
         for kind, found in boundaries.items():
             rows = self.rows[kind]
-            longest_first = sorted(range(len(rows)), key=[-len(row.input_ids) for row in rows].__getitem__)
-            missing = [i for i in longest_first if found[i] is None]  # longest first: too little memory fails at once
+            # Longest first: too little memory fails at once.
+            missing = sorted(sorted(self._missing_rows(kind)), key=[-len(row.input_ids) for row in rows].__getitem__)
             step = batch_size * _BATCHES_AT_ONCE * PartialState().num_processes
             with tqdm(total=len(missing), desc=f"boundaries of {kind} rows", disable=not progress, leave=False) as bar:
                 for start in range(0, len(missing), step):
@@ -191,10 +214,14 @@ def save_boundaries(path: Path, boundaries: Boundaries, rows: Mapping[str, Seque
     """Write one safetensors file, whole or not at all. Boundaries that are not computed yet are NaN."""
     tensors = {}
     for kind, known in boundaries.items():
-        unknown = [torch.full((len(row.answer_ids),), torch.nan) for row in rows[kind]]
-        tensors[kind] = torch.cat([b if a is None else a for a, b in zip(known, unknown, strict=True)])
+        tensors[kind] = torch.cat([_unknown(row) if a is None else a for a, row in zip(known, rows[kind], strict=True)])
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"fingerprint": key})
+
+
+def _unknown(row: EncodedRow) -> Tensor:
+    """In place of boundaries that are not known. A loss that used them would be NaN, and training would stop."""
+    return torch.full((len(row.answer_ids),), torch.nan)
 
 
 def load_boundaries(path: Path, rows: Mapping[str, Sequence[EncodedRow]], key: str) -> Boundaries | None:

@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from eua.distributed import local_shard
 from eua.files import fill_folder, replacing
+from eua.model.forgotten import write_forgotten
 from eua.model.forward import check_finite
 from eua.training.model_card import CARD_FILE
 from eua.training.stopping import StopOnSignal
@@ -154,6 +155,7 @@ class CheckpointingTrainer(Trainer):
         if is_in_shards and self._is_saving_checkpoint:
             return  # Trainer saves the weights in shards with the optimizer's state
         folder = Path(output_dir or self.args.output_dir)
+        is_for_hub = _internal_call and folder.parent.name == HUB_FOLDER
 
         def write(folder: Path) -> None:
             full_weights = changed(plugin, state_dict_type="FULL_STATE_DICT") if is_in_shards else nullcontext()
@@ -163,6 +165,8 @@ class CheckpointingTrainer(Trainer):
         def write_all(folder: Path) -> None:
             write(folder)
             (folder / TRAINING_ARGS_PICKLE).unlink(missing_ok=True)
+            if not is_for_hub:  # where anyone could confirm a guess with the digests
+                write_forgotten(folder, self.forgotten_prompts)
             (folder / CARD_FILE).write_text(self.model_card(), encoding="utf-8")  # instead of PEFT's, which names local paths
 
         if self.args.should_save:

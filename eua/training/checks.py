@@ -42,6 +42,17 @@ def check_scheduler(args: EUAConfig) -> None:
         ) from error
 
 
+def check_batches(args: EUAConfig, forget_rows: int) -> None:
+    """Raise if incomplete batches are to be dropped and there is no complete one."""
+    needed = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and forget_rows < needed:
+        raise EUAError(
+            f"dataloader_drop_last = True, but {forget_rows} rows to forget do not fill a batch of {needed} "
+            f"(per_device_train_batch_size = {args.per_device_train_batch_size}, processes: {args.world_size}), so no step is "
+            "made: lower the batch size, or leave dataloader_drop_last at False."
+        )
+
+
 def check_model(model: nn.Module) -> None:
     """Raise if the model is wrapped in a way in which it could not be trained or saved."""
     if hasattr(model, "_orig_mod"):

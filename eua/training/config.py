@@ -105,6 +105,12 @@ class EUAConfig(TrainingArguments):
         default="last",
         metadata={"help": 'The assistant messages of a chat that count: the last one ("last"), or every one ("all").'},
     )
+    overlap: Literal["error", "drop"] = field(
+        default="error",
+        metadata={
+            "help": 'Rows to retain that are rows to forget, too: an error ("error"), or left out of the retain set ("drop").'
+        },
+    )
     stop_when_beyond_boundary: float | None = field(
         default=None,
         metadata={
@@ -130,6 +136,7 @@ class EUAConfig(TrainingArguments):
         _check("gamma_schedule", self.gamma_schedule, lambda x: x in known, 'known are "constant", "linear" and "cosine"')
         _check("retain_loss", self.retain_loss, lambda x: x in ("nll", "kl"), 'known are "nll" and "kl"')
         _check("assistant_turns", self.assistant_turns, lambda x: x in ("last", "all"), 'known are "last" and "all"')
+        _check("overlap", self.overlap, lambda x: x in ("error", "drop"), 'known are "error" and "drop"')
         _check("gamma_warmup_ratio", self.gamma_warmup_ratio, lambda x: 0 <= x < 1, "a share of the steps, 0 or more, below 1")
         _check(
             "stop_when_beyond_boundary",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,28 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import logging
 
 from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset
+from eua.data.overlap import retain_without_forget
 from eua.data.pairing import PairedSampler
 from eua.data.rows import IGNORE_INDEX, encode_rows
 from eua.data.sources import Source
 from eua.distributed import is_sharded
 from eua.errors import EUAError
 from eua.methods.d2 import d2_loss, loss_means, loss_sums, scheduled_gamma
-from eua.model.forward import check_head, check_token_ids, hidden_states, token_energies
+from eua.model.forgotten import forgotten_prompts, prompt_digest, set_forgotten
+from eua.model.forward import check_head, check_ids, hidden_states, token_energies
 from eua.model.head import output_head
 from eua.model.loading import load_model, load_tokenizer
 from eua.training.boundaries import BoundaryStore
 from eua.training.checkpoints import CheckpointingTrainer, last_checkpoint
-from eua.training.checks import check_arguments, check_model, check_padding_free, check_scheduler, check_setup, check_trainable
+from eua.training.checks import (
+    check_arguments,
+    check_batches,
+    check_model,
+    check_padding_free,
+    check_scheduler,
+    check_setup,
+    check_trainable,
+)
 from eua.training.config import EUAConfig
 from eua.training.evaluation import held_out_metrics
 from eua.training.model_card import model_card
@@ -61,6 +72,20 @@ class OnTrainBegin(TrainerCallback):
 
 def _read_state(path: Path) -> TrainerState | None:
     return TrainerState.load_from_json(str(path)) if path.is_file() else None
+
+
+def pairs_of_epochs(args: EUAConfig, forget_rows: int) -> Iterator[int]:
+    """The largest number of pairs of rows, counted from its beginning, that training may use in each epoch."""
+    if args.max_steps <= 0:
+        yield from repeat(forget_rows, math.ceil(args.num_train_epochs))
+        return
+    batch = args.per_device_train_batch_size * args.world_size
+    whole, rest = divmod(forget_rows, batch)
+    # Several processes may split batches in other ways, and then make more steps in an epoch.
+    batches = whole + (rest > 0 and not args.dataloader_drop_last and args.world_size == 1)
+    steps_in_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    for steps_left in range(args.max_steps, 0, -steps_in_epoch):
+        yield min(forget_rows, steps_left * args.gradient_accumulation_steps * batch)
 
 
 class EUATrainer(CheckpointingTrainer):
@@ -117,6 +142,8 @@ class EUATrainer(CheckpointingTrainer):
             for kind, dataset in sets.items()
             for name in [f"{kind.replace('_', ' ')} set"]
         }
+        check_batches(args, len(rows["forget"]))
+        kept = retain_without_forget(rows["forget"], rows["retain"], processing_class, args.overlap)
         if isinstance(model, str):
             # Weights that are trained must be float32: in bfloat16 most steps of a small learning rate round away.
             model, _ = load_model(model, "auto" if peft_config is not None else torch.float32, place=False)
@@ -127,8 +154,9 @@ class EUATrainer(CheckpointingTrainer):
             set_seed(args.seed)  # the adapter's start is drawn here
             model = get_peft_model(model, peft_config)
         check_trainable(model)
-        for kind in rows.values():
-            check_token_ids(model, (row.input_ids for row in kind))
+        for kind, of_kind in rows.items():
+            check_ids(model, (row.input_ids for row in of_kind), f"{kind.replace('_', ' ')} set")
+        rows["retain"] = kept  # only now, so that messages count rows as they were passed
         self.reference: Reference | None = None
         if ref_model is not None:
             if isinstance(ref_model, str):
@@ -157,6 +185,7 @@ class EUATrainer(CheckpointingTrainer):
         if not is_sharded(self.accelerator):
             self._check_forward()
         self.encoded_rows = rows
+        self.forgotten_prompts = forgotten_prompts(model) | {prompt_digest(row.prompt_ids) for row in rows["forget"]}
         # compute_loss divides by the counts of the whole accumulation window itself.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -198,6 +227,7 @@ class EUATrainer(CheckpointingTrainer):
         if self.is_interrupted():
             raise KeyboardInterrupt(f"stopped by signal {stop.received} after step {self.state.global_step}")
         self.check_weights()
+        set_forgotten(self.model, self.forgotten_prompts)
         self.model.eval()  # without dropout, for calibration and generation
         return result
 
@@ -218,7 +248,8 @@ class EUATrainer(CheckpointingTrainer):
 
         Sharded weights give them only once training is prepared, see :meth:`_complete_sharded_boundaries`.
         """
-        self.boundaries.look_up(self._reference_model, resuming=resuming)
+        used = self._get_train_sampler().rows_used(pairs_of_epochs(self.args, len(self.encoded_rows["forget"])))
+        self.boundaries.look_up(self._reference_model, resuming=resuming, used=used)
         if not is_sharded(self.accelerator):
             self._complete_boundaries()
         return self.boundaries.values

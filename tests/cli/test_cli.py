@@ -510,11 +510,14 @@ save_total_limit: 2
         ("max-steps: 1\nmax_steps: 2", "sets 'max_steps' twice, with a dash and with an underscore: leave one out"),
         ("- gamma", "hold ['gamma'], not settings by name: write one `key: value` a line"),
         ("gamma: [1", "are not YAML (while parsing"),
+        ("gamma: " + "[" * 100_000, "are not YAML (maximum recursion depth"),
+        ("seed: " + "9" * 5000, "are not YAML (Exceeds the limit"),
         ("config: other.yaml", "sets 'config', which is not an option of `eua unlearn`"),
         ("gamma_schedule: step", "sets 'gamma_schedule' to 'step', but it takes one of constant, linear, cosine"),
         ("gamma_warmup_ratio: long", "sets 'gamma_warmup_ratio' to 'long', but it takes a number: correct it"),
         ("lr_scheduler_type: none", "These settings cannot be used: none is not a valid SchedulerType"),
     ],
+    ids=lambda part: part[:30],
 )
 def test_settings_files_that_cannot_be_used_say_why(text, message, tiny_folder, data, tmp_path, capsys):
     base = RUN.replace("num_train_epochs: 1\nper-device-train-batch-size: 4\n", "")

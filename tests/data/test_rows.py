@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import datasets
@@ -41,8 +42,6 @@ def test_prompt_and_completion_are_literal(tokenizer):
 
 
 def test_chats_use_the_template(tokenizer):
-    import copy
-
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = CHAT_TEMPLATE
     messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
@@ -85,6 +84,9 @@ def test_long_answers_are_cut_and_counted(tokenizer, caplog):
         ([{"messages": "Hi"}], "has 'Hi' as its \"messages\", which must be a list of"),
         ([{"messages": ["x"]}], 'which must be a list of {"role", "content"} messages'),
         ([{"prompt": "a", "completion": ["b"]}], 'as its "completion", which must be a text'),
+        ([{"question": "Who?", "answer": "<pad><pad>"}], "The answer of row 0 of the forget set has no tokens but padding"),
+        ([{"question": "Who? \ud83d", "answer": "I."}], r"Row 0 of the forget set has '\\ud83d' in its \"question\", half"),
+        ([{"prompt": "Who?", "completion": "\udc00"}], r"Row 0 .* has '\\udc00' in its \"completion\", half a surrogate pair"),
         (["Who?"], "Row 0 of the forget set is a str, not a mapping"),
         ("missing.jsonl", "missing.jsonl is not a file"),
     ],
@@ -92,6 +94,39 @@ def test_long_answers_are_cut_and_counted(tokenizer, caplog):
 def test_errors_say_what_is_wrong_with_a_row(rows, text, tokenizer):
     with pytest.raises(EUAError, match=text):
         encode_rows(read_rows(rows, "forget set"), tokenizer, 32, "forget set")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "text"),
+    [
+        (["Who?", "Who? \ud83d"], r"Row 1 of the prompts has '\\ud83d' in its \"question\", half a surrogate pair"),
+        (["Who?", {"prompt": "<pad><pad>"}], "Row 1 of the prompts has no tokens but padding"),
+        (["Who?", {"prompt": ""}], "Row 1 of the prompts is empty"),
+    ],
+)
+def test_errors_say_what_is_wrong_with_a_prompt(prompts, text, tokenizer):
+    with pytest.raises(EUAError, match=text):
+        encode_prompts(prompts, tokenizer)
+
+
+@pytest.mark.parametrize("turns", ["last", "all"])
+def test_a_template_that_does_not_take_a_chat_is_an_error_of_its_row(turns, tokenizer):
+    chatty = copy.deepcopy(tokenizer)
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('No system role.') }}{% endif %}"
+    rows = [
+        {"question": "Who?", "answer": "Me."},
+        {"messages": [{"role": role, "content": "Hi"} for role in ("system", "user", "assistant")]},
+    ]
+    text = r"cannot be written by the tokenizer's chat template \(No system role\): change the roles"
+    for template in (refusing + CHAT_TEMPLATE, {"default": refusing + CHAT_TEMPLATE, "rag": "{{ messages[0].content }}"}):
+        chatty.chat_template = template
+        with pytest.raises(EUAError, match=f"Row 1 of the forget set {text}"):
+            encode_rows(rows, chatty, None, "forget set", turns)
+        with pytest.raises(EUAError, match=f"Row 1 of the prompts {text}"):
+            encode_prompts(rows, chatty)
+    chatty.chat_template = {"rag": CHAT_TEMPLATE, "tool_use": CHAT_TEMPLATE}  # none of them is the default
+    with pytest.raises(EUAError, match="Row 0 of the forget set cannot be written by the tokenizer's chat template"):
+        encode_rows(rows, chatty, None, "forget set", turns)
 
 
 def test_unusual_line_ends_inside_strings_survive(tmp_path):

@@ -303,6 +303,10 @@ def test_a_path_that_does_not_exist_is_no_name(no_hub, source):
             "one JSON object with the keys 'data', not rows: save the list",
         ),
         ("data.json", '[{"question": "a"},\n{oops}]', r"Line 2 of the dataset .*data\.json is not JSON"),
+        ("deep.jsonl", '{"question": "a"}\n' + "[" * 100_000, r"Line 2 of the dataset .*deep\.jsonl is not JSON"),
+        ("deep.json", "[" * 100_000, r"A line of the dataset .*deep\.json is not JSON"),
+        ("deep.jsonl", '{"question": "a", "x": ' + "[" * 700 + "]" * 700 + "}", "Row 0 .* inside each other, too deep"),
+        ("long.jsonl", '{"question": "a", "id": ' + "9" * 5000 + "}", r"Line 1 of the dataset .*long\.jsonl is not JSON"),
         ("data.jsonl", '{"question": "a"}\n\n{oops\n', r"Line 3 of the dataset .*data\.jsonl is not JSON"),
         ("data.json", '[{"question": "a"}, ["b"]]', "Row 1 of the dataset is a list, not a mapping"),
         ("data.jsonl", "5\n", "Row 0 of the dataset is an int, not a mapping"),
@@ -322,6 +326,7 @@ def test_a_path_that_does_not_exist_is_no_name(no_hub, source):
         ("data.parquet", "question,answer\n", "cannot be read as Parquet .*save it again"),
         ("data.jsonl.gz", "", "is compressed, and compressed files cannot be read: unpack it"),
     ],
+    ids=lambda part: part[:30],
 )
 def test_bad_files_are_refused_with_their_line(no_hub, tmp_path, name, content, text):
     (tmp_path / name).write_text(content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,16 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from eua import EUAConfig, EUAError, EUATrainer
+from eua import EnergyGuard, EUAConfig, EUAError, EUATrainer
 from eua.data.batches import flatten_rows, pad_rows
-from eua.data.rows import EncodedRow
-from eua.guard.scores import prompt_scores
-from eua.model.forward import check_head, hidden_states, token_energies
+from eua.data.rows import EncodedRow, encode_rows
+from eua.evaluation.metrics import measure_answers
+from eua.guard.scores import answer_scores, prompt_scores
+from eua.model.asking import answer
+from eua.model.forward import check_head, check_ids, hidden_states, token_energies
 from eua.model.head import output_head, output_module
+from eua.model.loading import load_model
+from eua.serving.engine import Engine
 from eua.training.checks import check_padding_free
 from tests.conftest import tiny_llama
 
@@ -372,6 +377,35 @@ def test_a_head_called_twice_is_refused():
         check_head(Twice(tiny_llama(V).config))
 
 
+LONG = [list(range(3, 3 + n)) for n in (4, 9, 8, 12)]
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("gpt2", "n_positions"), ("gptj", "n_positions"), ("opt", "max_position_embeddings")]
+)
+def test_rows_beyond_learned_positions_are_named(name, key):
+    model = random_model(name, **{key: 8})
+    with pytest.raises(EUAError, match="Row 1 of the forget set has 9 tokens, but the model has learned 8 positions: shorten"):
+        check_ids(model, LONG, "forget set")
+    with pytest.raises(EUAError, match="Row 1 has 9 tokens"):
+        measure_answers(model, [EncodedRow(ids, 2) for ids in LONG])
+    for score in (prompt_scores, partial(prompt_scores, first_tokens=1), partial(answer_scores, window=1, new_tokens=1)):
+        with pytest.raises(EUAError, match="Row 1 of the prompts has 9 tokens"):
+            score(model, LONG)
+    check_ids(model, LONG[::2])
+    with pytest.raises(EUAError, match="Row 1 has 8 tokens and 1 generated ones"):
+        check_ids(model, LONG[::2], new_tokens=1)
+
+
+def test_rows_beyond_computed_positions_are_counted_in_a_warning(caplog):
+    model = random_model("llama", max_position_embeddings=8)
+    check_ids(model, LONG, "forget set")
+    check_ids(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), LONG, "retain set")
+    check_ids(model, LONG[::2])
+    text = "2 of 4 rows of the {} set are longer than the 8 positions for which the model was made"
+    assert [message.partition(", and")[0] for message in caplog.messages] == [text.format(k) for k in ("forget", "retain")]
+
+
 class Int8Linear(nn.Module):
     """A minimal quantized layer: integers, and a scale for each row."""
 
@@ -391,6 +425,65 @@ def quantize_layers(model: PreTrainedModel) -> None:
             for name, module in list(owner.named_children()):
                 if isinstance(module, nn.Linear):
                     setattr(owner, name, Int8Linear(module))
+
+
+SMALL_DECODER = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+BART_LIKE = (
+    SPECIAL | SMALL_DECODER | {"vocab_size": V, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+)
+T5_LIKE = SPECIAL | {"vocab_size": V, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+BERT_LIKE = {name: value for name, value in LLAMA_LIKE.items() if name not in ("num_key_value_heads", "head_dim")}
+NO_ANSWER = "generates no text, so there is neither an answer to forget nor one to refuse: load a causal"
+OTHER_KINDS = [
+    ("BartForConditionalGeneration", "BartConfig", BART_LIKE, "is an encoder–decoder model, .*: use a causal language model"),
+    ("T5ForConditionalGeneration", "T5Config", T5_LIKE, "is an encoder–decoder model"),
+    ("WhisperForConditionalGeneration", "WhisperConfig", BART_LIKE, "is an encoder–decoder model"),
+    ("BertForMaskedLM", "BertConfig", BERT_LIKE, NO_ANSWER),
+    ("BertLMHeadModel", "BertConfig", BERT_LIKE, r"reads what follows a token, too .* or set is_decoder=True"),
+    ("RobertaForCausalLM", "RobertaConfig", BERT_LIKE, r"reads what follows a token, too"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "options", "text"), OTHER_KINDS, ids=lambda part: part if isinstance(part, str) else ""
+)
+def test_models_that_do_not_write_from_left_to_right_are_refused(kind, config, options, text, tokenizer, rows, tmp_path):
+    model = randomized(getattr(transformers, kind)(config_of(config, options | {"vocab_size": len(tokenizer)})))
+    encoded = encode_rows(rows["forget"], tokenizer, None)
+    settings = EUAConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    sets = {"forget_dataset": rows["forget"], "retain_dataset": rows["retain"]}
+    guard = EnergyGuard(0.0, 1.0, "No.", (5,), (5,), 0.05, 100)
+    entrances: list[Callable[[], Any]] = [
+        lambda: EUATrainer(model, settings, processing_class=tokenizer, **sets),
+        lambda: EnergyGuard.calibrate(model, tokenizer, rows["calibration"] * 2),
+        lambda: guard.score(model, tokenizer, "Who?"),
+        lambda: measure_answers(model, encoded),
+    ]
+    if "reads what follows" not in text:  # known without a forward
+        entrances += [lambda: guard.attach(model), lambda: answer(model, tokenizer, "Who?")]
+        entrances += [lambda: Engine(model, tokenizer, None)]
+    for enter in entrances:
+        with pytest.raises(EUAError, match=f"{kind} {text}"):
+            enter()
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "options"),
+    [
+        ("BertLMHeadModel", "BertConfig", BERT_LIKE | {"is_decoder": True}),
+        ("RobertaForCausalLM", "RobertaConfig", BERT_LIKE | {"is_decoder": True}),
+        ("BartForCausalLM", "BartConfig", BART_LIKE),
+    ],
+)
+def test_decoders_of_such_families_are_taken(kind, config, options):
+    check_head(randomized(getattr(transformers, kind)(config_of(config, options))))
+
+
+def test_an_encoder_decoder_model_is_not_loaded_as_its_decoder(tokenizer, tmp_path):
+    transformers.BartForConditionalGeneration(config_of("BartConfig", BART_LIKE)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(EUAError, match="is an encoder–decoder model, of which only the decoder would be loaded"):
+        load_model(str(tmp_path))
 
 
 def test_quantized_layers_leave_the_head_readable():

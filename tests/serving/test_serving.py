@@ -500,7 +500,7 @@ def test_chats_go_through_the_template(tokenizer):
     try:
         ids, _ = engine.encode([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}], None)
         assert tokenizer.decode(ids) == "system: Be brief.\nuser: Who?\nassistant:"
-        with pytest.raises(EUAError, match="check the order of roles"):
+        with pytest.raises(EUAError, match="change the roles or the order of its messages"):
             engine.encode([{"role": "assistant", "content": "I."}, {"role": "user", "content": "Who?"}], None)
     finally:
         engine.close()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from eua import EUAError
 from eua.distributed import is_sharded
-from eua.training.checks import check_setup
+from eua.training.checks import check_batches, check_setup
 from tests.training.test_trainer import make
 
 GATHERS = {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}
@@ -58,6 +60,28 @@ def test_setups_that_cannot_be_honoured_are_refused(launched, options, text):
 def test_setups_that_are_supported(launched, reference, sharded):
     check_setup(launched, torch.nn.Linear(1, 1), reference)
     assert is_sharded(launched) == sharded
+
+
+@pytest.mark.parametrize(("rows", "processes", "fills"), [(7, 1, False), (8, 1, True), (15, 2, False), (16, 2, True)])
+def test_rows_that_fill_no_batch_are_an_error_if_such_batches_are_dropped(rows, processes, fills):
+    args = SimpleNamespace(per_device_train_batch_size=8, world_size=processes, dataloader_drop_last=True)
+    with (
+        nullcontext()
+        if fills
+        else pytest.raises(EUAError, match=f"{rows} rows to forget do not fill a batch of {8 * processes}")
+    ):
+        check_batches(args, rows)
+    args.dataloader_drop_last = False
+    check_batches(args, rows)
+
+
+def test_rows_that_no_step_can_take_are_found_before_training(tokenizer, rows, tmp_path):
+    with pytest.raises(EUAError, match="6 rows to forget do not fill a batch of 8"):
+        make("no model is loaded", tokenizer, rows, tmp_path, dataloader_drop_last=True, per_device_train_batch_size=8)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=128)
+    forget = [*rows["forget"][:3], {"question": "Where was Ann born? " * 30, "answer": "In Ulm."}]
+    with pytest.raises(EUAError, match=r"Row 3 of the forget set has \d+ tokens, but the model has learned 128 positions"):
+        make(GPT2LMHeadModel(config), tokenizer, rows, tmp_path, forget=forget)
 
 
 def test_ruined_weights_are_found_in_the_part_that_a_process_holds(model, tokenizer, rows, tmp_path):

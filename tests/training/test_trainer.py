@@ -233,6 +233,67 @@ def test_boundaries_are_kept_and_stale_ones_noticed(model, tokenizer, rows, tmp_
         make(model, tokenizer, rows, tmp_path)._find_boundaries(resuming=False)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_steps": 1, "per_device_train_batch_size": 2},
+        {"max_steps": 3, "per_device_train_batch_size": 4},  # into the second epoch
+        {"max_steps": 2, "per_device_train_batch_size": 4, "dataloader_drop_last": True},  # an epoch leaves two rows out
+        {"max_steps": 3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        {"max_steps": 2, "per_device_train_batch_size": 2, "train_sampling_strategy": "group_by_length"},
+        {"max_steps": 5, "per_device_train_batch_size": 2, "retain_per_forget": 2},
+        {"num_train_epochs": 1.5, "per_device_train_batch_size": 2},
+    ],
+    ids=str,
+)
+def test_boundaries_are_computed_only_for_rows_that_are_trained_on(model, tokenizer, rows, tmp_path, monkeypatch, options):
+    computed = []
+
+    def counting(model, rows, kind, **kwargs):
+        computed.extend((kind, tuple(row.input_ids)) for row in rows)
+        return compute_boundaries(model, rows, kind, **kwargs)
+
+    monkeypatch.setattr("eua.training.boundaries.compute_boundaries", counting)
+    retain = rows["retain"][:30]
+    trainer = make(model, tokenizer, rows, tmp_path, retain=retain, **{"max_steps": -1} | options)
+    trainer.train()  # would stop at a NaN if a boundary were missing
+    assert len(computed) == len(set(computed))
+    batch, accumulation = options["per_device_train_batch_size"], options.get("gradient_accumulation_steps", 1)
+    if "max_steps" in options:  # no more than whole steps need
+        pairs = options["max_steps"] * batch * accumulation
+        assert len(computed) <= pairs * (1 + options.get("retain_per_forget", 1)) + 2 * batch
+    assert len(computed) < 6 + len(retain)
+
+
+def test_boundaries_of_used_rows_do_not_depend_on_the_others(model, tokenizer, rows, tmp_path):
+    short, long = (make(model, tokenizer, rows, tmp_path / str(n), max_steps=n) for n in (1, 40))
+    found, expected = (trainer._find_boundaries(resuming=False) for trainer in (short, long))
+    known = 0
+    for kind in ("forget", "retain"):
+        for one, other in zip(found[kind], expected[kind], strict=True):
+            if not one.isnan().any():
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+                known += 1
+    assert 0 < known < len(found["forget"]) + len(found["retain"])
+    assert not any(row.isnan().any() for of_kind in expected.values() for row in of_kind)
+
+
+def test_a_longer_run_finds_or_computes_what_a_shorter_one_left_out(model, tokenizer, rows, tmp_path):
+    trainer = make(model, tokenizer, rows, tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1)
+    original = copy.deepcopy(model)
+    trainer.train()
+    trainer.train(resume_from_checkpoint=True)  # needs no other rows
+    trainer.args.max_steps = 40
+    with pytest.raises(EUAError, match=r"would now use \d+ rows that it did not use before, .* make a new trainer"):
+        trainer.train(resume_from_checkpoint=True)
+    resumed = make(copy.deepcopy(original), tokenizer, rows, tmp_path / "run", max_steps=40)
+    whole = make(original, tokenizer, rows, tmp_path / "whole", max_steps=40)
+    found, expected = (trainer._find_boundaries(resuming=resuming) for trainer, resuming in ((resumed, True), (whole, False)))
+    for kind, of_kind in expected.items():
+        for one, other in zip(found[kind], of_kind, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
 def test_boundaries_go_on_where_they_were_interrupted(model, tokenizer, rows, tmp_path, monkeypatch):
     """Neither what is in the file nor what came after its last save is computed again; the result is that of one go."""
     expected = make(model, tokenizer, rows, tmp_path / "whole")._find_boundaries(resuming=False)
@@ -437,7 +498,9 @@ def test_models_that_cannot_be_honoured_are_refused(model, tokenizer, rows, tmp_
     frozen = tiny_llama(len(tokenizer)).requires_grad_(False)
     with pytest.raises(EUAError, match="No parameter of the model requires a gradient"):
         make(frozen, tokenizer, rows, tmp_path)
-    with pytest.raises(EUAError, match="token id .* out of range for the model's vocabulary of 50"):
+    with pytest.raises(
+        EUAError, match="Row 0 of the forget set holds token id .* out of range for the model's vocabulary of 50"
+    ):
         make(tiny_llama(50), tokenizer, rows, tmp_path)
 
 
