@@ -41,7 +41,7 @@ Trained: {trained}. Steps made: {step} of {max_steps}. Fields of `EUAConfig`:
 ## Data
 
 The rows are not published. SHA-256 is over their token ids, so that whoever has the same rows can recognise them:
-`eua.data.rows.rows_digest(encode_rows(read_rows("forget.jsonl"), tokenizer, {max_length}))`.
+`eua.data.rows.rows_digest(encode_rows(read_rows("forget.jsonl"), {tokenizer}, {max_length}))`.{dated}
 
 {data}
 
@@ -102,6 +102,7 @@ def model_card(
     model, args, state = trainer.model, trainer.args, trainer.state
     best_is_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None and not trainer.is_in_train
     step = state.best_global_step if best_is_loaded else state.global_step
+    date = trainer.date
     base = finetuned_from or _hub_name(getattr(model.config, "name_or_path", None))
     is_adapter = isinstance(model, PeftModel)
     data = ModelCardData(
@@ -129,6 +130,8 @@ def model_card(
         max_steps=state.max_steps,
         settings=_table(("setting", "value"), _settings(args)),
         max_length=args.max_length,
+        tokenizer="tokenizer" if date is None else f'at_date(tokenizer, datetime.fromisoformat("{date.isoformat()}"))',
+        dated="" if date is None else " The chat template writes the date, which `eua.data.dates.at_date` keeps.",
         data=_table(("set", "rows", "answer tokens", "SHA-256"), sets),
         figures=_figures(state.log_history, step),
         name=trainer.hub_model_id or "path/to/this/folder",

@@ -26,6 +26,7 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import logging
 
 from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset
+from eua.data.dates import at_date, writes_date
 from eua.data.pairing import PairedSampler
 from eua.data.rows import IGNORE_INDEX, encode_rows
 from eua.data.sources import Source
@@ -42,6 +43,7 @@ from eua.training.config import EUAConfig
 from eua.training.evaluation import held_out_metrics
 from eua.training.model_card import model_card
 from eua.training.reference import Reference
+from eua.training.run_date import run_date, save_run_date
 from eua.training.stopping import StopWhenBeyondBoundary
 
 logger = logging.get_logger(__name__)
@@ -68,6 +70,8 @@ class EUATrainer(CheckpointingTrainer):
 
     Boundaries are computed once, at the start of :meth:`train`, from the model as it was passed in; they are kept in
     ``output_dir/boundaries.safetensors``, where a resumed run finds them. Training holds no second model.
+
+    A chat template that writes the current date writes the date on which the run began, on whatever day it is resumed.
 
     Args:
         model: a causal language model, or the name or path of one.
@@ -112,8 +116,10 @@ class EUATrainer(CheckpointingTrainer):
         sets = {"forget": forget_dataset, "retain": retain_dataset}
         if eval_forget_dataset is not None and eval_retain_dataset is not None:
             sets |= {"eval_forget": eval_forget_dataset, "eval_retain": eval_retain_dataset}
+        self.date = run_date(Path(args.output_dir)) if writes_date(processing_class) else None
+        encoding = processing_class if self.date is None else at_date(processing_class, self.date)
         rows = {  # before a model is loaded, which may take minutes
-            kind: encode_rows(dataset, processing_class, args.max_length, name, args.assistant_turns)
+            kind: encode_rows(dataset, encoding, args.max_length, name, args.assistant_turns)
             for kind, dataset in sets.items()
             for name in [f"{kind.replace('_', ' ')} set"]
         }
@@ -218,6 +224,8 @@ class EUATrainer(CheckpointingTrainer):
 
         Sharded weights give them only once training is prepared, see :meth:`_complete_sharded_boundaries`.
         """
+        if self.date is not None and self.args.should_save:
+            save_run_date(self.output_folder, self.date)
         self.boundaries.look_up(self._reference_model, resuming=resuming)
         if not is_sharded(self.accelerator):
             self._complete_boundaries()
