@@ -18,7 +18,7 @@ from accelerate import PartialState
 from peft import LoraConfig
 
 from eua.cli.options import Parser, add_model
-from eua.errors import EUAError, did_you_mean
+from eua.errors import EUAError, did_you_mean, in_one_line
 from eua.files import check_output_folder, write_json
 from eua.training.checkpoints import last_checkpoint
 from eua.training.config import EUAConfig
@@ -217,8 +217,9 @@ def _settings_explained() -> Iterator[None]:
     except EUAError:
         raise
     except (ValueError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise EUAError(f"These settings cannot be used: {reason}. Correct them; `eua unlearn --help-all` lists all.") from error
+        raise EUAError(
+            f"These settings cannot be used: {in_one_line(error)}. Correct them; `eua unlearn --help-all` lists all."
+        ) from error
 
 
 def _check_options(arguments: argparse.Namespace) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eua.data.batches import pad_prompts
 from eua.data.rows import encode_prompts
 from eua.data.sources import Prompts
+from eua.errors import EUAError, in_one_line
 from eua.model.forward import check_token_ids
 
 
@@ -40,7 +43,8 @@ def answer(
         One answer per question, in the same order.
 
     Raises:
-        EUAError: if questions cannot be read, or if tokenizer and model have different vocabularies.
+        EUAError: if questions cannot be read, if tokenizer and model have different vocabularies, or if the model cannot
+            generate with these options and its own settings.
     """
     ids = encode_prompts(questions, tokenizer, "questions")
     check_token_ids(model, ids)
@@ -49,8 +53,23 @@ def answer(
     training = model.training
     model.eval()
     try:
-        options = {"do_sample": False} | options
-        output = model.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=pad, **options)
+        options = {"do_sample": False, "tokenizer": tokenizer} | options
+        with generation_explained():
+            output = model.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=pad, **options)
     finally:
         model.train(training)
     return [text.strip() for text in tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]
+
+
+@contextmanager
+def generation_explained() -> Iterator[None]:
+    """Turn what transformers raises for settings of generation that cannot work into an :class:`EUAError`."""
+    try:
+        yield
+    except EUAError:
+        raise
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise EUAError(
+            f"The model cannot generate with its settings ({in_one_line(error)}): correct its generation_config.json, or the "
+            "options of `generate`."
+        ) from error

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 import yaml
 from transformers import TrainingArguments
 
-from eua.errors import EUAError
+from eua.errors import EUAError, in_one_line
 from eua.training.config import EUAConfig
 
 
@@ -126,8 +126,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise EUAError(f"The settings {path} cannot be read ({error}): name a YAML file with --config.") from error
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise EUAError(f"The settings {path} are not YAML ({reason}): write one `key: value` a line.") from error
+        raise EUAError(f"The settings {path} are not YAML ({in_one_line(error)}): write one `key: value` a line.") from error
     if not isinstance(content, Mapping):
         raise EUAError(f"The settings {path} hold {content!r}, not settings by name: write one `key: value` a line.")
     settings: dict[str, Any] = {}
