@@ -6,11 +6,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from eua.errors import EUAError
+from eua.errors import EUAError, in_one_line
 
 ENTRY_FILES = ("config.json", "adapter_config.json")
 MODEL_FILES = (
@@ -25,13 +25,51 @@ MODEL_FILES = (
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to ``path``; rename it to ``path`` when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = _temporary(path)
+    with _explained(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(path.parent)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what fails when ``path`` is written into an :class:`EUAError`: no space, no permission, a name that cannot be."""
     try:
-        yield temporary
-        os.replace(temporary, path)
+        yield
+    except Exception as error:
+        if isinstance(error, EUAError) or not _is_of_disk(error):
+            raise
+        raise EUAError(
+            f"{path} cannot be written ({in_one_line(error)}): free some space, or name a place where you may write. What was "
+            "there before is unchanged."
+        ) from error
+
+
+def _is_of_disk(error: Exception) -> bool:
+    """Whether an error is of the system, or what safetensors and torch.save make of one."""
+    return (
+        isinstance(error, OSError)
+        or (type(error).__name__ == "SafetensorError" and "os error" in str(error))
+        or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error))
+    )
+
+
+def _flush(path: Path) -> None:
+    """Let a file, or the names in a folder, reach the disk, where a loss of power cannot take them back."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -65,26 +103,59 @@ def fill_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def check_output_folder(folder: Path, *, allowed: bool, how: str) -> None:
-    """Raise :class:`EUAError` if ``folder`` is a file, or holds files and is not ``allowed`` to; ``how`` names the option."""
-    if folder.exists() and not folder.is_dir():
-        raise EUAError(f"The output {folder} is a file, but the output must be a folder: name another path.")
-    _check_parents(folder)
-    if not allowed and folder.is_dir() and any(folder.iterdir()):
-        raise EUAError(f"The output folder {folder} is not empty, and its files could be lost: name another, or pass {how}.")
+    """Raise :class:`EUAError` if ``folder`` cannot be written into, or holds files and is not ``allowed`` to.
+
+    ``how`` names the option that allows it.
+    """
+    with _explained(folder):
+        if folder.exists() and not folder.is_dir():
+            raise EUAError(f"The output {folder} is a file, but the output must be a folder: name another path.")
+        if not allowed and folder.is_dir() and any(folder.iterdir()):
+            raise EUAError(
+                f"The output folder {folder} is not empty, and its files could be lost: name another, or pass {how}."
+            )
+        _try_to_write(folder / "output")
 
 
-def check_output_file(path: Path, *, allowed: bool, how: str) -> None:
-    """Raise :class:`EUAError` if ``path`` is a folder, or exists and is not ``allowed`` to; ``how`` names the option."""
-    if path.is_dir():
-        raise EUAError(f"The output {path} is a folder, but the output must be a file: name a file in it.")
-    if path.exists() and not allowed:
-        raise EUAError(f"The output {path} already exists and would be lost: name another, or pass {how}.")
-    _check_parents(path)
+def check_output_file(path: Path, *, allowed: bool, how: str, inputs: Iterable[str | None] = ()) -> None:
+    """Raise :class:`EUAError` if ``path`` cannot be written, or exists and is not ``allowed`` to; ``how`` names the option.
+
+    It cannot be one of the ``inputs`` either.
+    """
+    with _explained(path):
+        if path.is_dir():
+            raise EUAError(f"The output {path} is a folder, but the output must be a file: name a file in it.")
+        if path.exists():
+            if not allowed:
+                raise EUAError(f"The output {path} already exists and would be lost: name another, or pass {how}.")
+            if any(name is not None and os.path.exists(name) and path.samefile(name) for name in inputs):
+                raise EUAError(f"The output {path} is a file that this command reads, and would be lost: name another.")
+        _try_to_write(path)
 
 
-def _check_parents(path: Path) -> None:
-    """Raise :class:`EUAError` if ``path`` could not be created where it is to be."""
-    nearest = next(parent for parent in path.absolute().parents if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        why = "is not writable" if nearest.is_dir() else "is not a folder"
-        raise EUAError(f"The output {path} cannot be created, since {nearest} {why}: name another path.")
+def free_bytes(folder: Path) -> int:
+    """Free space on the disk on which ``folder`` is or would be."""
+    return shutil.disk_usage(_nearest_folder(folder)).free
+
+
+def _try_to_write(path: Path) -> None:
+    """Write a file as :func:`replacing` would, in the nearest folder that exists, and remove it."""
+    nearest = _nearest_folder(path.parent)
+    if not nearest.is_dir():
+        raise EUAError(f"The output {path} cannot be created, since {nearest} is not a folder: name another path.")
+    trial = nearest / _temporary(path).name
+    try:
+        trial.touch()
+    finally:
+        with suppress(OSError):
+            trial.unlink(missing_ok=True)
+
+
+def _nearest_folder(folder: Path) -> Path:
+    """``folder`` or the nearest one above it that exists; it may turn out to be a file."""
+    path = folder.absolute()
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")

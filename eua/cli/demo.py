@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,4 +40,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "eua"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # The path is not absolute if the user has no home, as in a container that runs under any user id.
+    return Path(cache if os.path.isabs(cache) else tempfile.gettempdir()) / "eua"

@@ -117,6 +117,8 @@ class EUAConfig(TrainingArguments):
     def __post_init__(self) -> None:
         for name in ("gamma", "alpha", "learning_rate"):
             _check(name, getattr(self, name), lambda x: math.isfinite(x) and x >= 0, "it must be finite and at least 0")
+        if self.gamma == self.alpha == 0:
+            raise EUAError("gamma = 0 and alpha = 0, so the loss would be 0 and nothing would be trained: raise one of them.")
         for name in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
             _check(name, getattr(self, name), lambda x: x > 0, "it must be above 0")
         for name in ("adam_beta1", "adam_beta2"):

@@ -8,10 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import DistributedType
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
-from torch import nn
 from transformers import Trainer
 
 from eua.data.rows import rows_digest
@@ -125,7 +125,7 @@ def model_card(
         base="a model without a name on the hub" if base is None else f"`{base}`",
         kept=kept[args.retain_loss],
         boundaries="constants" if args.constant_boundaries else "those of the model before unlearning",
-        trained=_trained(model, args),
+        trained=_trained(trainer),
         step=step,
         max_steps=state.max_steps,
         settings=_table(("setting", "value"), _settings(args)),
@@ -152,8 +152,9 @@ def _hub_name(name: str | None) -> str | None:
     return name
 
 
-def _trained(model: nn.Module, args: EUAConfig) -> str:
-    """What was trained, and in which precision."""
+def _trained(trainer: Trainer) -> str:
+    """What was trained, and in which precision: on a CPU, ``fp16`` has no effect."""
+    model, accelerator = trainer.model, trainer.accelerator
     if isinstance(model, PeftModel):
         config = model.active_peft_config
         names = ("r", "lora_alpha", "target_modules", "modules_to_save")
@@ -162,7 +163,9 @@ def _trained(model: nn.Module, args: EUAConfig) -> str:
     else:
         what = "all weights" if all(p.requires_grad for p in model.parameters()) else "a part of the weights"
     dtypes = sorted({_plain(parameter.dtype) for parameter in model.parameters() if parameter.requires_grad})
-    autocast = " (computing in bfloat16)" if args.bf16 else " (computing in float16)" if args.fp16 else ""
+    is_cast = accelerator.native_amp or accelerator.distributed_type == DistributedType.DEEPSPEED
+    casts = {"bf16": " (computing in bfloat16)", "fp16": " (computing in float16)"}
+    autocast = casts.get(accelerator.mixed_precision, "") if is_cast else ""
     return f"{what}, in {', '.join(dtypes)}{autocast}"
 
 

@@ -38,7 +38,16 @@ from eua.model.head import output_head
 from eua.model.loading import load_model, load_tokenizer
 from eua.training.boundaries import BoundaryStore
 from eua.training.checkpoints import CheckpointingTrainer, last_checkpoint
-from eua.training.checks import check_arguments, check_model, check_padding_free, check_scheduler, check_setup, check_trainable
+from eua.training.checks import (
+    check_arguments,
+    check_model,
+    check_optimizer,
+    check_padding_free,
+    check_saving,
+    check_scheduler,
+    check_setup,
+    check_trainable,
+)
 from eua.training.config import EUAConfig
 from eua.training.evaluation import held_out_metrics
 from eua.training.model_card import model_card
@@ -59,6 +68,16 @@ class OnTrainBegin(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.function()
+
+
+def _name_of(model: nn.Module) -> str:
+    name: str | None = getattr(getattr(model, "config", None), "name_or_path", None)
+    if not name:
+        raise EUAError(
+            "The model was made in memory, so it has no name from which its tokenizer could be loaded: pass the tokenizer as "
+            "processing_class."
+        )
+    return name
 
 
 def _read_state(path: Path) -> TrainerState | None:
@@ -112,7 +131,7 @@ class EUATrainer(CheckpointingTrainer):
         check_arguments(args, ref_model, eval_forget_dataset, eval_retain_dataset)
         check_scheduler(args)
         if processing_class is None:
-            processing_class = load_tokenizer(model if isinstance(model, str) else model.config.name_or_path)
+            processing_class = load_tokenizer(model if isinstance(model, str) else _name_of(model))
         sets = {"forget": forget_dataset, "retain": retain_dataset}
         if eval_forget_dataset is not None and eval_retain_dataset is not None:
             sets |= {"eval_forget": eval_forget_dataset, "eval_retain": eval_retain_dataset}
@@ -133,6 +152,10 @@ class EUATrainer(CheckpointingTrainer):
             set_seed(args.seed)  # the adapter's start is drawn here
             model = get_peft_model(model, peft_config)
         check_trainable(model)
+        if optimizers[0] is None:
+            check_optimizer(args, model)
+        if args.should_save:
+            check_saving(model, processing_class, Path(args.output_dir))
         for kind in rows.values():
             check_token_ids(model, (row.input_ids for row in kind))
         self.reference: Reference | None = None

@@ -6,9 +6,11 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -105,6 +107,35 @@ def test_unlearn_calibrate_ask_evaluate(trained_folder, data, world, tmp_path, c
     assert report["after"]["sets"]["forget"]["refused"] == 1
     assert "unseen" in report["after"]["sets"]
     assert (report_folder / "energies.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stop_strings_of_the_model_are_honoured_or_refused(tiny_folder, data, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model.generation_config.stop_strings = ["\n\n"]
+    shutil.copytree(tiny_folder, tmp_path / "stops")
+    model.generation_config.save_pretrained(tmp_path / "stops")
+    assert main(["ask", "--model", str(tmp_path / "stops"), "--no-guard", "Who?", "--max-new-tokens", "2"]) == 0
+    calibrate = ["calibrate", "--model", str(tmp_path / "stops"), "--prompts", str(data / "held_out.jsonl")]
+    assert main(calibrate) == 0
+    for option in ("--first-tokens", "--probe-window"):
+        assert main([*calibrate, option, "1"]) == 2
+        assert "sets stop_strings, which scores of generated tokens do not follow: remove it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_user_without_a_home_can_use_every_command(command, monkeypatch, capsys):
+    """A container may run under any user id, which has no home and no name."""
+
+    def unknown(user):
+        raise KeyError(user)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert command != "demo" or str(Path(tempfile.gettempdir(), "eua")) in " ".join(capsys.readouterr().out.split())
 
 
 def test_unlearn_with_lora_writes_an_adapter(tiny_folder, data, tmp_path):
@@ -250,6 +281,9 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, text, tiny_folde
             "eua demo: argument --people: '-3' is not a whole number above 0. `eua demo --help` explains",
         ),
         (["evaluate", "--also", "x"], "argument --also: 'x' is not NAME=ROWS."),
+        (["calibrate", "--refusal", " "], "argument --refusal: ' ' has no words."),
+        (["calibrate", "--temperature", "inf"], "argument --temperature: 'inf' is not a finite number above 0."),
+        (["serve", "--timeout", "nan"], "argument --timeout: 'nan' is not a finite number above 0."),
         (["ask", "--modl", "x", "Who?"], "the following arguments are required: --model"),
         (["ask", "--model", "x", "Who?", "--gard", "y"], "--gard is not an option of `eua ask`: did you mean '--guard'?"),
     ],
@@ -344,7 +378,7 @@ def test_rows_are_checked_before_a_model_is_loaded(tiny_folder, data, tmp_path, 
         (["calibrate", "--prompts", "{data}/held_out.jsonl", "--tolerance", "2"], "tolerance = 2.0, but a rate"),
         (
             ["calibrate", "--prompts", "{data}/held_out.jsonl", "--temperature", "0"],
-            "--temperature: '0' is not a number above 0",
+            "--temperature: '0' is not a finite number above 0",
         ),
         (["calibrate", "--prompts", "{data}/held_out.jsonl", "--first-tokens", "-1"], "'-1' is not a whole number from 0"),
         (["calibrate", "--prompts", "{bad}"], "Row 0 of the calibration prompts has the keys"),

@@ -246,3 +246,11 @@ def test_only_process_zero_writes(model, tokenizer, rows, tmp_path, monkeypatch)
     trainer.save_model(str(tmp_path / "model"))
     trainer.create_model_card()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [staged_by_process_zero]
+
+
+def test_the_card_names_the_precision_that_was_computed_in(model, tokenizer, rows, tmp_path):
+    """On a CPU, accelerate computes in float32 although fp16 is set."""
+    card = make(model, tokenizer, rows, tmp_path, fp16=True).model_card()
+    assert "Trained: all weights, in float32." in card
+    card = make(model, tokenizer, rows, tmp_path, bf16=True).model_card()
+    assert "Trained: all weights, in float32 (computing in bfloat16)." in card
