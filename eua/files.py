@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import logging
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,7 +16,11 @@ from typing import Any
 
 from eua.errors import EUAError, in_one_line
 
+logger = logging.getLogger(__name__)
+
 ENTRY_FILES = ("config.json", "adapter_config.json")
+_SECONDS_OF_A_WRITE = 3600.0
+_locked_by: dict[tuple[int, int], int] = {}  # folder (device and inode) → the thread of this process that has locked it
 MODEL_FILES = (
     *ENTRY_FILES,
     "model*.safetensors*",
@@ -26,9 +34,10 @@ MODEL_FILES = (
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to ``path``; rename it to ``path`` when the block ends without an error."""
     temporary = _temporary(path)
-    with _explained(path):
+    with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(path)
             yield temporary
             _flush(temporary)
             os.replace(temporary, path)
@@ -39,8 +48,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn what fails when ``path`` is written into an :class:`EUAError`: no space, no permission, a name that cannot be."""
+def writing(path: Path) -> Iterator[None]:
+    """Turn what fails in the block, which writes ``path``, into an :class:`EUAError`: no space, no permission, a bad name."""
     try:
         yield
     except Exception as error:
@@ -50,6 +59,14 @@ def _explained(path: Path) -> Iterator[None]:
             f"{path} cannot be written ({in_one_line(error)}): free some space, or name a place where you may write. What was "
             "there before is unchanged."
         ) from error
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of ``path``. A process that is writing now has changed its file of late."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with suppress(OSError):  # another process has removed it
+            if leftover.stat().st_mtime < time.time() - _SECONDS_OF_A_WRITE:
+                leftover.unlink()
 
 
 def _is_of_disk(error: Exception) -> bool:
@@ -89,17 +106,86 @@ def fill_folder(folder: Path, write: Callable[[Path], None]) -> None:
     No file of an earlier model (an adapter, a guard) remains that would be loaded with the new one.
     """
     staging = folder / ".partial"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    with locked(folder), writing(folder):
+        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+        staging.mkdir()
+        try:
+            write(staging)
+            flush_folder(staging)
+            earlier = [path for pattern in MODEL_FILES for path in folder.glob(pattern)]
+            for path in sorted(earlier, key=lambda path: path.name not in ENTRY_FILES):
+                path.unlink(missing_ok=True)
+            for path in sorted(staging.iterdir(), key=lambda path: path.name in ENTRY_FILES):
+                os.replace(path, folder / path.name)
+            _flush(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing into ``folder`` while the block runs. The folder is created if it does not exist.
+
+    The lock is on the folder itself, so no file is left over, and the system takes it back from a process that is killed.
+    Inside the block, the same thread may lock the folder again. Where folders cannot be locked (Windows, some network drives),
+    a warning is logged.
+
+    Raises:
+        EUAError: if another process, or another thread of this one, has locked the folder.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        status = folder.stat()
+    key, thread = (status.st_dev, status.st_ino), threading.get_ident()
+    if _locked_by.get(key) == thread:
+        yield
+        return
+    handle = _lock(folder)
     try:
-        write(staging)
-        earlier = [path for pattern in MODEL_FILES for path in folder.glob(pattern)]
-        for path in sorted(earlier, key=lambda path: path.name not in ENTRY_FILES):
-            path.unlink(missing_ok=True)
-        for path in sorted(staging.iterdir(), key=lambda path: path.name in ENTRY_FILES):
-            os.replace(path, folder / path.name)
+        if _locked_by.setdefault(key, thread) != thread:
+            raise _in_use(folder)
+        try:
+            yield
+        finally:
+            del _locked_by[key]
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(folder: Path) -> int | None:
+    """An open handle that holds the lock; None where folders cannot be locked."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError) as error:
+        logger.warning("%s cannot be locked (%s): let no other process write into it.", folder, in_one_line(error))
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise _in_use(folder) from error
+    except OSError as error:
+        os.close(handle)
+        logger.warning("%s cannot be locked (%s): let no other process write into it.", folder, in_one_line(error))
+        return None
+    return handle
+
+
+def _in_use(folder: Path) -> EUAError:
+    return EUAError(
+        f"Another process is writing into {folder}, and the two would mix their files: wait for it to end, or name another "
+        "folder."
+    )
+
+
+def flush_folder(folder: Path) -> None:
+    """Let all files in a folder reach the disk."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        _flush(path)
+    _flush(folder)
 
 
 def check_output_folder(folder: Path, *, allowed: bool, how: str) -> None:
@@ -107,10 +193,10 @@ def check_output_folder(folder: Path, *, allowed: bool, how: str) -> None:
 
     ``how`` names the option that allows it.
     """
-    with _explained(folder):
+    with writing(folder):
         if folder.exists() and not folder.is_dir():
             raise EUAError(f"The output {folder} is a file, but the output must be a folder: name another path.")
-        if not allowed and folder.is_dir() and any(folder.iterdir()):
+        if not allowed and any(not path.is_dir() for path in folder.rglob("*")):
             raise EUAError(
                 f"The output folder {folder} is not empty, and its files could be lost: name another, or pass {how}."
             )
@@ -122,7 +208,7 @@ def check_output_file(path: Path, *, allowed: bool, how: str, inputs: Iterable[s
 
     It cannot be one of the ``inputs`` either.
     """
-    with _explained(path):
+    with writing(path):
         if path.is_dir():
             raise EUAError(f"The output {path} is a folder, but the output must be a file: name a file in it.")
         if path.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import logging
 
@@ -32,12 +32,13 @@ from eua.data.rows import IGNORE_INDEX, encode_rows
 from eua.data.sources import Source
 from eua.distributed import is_sharded
 from eua.errors import EUAError
+from eua.files import locked
 from eua.methods.d2 import d2_loss, loss_means, loss_sums, scheduled_gamma
 from eua.model.forward import check_head, check_token_ids, hidden_states, token_energies
 from eua.model.head import output_head
 from eua.model.loading import load_model, load_tokenizer
 from eua.training.boundaries import BoundaryStore
-from eua.training.checkpoints import CheckpointingTrainer, last_checkpoint
+from eua.training.checkpoints import CheckpointingTrainer, last_checkpoint, read_checkpoint
 from eua.training.checks import (
     check_arguments,
     check_model,
@@ -78,10 +79,6 @@ def _name_of(model: nn.Module) -> str:
             "processing_class."
         )
     return name
-
-
-def _read_state(path: Path) -> TrainerState | None:
-    return TrainerState.load_from_json(str(path)) if path.is_file() else None
 
 
 class EUATrainer(CheckpointingTrainer):
@@ -205,22 +202,29 @@ class EUATrainer(CheckpointingTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Compute the boundaries or read them from their file, then train; see ``transformers.Trainer.train``.
 
-        SIGINT or SIGTERM finishes the step, saves a checkpoint and raises ``KeyboardInterrupt``.
+        SIGINT or SIGTERM finishes the step, saves a checkpoint and raises ``KeyboardInterrupt``. Until training ends, no other
+        process can train into ``output_dir``.
         """
+        with locked(self.output_folder) if self.args.should_save else nullcontext():
+            return self._train(resume_from_checkpoint, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, **kwargs: Any) -> TrainOutput:
         earlier = last_checkpoint(self.output_folder)
         if earlier is not None and not resume_from_checkpoint:
             raise EUAError(
                 f"{earlier} belongs to an earlier run, and a later resume could take it for one of this run: pass "
                 "resume_from_checkpoint=True to go on with that run, or delete its checkpoints, or name another output_dir."
             )
-        boundaries = self._find_boundaries(resuming=bool(resume_from_checkpoint))
+        if earlier is None and resume_from_checkpoint is True:
+            raise EUAError(f"{self.output_folder} has no checkpoint to resume from: name one, or train without resuming.")
         checkpoint = earlier if resume_from_checkpoint is True else resume_from_checkpoint
+        self._resumed_state = read_checkpoint(Path(checkpoint)) if checkpoint else None
+        boundaries = self._find_boundaries(resuming=bool(checkpoint))
         if is_sharded(self.accelerator) and checkpoint and self.boundaries.missing:
             raise EUAError(
                 f"{self.boundaries.path} lacks the boundaries of {self.boundaries.missing} rows, and weights in "
                 f"{checkpoint} have been trained since: put that file back, or train anew into another folder."
             )
-        self._resumed_state = _read_state(Path(checkpoint) / TRAINER_STATE_NAME) if checkpoint else None
         self.train_dataset = ForgetRetainDataset(self.encoded_rows, boundaries)
         with self.stop_on_signal as stop:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)

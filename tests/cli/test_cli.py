@@ -28,6 +28,7 @@ from eua.cli.main import COMMANDS, main
 from eua.files import write_jsonl
 from eua.guard.guard import DEFAULT_REFUSAL
 from tests.conftest import tiny_llama
+from tests.test_files import locked_elsewhere
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +232,48 @@ def test_interrupted_unlearning_resumes_to_the_same_weights(tiny_folder, data, t
     expected, found = (load_file(folder / "model.safetensors") for folder in (whole, broken))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor)
+
+
+def test_two_runs_do_not_share_an_output(tiny_folder, data, tmp_path, capsys):
+    command = unlearn_command(tiny_folder, data, tmp_path / "out", "--max-steps", "1")
+    (tmp_path / "out").mkdir()
+    with locked_elsewhere(tmp_path / "out"):
+        assert main(command) == 2
+        assert "Another process is writing into" in capsys.readouterr().err
+    assert main(command) == 0
+
+
+@pytest.mark.parametrize("place", ["{model}", "{model}/.", "{model}/checkpoints/.."])
+def test_the_model_before_unlearning_is_not_overwritten(place, tiny_folder, data, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    (model / "checkpoints").mkdir()
+    output = Path(place.format(model=model))
+    assert main(unlearn_command(model, data, output, "--overwrite")) == 2
+    assert "would replace or delete the model before unlearning" in capsys.readouterr().err
+    inside = tmp_path / "out" / "checkpoints" / "checkpoint-5"
+    shutil.copytree(tiny_folder, inside)
+    assert main(unlearn_command(inside, data, tmp_path / "out", "--overwrite")) == 2
+    assert (inside / "config.json").exists()
+
+
+def test_a_report_does_not_replace_its_rows(tiny_folder, data, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    shutil.copy(data / "forget.jsonl", rows)
+    report = ["report", "--model", str(tiny_folder), "--forget", str(rows), "--retain", str(data / "retain.jsonl")]
+    assert main([*report, "--output", str(rows), "--overwrite"]) == 2
+    assert "is a file that this command reads, and would be lost" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{", "3", "[" * 100_000, '"text"', "[1]"])
+def test_broken_settings_of_a_run_are_one_line(content, tiny_folder, data, tmp_path, capsys):
+    settings = tmp_path / "out" / "checkpoints" / "settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(content)
+    assert main(unlearn_command(tiny_folder, data, tmp_path / "out", "--resume")) == 2
+    error = capsys.readouterr().err
+    assert "settings.json, which holds the settings of the run to resume, cannot be read" in error
+    assert error.count("\n") == 1
 
 
 ROWS = ["--forget", "{data}/forget.jsonl", "--retain", "{data}/retain.jsonl"]
