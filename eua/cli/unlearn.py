@@ -224,7 +224,7 @@ def _settings_explained() -> Iterator[None]:
         yield
     except EUAError:
         raise
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise EUAError(
             f"These settings cannot be used: {in_one_line(error)}. Correct them; `eua unlearn --help-all` lists all."
         ) from error

@@ -41,6 +41,7 @@ READ_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 # Files that are not read. A string that ends with one of these suffixes is still a path, and is never sent to the hub.
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 OTHER_SUFFIXES = (*COMPRESSED, ".tsv", ".txt", ".md", ".xls", ".xlsx", ".arrow", ".pkl", ".yaml", ".py")
+_JSON_ERRORS = (ValueError, RecursionError)  # not JSON, a number of too many digits; too many brackets in each other
 _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
 
@@ -129,7 +130,12 @@ def _row(item: Mapping[Any, Any], index: int, name: str) -> Row:
             raise EUAError(
                 f"Row {index} of the {name} has the key {key!r}, which is not a text: name the columns {ROW_FORMATS}."
             )
-    row: Row = _present(item)
+    try:
+        row: Row = _present(item)
+    except RecursionError as error:
+        raise EUAError(
+            f"Row {index} of the {name} has values inside each other, too deep to read: leave them out of the row."
+        ) from error
     return row
 
 
@@ -250,7 +256,7 @@ def _read_json(text: str, path: Path, name: str) -> list[Any]:
     start = text.lstrip()[:1]
     try:
         whole = json.loads(text)
-    except ValueError as error:  # JSONDecodeError, or a number with too many digits
+    except _JSON_ERRORS as error:
         if start != "[":
             return _read_json_lines(text, path, name)
         line = f"Line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "A line"
@@ -275,7 +281,7 @@ def _read_json_lines(text: str, path: Path, name: str) -> list[Any]:
             continue
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except _JSON_ERRORS as error:
             raise EUAError(f"Line {number} of the {name} {path} is not JSON ({error}): give one object per line.") from None
     return rows
 

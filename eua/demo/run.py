@@ -20,7 +20,7 @@ from eua.errors import EUAError
 from eua.evaluation.page import page_data, write_page
 from eua.evaluation.pictures import energy_histograms
 from eua.evaluation.report import evaluate, render_tables
-from eua.files import fill_folder, write_json, write_jsonl
+from eua.files import fill_folder, locked, write_json, write_jsonl
 from eua.guard.guard import EnergyGuard
 from eua.model.asking import answer
 from eua.model.loading import load_model
@@ -152,10 +152,11 @@ def cached_target(people_world: World, cache: Path, epochs: float, seed: int) ->
     rows = [fact.row() for fact in people_world.all()]
     recipe = [rows, epochs, seed, inspect.getsource(target)]
     folder = cache / f"target-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]}"
-    if (folder / "config.json").is_file():
-        print(f"    (it knows them already: {folder})")
-    else:
-        target.train_target(rows, folder, epochs=epochs, seed=seed)
+    with locked(folder):
+        if (folder / "config.json").is_file():
+            print(f"    (it knows them already: {folder})")
+        else:
+            target.train_target(rows, folder, epochs=epochs, seed=seed)
     return folder
 
 

@@ -349,7 +349,7 @@ class EnergyGuard:
             return cls(**content | read | {"turns": Turns.from_json(content.get("turns"))})
         except EUAError as error:
             raise EUAError(f"{path}: {error}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise EUAError(f"{path} is not a guard ({error!r}): calibrate it again.") from error
 
     @property

@@ -195,10 +195,32 @@ class CheckpointingTrainer(Trainer):
         """As Trainer's, but only the model and its card are pushed, from ``output_dir/hub``, where they are saved first.
 
         Trainer would push ``output_dir`` itself, with the boundaries, the logs and any other file in it.
+
+        Raises:
+            EUAError: if the hub does not take it; what was to be pushed is in that folder.
         """
         name = self.output_folder.absolute().name  # Trainer names the repository after the folder
-        with changed(self.args, output_dir=str(self.output_folder / HUB_FOLDER / name)):
+        folder = self.output_folder / HUB_FOLDER / name
+        with changed(self.args, output_dir=str(folder)), _hub_explained(f"it is saved in {folder}, so `hf upload` can push it"):
             return super().push_to_hub(*args, **kwargs)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, which creates the repository before training."""
+        with _hub_explained("set push_to_hub = False to train without"):
+            super().init_hf_repo(*args, **kwargs)
+
+
+@contextmanager
+def _hub_explained(advice: str) -> Iterator[None]:
+    try:
+        yield
+    except EUAError:
+        raise
+    except Exception as error:  # from huggingface_hub and its HTTP client, whose errors have no other common base class
+        raise EUAError(
+            f"The model cannot be pushed to the hub ({in_one_line(error)}): check the connection, the name and that you are "
+            f"logged in (`hf auth login`); {advice}."
+        ) from error
 
 
 @contextmanager

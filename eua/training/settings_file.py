@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 import yaml
 from transformers import TrainingArguments
 
-from eua.errors import EUAError, in_one_line
+from eua.errors import EUAError
 from eua.training.config import EUAConfig
 
 
@@ -71,7 +71,7 @@ def parse_value(text: str, kind: Any) -> Any:
     else:
         try:
             value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             value = text
         if not fits(value, kind):
             value = text  # "10" where a text is wanted
@@ -125,8 +125,9 @@ def read_settings(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise EUAError(f"The settings {path} cannot be read ({error}): name a YAML file with --config.") from error
-    except yaml.YAMLError as error:
-        raise EUAError(f"The settings {path} are not YAML ({in_one_line(error)}): write one `key: value` a line.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also a number of too many digits, or too many brackets
+        reason = " ".join(str(error).split())
+        raise EUAError(f"The settings {path} are not YAML ({reason}): write one `key: value` a line.") from error
     if not isinstance(content, Mapping):
         raise EUAError(f"The settings {path} hold {content!r}, not settings by name: write one `key: value` a line.")
     settings: dict[str, Any] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from eua.data.pairing import PairedSampler
 from eua.data.rows import IGNORE_INDEX, encode_rows
 from eua.data.sources import Source
 from eua.distributed import is_sharded
-from eua.errors import EUAError
+from eua.errors import EUAError, in_one_line
 from eua.files import locked
 from eua.methods.d2 import d2_loss, loss_means, loss_sums, scheduled_gamma
 from eua.model.forward import check_head, check_token_ids, hidden_states, token_energies
@@ -175,7 +175,7 @@ class EUATrainer(CheckpointingTrainer):
             data_collator=ForgetRetainCollator(args.padding_free),
             eval_dataset=rows.get("eval_forget"),  # Trainer asks that there be one; evaluate() reads encoded_rows
             processing_class=processing_class,
-            callbacks=[OnTrainBegin(self._complete_sharded_boundaries), *(callbacks or [])],
+            callbacks=[OnTrainBegin(self._begin), *(callbacks or [])],
             optimizers=optimizers,
         )
         model.config.use_cache = use_cache  # Trainer turns it off for good; the saved model should generate at full speed
@@ -226,13 +226,28 @@ class EUATrainer(CheckpointingTrainer):
                 f"{checkpoint} have been trained since: put that file back, or train anew into another folder."
             )
         self.train_dataset = ForgetRetainDataset(self.encoded_rows, boundaries)
-        with self.stop_on_signal as stop:
+        with self.stop_on_signal as stop, self._beginning_explained():
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.is_interrupted():
             raise KeyboardInterrupt(f"stopped by signal {stop.received} after step {self.state.global_step}")
         self.check_weights()
         self.model.eval()  # without dropout, for calibration and generation
         return result
+
+    @contextmanager
+    def _beginning_explained(self) -> Iterator[None]:
+        """Until the first step, Trainer builds data loader, optimizer and engine from settings that it has not yet checked."""
+        self._has_begun = False
+        try:
+            yield
+        except EUAError:
+            raise
+        except (ValueError, TypeError, ImportError, LookupError, AttributeError) as error:
+            if self._has_begun:
+                raise
+            raise EUAError(
+                f"Training cannot begin with these settings ({in_one_line(error)}): correct those that the reason names."
+            ) from error
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
         """As Trainer's, but without an epoch to train if the run to resume has ended: Trainer would make one more step."""
@@ -249,7 +264,7 @@ class EUATrainer(CheckpointingTrainer):
     def _find_boundaries(self, *, resuming: bool) -> dict[str, list[Tensor]]:
         """The boundaries from the weights that the trainer was created with; a second ``train()`` uses the same ones.
 
-        Sharded weights give them only once training is prepared, see :meth:`_complete_sharded_boundaries`.
+        Sharded weights give them only once training is prepared, see :meth:`_begin`.
         """
         if self.date is not None and self.args.should_save:
             save_run_date(self.output_folder, self.date)
@@ -267,7 +282,8 @@ class EUATrainer(CheckpointingTrainer):
     def _reference_model(self) -> nn.Module:
         return self.model if self.reference is None else self.reference.model
 
-    def _complete_sharded_boundaries(self) -> None:
+    def _begin(self) -> None:
+        self._has_begun = True
         if is_sharded(self.accelerator):  # every process has its shard of the weights only now
             self._check_forward()
             self._complete_boundaries()
