@@ -80,9 +80,15 @@ def _is_of_disk(error: Exception) -> bool:
 
 def _flush(path: Path) -> None:
     """Let a file, or the names in a folder, reach the disk, where a loss of power cannot take them back."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    if path.is_dir():
+        with suppress(OSError):  # on Windows and on some drives, which cannot flush folders; the names are there already
+            _sync(path, os.O_RDONLY)
+    else:
+        _sync(path, os.O_RDWR)
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     finally:

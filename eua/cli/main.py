@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif name not in COMMANDS:
             raise EUAError(f"There is no command {name!r}{did_you_mean(name, COMMANDS)} `eua --help` lists the commands.")
         else:
+            _check_text(options)
             import_module(f"eua.cli.{name}").main(options)
     except EUAError as error:
         line = " ".join(str(error).splitlines())  # names of files may have several
@@ -67,3 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"eua {name}: interrupted.{hint}", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _check_text(options: Sequence[str]) -> None:
+    for text in options:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # the shell has passed other bytes
+            raise EUAError(
+                f"{text!r} is not UTF-8, so it could not be written down: rename the file, or correct it."
+            ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -115,6 +115,9 @@ class EUAConfig(TrainingArguments):
     boundary_batch_size: int = field(default=16, metadata={"help": "Rows per forward while boundaries are computed."})
 
     def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name, None)
+            _check(setting.name, value, lambda x: not isinstance(x, float) or math.isfinite(x), "it must be finite")
         for name in ("gamma", "alpha", "learning_rate"):
             _check(name, getattr(self, name), lambda x: math.isfinite(x) and x >= 0, "it must be finite and at least 0")
         if self.gamma == self.alpha == 0:

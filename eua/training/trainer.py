@@ -242,7 +242,7 @@ class EUATrainer(CheckpointingTrainer):
             yield
         except EUAError:
             raise
-        except (ValueError, TypeError, ImportError, LookupError, AttributeError) as error:
+        except (ValueError, TypeError, ImportError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
             if self._has_begun:
                 raise
             raise EUAError(
