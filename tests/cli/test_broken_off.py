@@ -134,3 +134,24 @@ def test_a_full_disk_at_any_moment(name, place, watch, tmp_path, capsys):
         assert main([*first, *([] if name == "calibrate" else ["--overwrite"])]) == 0
         assert contents(tmp_path) == old
     assert failed >= 3
+
+
+def test_a_kill_of_the_demo_at_any_moment(trained_folder, watch, tmp_path, monkeypatch):
+    monkeypatch.setattr("eua.demo.run.cached_target", lambda *arguments: trained_folder)
+    monkeypatch.setattr("eua.demo.run.UNLEARNING", {"max_steps": 1, "learning_rate": 1e-3})
+    output, seen = tmp_path / "demo", []
+    demo = ["demo", "--output", str(output), "--cache", str(tmp_path / "cache"), "--people", "100", "--overwrite"]
+    assert main(demo) == 0
+    old = contents(output)
+    with watch.on(output, lambda: seen.append(contents(output))):
+        assert main([*demo, "--seed", "1"]) == 0
+    new = contents(output)
+    assert old.keys() == new.keys()
+    for found in seen:
+        # The files of a model are replaced one after the other, between the removal and the writing of its config.
+        assert {file for file in old if file not in found} <= {file for file in old if file.startswith("unlearned/")}
+        assert all(content in (old[file], new[file]) for file, content in found.items())
+        if "unlearned/config.json" in found:
+            model = "unlearned/model.safetensors"
+            guard = "unlearned/energy_guard.json"
+            assert (found[model], found[guard]) in [(of[model], of[guard]) for of in (old, new)]
