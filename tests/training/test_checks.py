@@ -141,5 +141,23 @@ def test_arguments_of_another_kind_are_named(model, rows, tmp_path):
         EUATrainer(model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True), **passed)
     with pytest.raises(EUAError, match="made in memory, so it has no name.*: pass the tokenizer as processing_class"):
         EUATrainer(model, config(tmp_path), **passed)
+    with pytest.raises(EUAError, match="warmup_steps = inf cannot be used: it must be finite"):
+        EUAConfig(output_dir=str(tmp_path), warmup_steps=float("inf"))
     with pytest.raises(EUAError, match="gamma = 0 and alpha = 0, so the loss would be 0 .*: raise one"):
         EUAConfig(output_dir=str(tmp_path), gamma=0.0, alpha=0.0)
+
+
+def test_what_trainer_finds_out_only_when_it_begins_is_one_line_and_later_errors_are_not_touched(
+    model, tokenizer, rows, tmp_path, monkeypatch
+):
+    trainer = make(model, tokenizer, rows, tmp_path, dataloader_multiprocessing_context="spawn")
+    with pytest.raises(EUAError, match="Training cannot begin with these settings .*multiprocessing_context can only be used"):
+        trainer.train()
+    trainer = make(model, tokenizer, rows, tmp_path)
+
+    def step(*arguments, **options):
+        raise ValueError("a mistake")
+
+    monkeypatch.setattr(trainer, "compute_loss", step)
+    with pytest.raises(ValueError, match="^a mistake$"):
+        trainer.train()
