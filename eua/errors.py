@@ -1,4 +1,4 @@
-"""The one exception that users of ``eua`` need to know, and its suggestions for misspelled names."""
+"""The one exception that users of ``eua`` need to know, and what its texts are made of."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Iterable
 
 class EUAError(ValueError):
     """Something passed to ``eua`` cannot work. The text says what was passed, why it cannot work, and what to do."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """What another library's exception says, as a part of a sentence."""
+    return " ".join(str(error).split()).rstrip(".:") or type(error).__name__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eua.cli.options import Parser, add_model, count, positive
+from eua.cli.options import Parser, add_model, count, positive, words
 from eua.errors import EUAError
 
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
         help="stop answers midway by the mean energy of this number of tokens (0: never)",
     )
     parser.add_argument("--probe-tokens", type=positive(int), default=64, help="length of the answers that calibrate the probe")
-    parser.add_argument("--refusal", help="the answer to a refused prompt (default: a plain sentence)")
+    parser.add_argument("--refusal", type=words, help="the answer to a refused prompt (default: a plain sentence)")
     parser.add_argument("--forget", help="forgotten rows, to measure how many of them are refused")
     parser.add_argument("--output", type=Path, help="folder for the guard (default: the model's)")
     _run(parser.parse_args(argv))
@@ -58,6 +58,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from eua.data.sources import read_rows
     from eua.files import check_output_folder
     from eua.guard.guard import DEFAULT_REFUSAL, EnergyGuard
+    from eua.guard.scores import check_generated_scores
     from eua.model.loading import load_model
     from eua.statistics import check_calibration, group_shares, independent_groups, share_interval
 
@@ -76,6 +77,8 @@ def _run(arguments: argparse.Namespace) -> None:
     forget_groups = _groups(forget or [], arguments, "forget set") if has_groups else None
     check_calibration(len(rows), arguments.tolerance, groups, arguments.confidence)
     model, tokenizer = load_model(arguments.model)
+    if arguments.first_tokens or arguments.probe_window:
+        check_generated_scores(model)  # before prompts are scored
     scores: list[Any] = []
     guard = EnergyGuard.calibrate(
         model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,16 +28,19 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="write into an output folder that is not empty")
     arguments = parser.parse_args(argv)
 
-    from eua.files import check_output_folder
+    from eua.files import check_output_folder, locked
 
     check_output_folder(arguments.output, allowed=arguments.overwrite, how="--overwrite")
+    check_output_folder(arguments.cache, allowed=True, how="")
 
     from eua.demo.run import run_demo
 
-    run_demo(
-        arguments.output, arguments.cache, people=arguments.people, target_epochs=arguments.target_epochs, seed=arguments.seed
-    )
+    options = {"people": arguments.people, "target_epochs": arguments.target_epochs, "seed": arguments.seed}
+    with locked(arguments.output):
+        run_demo(arguments.output, arguments.cache, **options)
 
 
 def _default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "eua"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # The path is not absolute if the user has no home, as in a container that runs under any user id.
+    return Path(cache if os.path.isabs(cache) else tempfile.gettempdir()) / "eua"

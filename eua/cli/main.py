@@ -5,12 +5,13 @@ A command's file is imported only when the command is called, so ``eua --help`` 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-from eua.errors import EUAError, did_you_mean
+from eua.errors import EUAError, did_you_mean, in_one_line
 
 COMMANDS = {
     "demo": "watch a small model learn, forget and refuse (a few minutes on a laptop, no download)",
@@ -33,6 +34,7 @@ Rows are JSONL, JSON, CSV or Parquet files, or data sets on the Hugging Face Hub
 messages."""
 
 BAD_INPUT = 2
+BROKEN_PIPE = 141  # as shells report a program ended by SIGPIPE
 INTERRUPTED = 130  # the exit code that shells report for a program ended by SIGINT
 
 
@@ -49,12 +51,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif name not in COMMANDS:
             raise EUAError(f"There is no command {name!r}{did_you_mean(name, COMMANDS)} `eua --help` lists the commands.")
         else:
+            _check_text(options)
             import_module(f"eua.cli.{name}").main(options)
     except EUAError as error:
-        print(f"eua {name}: {error}" if name in COMMANDS else f"eua: {error}", file=sys.stderr)
+        line = " ".join(str(error).splitlines())  # names of files may have several
+        print(f"eua {name}: {line}" if name in COMMANDS else f"eua: {line}", file=sys.stderr)
+        return BAD_INPUT
+    except BrokenPipeError:  # nobody reads the output any more, as in `eua evaluate | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return BROKEN_PIPE
+    except OSError as error:  # of any path or connection; what can be said about it better is an EUAError by now
+        print(f"eua {name}: {in_one_line(error)}. Check the paths that you passed, and the space on the disk.", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         hint = " Run the same command with --resume to continue." if name == "unlearn" else ""
         print(f"eua {name}: interrupted.{hint}", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _check_text(options: Sequence[str]) -> None:
+    for text in options:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # the shell has passed other bytes
+            raise EUAError(
+                f"{text!r} is not UTF-8, so it could not be written down: rename the file, or correct it."
+            ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import textwrap
 from collections.abc import Callable, Sequence
@@ -61,17 +62,24 @@ def count(text: str) -> int:
     return int(text)
 
 
+def words(text: str) -> str:
+    """A converter to texts that are not blank."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} has no words")
+    return text
+
+
 def positive(kind: type[int] | type[float]) -> Callable[[str], Any]:
-    """A converter to numbers above 0."""
+    """A converter to finite numbers above 0."""
 
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = kind(0)
-        if not value > 0:
-            whole = "whole " if kind is int else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number above 0")
+        if not 0 < value < math.inf:
+            what = "whole number" if kind is int else "finite number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {what} above 0")
         return value
 
     return parse

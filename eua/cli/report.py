@@ -28,7 +28,8 @@ def main(argv: Sequence[str]) -> None:
 
     from eua.files import check_output_file
 
-    check_output_file(arguments.output, allowed=arguments.overwrite, how="--overwrite")
+    read = (arguments.forget, arguments.retain, *(source for _, source in arguments.also + arguments.also_forget))
+    check_output_file(arguments.output, allowed=arguments.overwrite, how="--overwrite", inputs=read)
 
     from eua.evaluation.page import page_data, write_page
     from eua.guard.guard import find_guard

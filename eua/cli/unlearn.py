@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -18,8 +18,8 @@ from accelerate import PartialState
 from peft import LoraConfig
 
 from eua.cli.options import Parser, add_model
-from eua.errors import EUAError, did_you_mean
-from eua.files import check_output_folder, write_json
+from eua.errors import EUAError, did_you_mean, in_one_line
+from eua.files import check_output_folder, locked, write_json
 from eua.training.checkpoints import last_checkpoint
 from eua.training.config import EUAConfig
 from eua.training.settings_file import Setting, all_settings, describe, fits, parse_value, read_settings
@@ -167,19 +167,27 @@ def run_unlearn(arguments: argparse.Namespace, settings: dict[str, Any]) -> None
         if key not in MAY_CHANGE_ON_RESUME and not key.endswith("_token")  # tokens are secrets
     }
     _check_options(arguments)
-    if is_first:
-        check_output_folder(arguments.output, allowed=arguments.resume or arguments.overwrite, how="--resume or --overwrite")
+
+    def check_output(folder: Path) -> None:
+        check_output_folder(folder, allowed=arguments.resume or arguments.overwrite, how="--resume or --overwrite")
         if arguments.resume:
-            _check_same_run(checkpoints, arguments.output, identity)
-    trainer = _trainer(arguments, settings, checkpoints)
+            _check_same_run(checkpoints, folder, identity)
+
     if is_first:
-        if not arguments.resume:
-            shutil.rmtree(checkpoints, ignore_errors=True)  # a later run must not resume an earlier one
-        write_json(checkpoints / SETTINGS_FILE, identity)
-    PartialState().wait_for_everyone()
-    checkpoint = last_checkpoint(checkpoints) if arguments.resume else None
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_model(str(arguments.output))
+        # If another run is at work there, this one ends before a model is loaded.
+        with locked(arguments.output) if os.path.isdir(arguments.output) else nullcontext():
+            check_output(arguments.output)
+    trainer = _trainer(arguments, settings, checkpoints)
+    with locked(arguments.output) if is_first else nullcontext():
+        if is_first:
+            check_output(checkpoints)  # another run may have come first since
+            if not arguments.resume:
+                shutil.rmtree(checkpoints, ignore_errors=True)  # a later run must not resume an earlier one
+            write_json(checkpoints / SETTINGS_FILE, identity)
+        PartialState().wait_for_everyone()
+        checkpoint = last_checkpoint(checkpoints) if arguments.resume else None
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.save_model(str(arguments.output))
     if is_first:
         print(
             f"The unlearned model is in {arguments.output}. Next: "
@@ -216,9 +224,10 @@ def _settings_explained() -> Iterator[None]:
         yield
     except EUAError:
         raise
-    except (ValueError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise EUAError(f"These settings cannot be used: {reason}. Correct them; `eua unlearn --help-all` lists all.") from error
+    except (ValueError, TypeError, ImportError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise EUAError(
+            f"These settings cannot be used: {in_one_line(error)}. Correct them; `eua unlearn --help-all` lists all."
+        ) from error
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
@@ -229,6 +238,12 @@ def _check_options(arguments: argparse.Namespace) -> None:
     if getattr(arguments, "load_best_model_at_end", False) and arguments.eval_forget is None:
         raise EUAError(
             "--load-best-model-at-end needs rows to compare models on: give --eval-forget and --eval-retain, or leave it out."
+        )
+    model, output = Path(arguments.model).resolve(), arguments.output.resolve()
+    if model.is_dir() and (model == output or output / "checkpoints" in model.parents):
+        raise EUAError(
+            f"--output {arguments.output} would replace or delete the model before unlearning, {arguments.model}, which a "
+            "comparison and a further run need: name another folder."
         )
     if arguments.lora_rank < 0:
         raise EUAError(
@@ -245,7 +260,13 @@ def _check_same_run(checkpoints: Path, output: Path, identity: dict[str, str]) -
                 f"{output} contains files but no interrupted run to resume: name another folder, or pass --overwrite."
             )
         return  # it was interrupted before the first step: start
-    earlier = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        earlier = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise EUAError(
+            f"{path}, which holds the settings of the run to resume, cannot be read ({in_one_line(error)}): put it back, or "
+            "start again with --overwrite."
+        ) from error
     keys = [key for key in {**identity, **earlier} if earlier.get(key) != identity.get(key)]
     changed = [f"--{key.replace('_', '-')} {earlier.get(key, '(default)')} → {identity.get(key, '(default)')}" for key in keys]
     if changed:

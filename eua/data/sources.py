@@ -142,12 +142,22 @@ def _row(item: Mapping[Any, Any], index: int, name: str) -> Row:
 def _present(value: Any) -> Any:
     """The value in plain Python types, without keys whose value is None, at any depth."""
     if isinstance(value, Mapping):
-        return {key: _present(part) for key, part in value.items() if part is not None}
+        row = {key: _present(part) for key, part in value.items() if part is not None}
+        if _is_in_parts(row.get("content")):  # as some data sets and clients write a text
+            row["content"] = "".join(part["text"] for part in row["content"])
+        return row
     if isinstance(value, (list, tuple)):
         return [_present(part) for part in value]
     if type(value).__module__ == "numpy":  # an array or a scalar
         return _present(value.tolist())
     return value
+
+
+def _is_in_parts(content: Any) -> bool:
+    """Whether a message's content is a list of ``{"type": "text", "text": …}``."""
+    return isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
+    )
 
 
 def _a(item: Any) -> str:

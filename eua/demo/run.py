@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from eua.data.sources import Row
@@ -20,9 +20,10 @@ from eua.errors import EUAError
 from eua.evaluation.page import page_data, write_page
 from eua.evaluation.pictures import energy_histograms
 from eua.evaluation.report import evaluate, render_tables
-from eua.files import fill_folder, write_json, write_jsonl
+from eua.files import fill_folder, locked, write_json, write_jsonl
 from eua.guard.guard import EnergyGuard
 from eua.model.asking import answer
+from eua.model.loading import load_model
 from eua.training.config import EUAConfig
 from eua.training.trainer import EUATrainer
 
@@ -62,8 +63,7 @@ def run_demo(output: Path, cache: Path, *, people: int = 200, target_epochs: flo
 
     print(f"1/4 A model learns {len(people_world.all())} facts about {people} people who do not exist.")
     target_folder = cached_target(people_world, cache, target_epochs, seed)
-    tokenizer = AutoTokenizer.from_pretrained(target_folder)
-    model = AutoModelForCausalLM.from_pretrained(target_folder)
+    model, tokenizer = load_model(str(target_folder), place=False)
     sets: dict[str, list[Row]] = {label: [vars(fact) for fact in groups[name]] for name, label in SET_NAMES.items()}
     sets[IN_OTHER_WORDS] = [fact.paraphrase() for fact in groups["forget"]]
     before_guard = _calibrate(model, tokenizer, groups["calibration"])
@@ -122,7 +122,7 @@ def run_demo(output: Path, cache: Path, *, people: int = 200, target_epochs: flo
         page_data(
             sets,
             lambda: (model, tokenizer),
-            lambda: (AutoModelForCausalLM.from_pretrained(target_folder), tokenizer),
+            lambda: load_model(str(target_folder), place=False),
             forget=(SET_NAMES["forget"], IN_OTHER_WORDS),
             guard=guard,
             evaluated={"before": (before, before_scores), "after": (after, after_scores)},
@@ -152,10 +152,11 @@ def cached_target(people_world: World, cache: Path, epochs: float, seed: int) ->
     rows = [fact.row() for fact in people_world.all()]
     recipe = [rows, epochs, seed, inspect.getsource(target)]
     folder = cache / f"target-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]}"
-    if (folder / "config.json").is_file():
-        print(f"    (it knows them already: {folder})")
-    else:
-        target.train_target(rows, folder, epochs=epochs, seed=seed)
+    with locked(folder):
+        if (folder / "config.json").is_file():
+            print(f"    (it knows them already: {folder})")
+        else:
+            target.train_target(rows, folder, epochs=epochs, seed=seed)
     return folder
 
 

@@ -390,7 +390,7 @@ class EnergyGuard:
             return guard
         except EUAError as error:
             raise EUAError(f"{path}: {error}") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise EUAError(f"{path} is not a guard ({error!r}): calibrate it again.") from error
 
     @property

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from eua.errors import EUAError
+from eua.errors import EUAError, in_one_line
 
 
 class MissingFileError(EUAError):
@@ -67,7 +67,7 @@ def find_file(
         if local_files_only or constants.HF_HUB_OFFLINE:
             raise MissingFileError(f"{nowhere} its {name} was not downloaded before, and downloads are turned off") from error
         raise EUAError(
-            f"{nowhere} the hub cannot be reached to look for its {name} ({_in_one_line(error)}): check the connection, or set "
+            f"{nowhere} the hub cannot be reached to look for its {name} ({in_one_line(error)}): check the connection, or set "
             "HF_HUB_OFFLINE=1 to use only files that were downloaded before."
         ) from error
     except EntryNotFoundError as error:
@@ -79,12 +79,12 @@ def find_file(
         ) from error
     except RepositoryNotFoundError as error:
         raise EUAError(
-            f"{nowhere} the hub has no such repository that you may read ({_in_one_line(error)}): check the name, and log in "
+            f"{nowhere} the hub has no such repository that you may read ({in_one_line(error)}): check the name, and log in "
             "(`hf auth login`, or token=...) if it is private or gated."
         ) from error
     except Exception as error:  # from huggingface_hub and its HTTP client, whose errors have no other common base class
         raise EUAError(
-            f"{nowhere} its {name} cannot be downloaded from the hub ({_in_one_line(error)}): check the connection."
+            f"{nowhere} its {name} cannot be downloaded from the hub ({in_one_line(error)}): check the connection."
         ) from error
     return Path(downloaded)
 
@@ -119,7 +119,7 @@ def send_file(
         )
     except Exception as error:  # as in find_file
         raise EUAError(
-            f"{path.name} cannot be uploaded to {repo_id!r} ({_in_one_line(error)}): check the name, the connection, and that "
+            f"{path.name} cannot be uploaded to {repo_id!r} ({in_one_line(error)}): check the name, the connection, and that "
             "you are logged in with a token that may write (`hf auth login`, or token=...)."
         ) from error
 
@@ -130,7 +130,3 @@ def _can_be_repository(name: str) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from eua.data.batches import pad_prompts
 from eua.data.rows import EncodedRow
+from eua.errors import EUAError
 from eua.guard.questions import Turns
 from eua.model.energy_recorder import EnergyProbe, EnergyRecorder, end_ids
 from eua.model.forward import check_finite, check_head_once, check_ids, eval_hidden_states
@@ -46,7 +47,8 @@ def prompt_scores(
         check: first check the head and the token ids; False if the caller has done so.
 
     Raises:
-        EUAError: if hidden states or energies are NaN or infinite, if the model has no plain head, or if it cannot read a prompt.
+        EUAError: if hidden states or energies are NaN or infinite, if the model has no plain head, or if it cannot read a
+            prompt.
     """
     if check:
         check_head_once(model)
@@ -116,6 +118,18 @@ def answer_scores(
     )
 
 
+def check_generated_scores(model: nn.Module) -> None:
+    """Raise :class:`EUAError` if the model's own settings of generation are such that scores of tokens do not follow it."""
+    config = cast(Any, model).generation_config
+    found = ["stop_strings"] if config.stop_strings else []
+    found += ["guidance_scale"] if config.guidance_scale not in (None, 1, 1.0) else []
+    if found:
+        raise EUAError(
+            f"The model's generation_config.json sets {' and '.join(found)}, which scores of generated tokens do not follow: "
+            "remove it there, or calibrate with first_tokens = 0 and without a probe."
+        )
+
+
 def _generated_scores(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -126,6 +140,7 @@ def _generated_scores(
     progress: str | None,
 ) -> Tensor:
     """A recorder's scores for greedily generated rows. ``make_recorder`` gets the ids that end a row, once per batch."""
+    check_generated_scores(model)
     generator = cast(Any, model)
     eos = end_ids(generator.generation_config.eos_token_id)
     vocabulary, _ = vocabulary_and_device(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eua.data.batches import pad_prompts
 from eua.data.rows import encode_prompts
 from eua.data.sources import Prompts
+from eua.errors import EUAError, in_one_line
 from eua.model.energy_recorder import end_ids
 from eua.model.forward import check_ids
 from eua.model.head import vocabulary_and_device
@@ -52,8 +55,8 @@ def answer(
         One answer per question, in the same order.
 
     Raises:
-        EUAError: if questions cannot be read, if tokenizer and model have different vocabularies, or if the model has too few
-            learned positions for a question and its answer.
+        EUAError: if questions cannot be read, if tokenizer and model have different vocabularies, if the model has too few
+            learned positions for a question and its answer, or if it cannot generate with these options and its own settings.
     """
     ids = encode_prompts(questions, tokenizer, "questions")
     check_ids(model, ids, "questions", max_new_tokens)
@@ -62,8 +65,23 @@ def answer(
     training = model.training
     model.eval()
     try:
-        options = {"do_sample": False} | options
-        output = model.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=pad, **options)
+        options = {"do_sample": False, "tokenizer": tokenizer} | options
+        with generation_explained():
+            output = model.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=pad, **options)
     finally:
         model.train(training)
     return [text.strip() for text in tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]
+
+
+@contextmanager
+def generation_explained() -> Iterator[None]:
+    """Turn what transformers raises for settings of generation that cannot work into an :class:`EUAError`."""
+    try:
+        yield
+    except EUAError:
+        raise
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise EUAError(
+            f"The model cannot generate with its settings ({in_one_line(error)}): correct its generation_config.json, or the "
+            "options of `generate`."
+        ) from error

@@ -132,6 +132,8 @@ def _check_causal(model: nn.Module, hidden: Tensor, with_other_end: Tensor) -> N
             "later tokens do), so it would see answers before it gives them: load a causal language model, or set "
             "is_decoder=True in its config."
         )
+
+
 def check_head_once(model: nn.Module) -> None:
     """:func:`check_head`, which takes two forwards, unless it has found this head with this scale and softcap sound before."""
     if has_other_processes():

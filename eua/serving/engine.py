@@ -19,10 +19,10 @@ from eua.data.batches import pad_prompts
 from eua.data.rows import encode_prompts
 from eua.errors import EUAError
 from eua.guard.guard import EnergyGuard
-from eua.model.asking import padding_id
+from eua.model.asking import generation_explained, padding_id
 from eua.model.energy_recorder import end_ids
 from eua.model.forward import check_ids
-from eua.serving.jobs import Failure, Job
+from eua.serving.jobs import Failure, Job, Sampling
 from eua.serving.protocol import RequestError
 from eua.serving.rows import AnswerRow
 
@@ -69,6 +69,11 @@ class Engine:
         self.draining = False  # set it to reject new jobs while accepted ones are finished
         self._pad = padding_id(model, tokenizer)  # raises if the model generates no text
         self._eos = end_ids(model.generation_config.eos_token_id) or end_ids(tokenizer.eos_token_id)
+        # The model's own stop texts end an answer as those of a request do. Special tokens are in no text, but can end it, too.
+        stops, special = model.generation_config.stop_strings or (), tokenizer.all_special_tokens
+        stops = (stops,) if isinstance(stops, str) else stops
+        self._eos += [tokenizer.convert_tokens_to_ids(text) for text in stops if text in special]
+        self._stop = tuple(text for text in stops if text not in special)
         self._encoding = threading.Lock()  # encoding may change a tokenizer's padding; decoding does not
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
@@ -80,6 +85,17 @@ class Engine:
             self._attached = guard.attach(model)
         self._thread = threading.Thread(target=self._work, name="eua-engine", daemon=True)
         self._thread.start()
+
+    def rehearse(self) -> None:
+        """Generate a token, before there are jobs.
+
+        Raises:
+            EUAError: if the model cannot generate with its own settings, or not with the guard.
+        """
+        ids, _ = self.encode([{"role": "user", "content": "?"}], 1)
+        job = Job(ids, 1, Sampling(), (), False, lambda event: None)
+        with generation_explained():
+            self._generate([self._row(job)])
 
     @property
     def waiting(self) -> int:
@@ -206,7 +222,7 @@ class Engine:
         return fits and job.sampling.shares_batch_with(batch[0].sampling)
 
     def _answer(self, jobs: list[Job]) -> None:
-        rows = [AnswerRow(job, self.tokenizer, self._eos) for job in jobs]
+        rows = [self._row(job) for job in jobs]
         try:
             self._generate(rows)
             for row in rows:
@@ -222,6 +238,9 @@ class Engine:
             else:
                 row.fail()
 
+    def _row(self, job: Job) -> AnswerRow:
+        return AnswerRow(job, self.tokenizer, self._eos, self._stop)
+
     def _generate(self, rows: Sequence[AnswerRow]) -> None:
         """Run one ``generate`` call, which emits tokens of the rows as they are generated."""
         first, device = rows[0].job.sampling, self.model.device
@@ -235,6 +254,7 @@ class Engine:
             self.model.generate(
                 **batch,
                 generation_config=config,
+                tokenizer=self.tokenizer,
                 stopping_criteria=StoppingCriteriaList([_EmitTokens(rows, partial(self._refuse, rows))]),
             )
 

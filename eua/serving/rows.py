@@ -13,10 +13,10 @@ from eua.serving.transcript import Transcript
 class AnswerRow:
     """Collects the tokens of one answer and emits its text, or the refusal instead."""
 
-    def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase, eos: Sequence[int]) -> None:
-        self.job, self.eos = job, eos
+    def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], stop: Sequence[str] = ()) -> None:
+        self.job, self.eos, self.stop = job, eos, (*job.stop, *stop)
         self.has_emitted = False
-        self._transcript = Transcript(tokenizer, job.stop)
+        self._transcript = Transcript(tokenizer, self.stop)
         self._ids: list[int] = []
         self._ended = False
 
@@ -59,7 +59,7 @@ class AnswerRow:
             self.job.emit(Failure(500, "The model failed on this request: ask again, or see the server's log."))
 
     def _emit(self, reason: FinishReason | None) -> None:
-        if not (reason or self.job.stream or self.job.stop):
+        if not (reason or self.job.stream or self.stop):
             return
         piece = self._transcript.piece(self._ids, final=reason is not None)
         if self._transcript.stopped:

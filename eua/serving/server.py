@@ -33,6 +33,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
         max_tokens=arguments.max_tokens,
     )
     try:
+        engine.rehearse()
         name = arguments.name or Path(arguments.model).resolve().name
         app = create_app(engine, name, timeout=arguments.timeout, max_body_bytes=arguments.max_body_bytes)
         with _listen(arguments.host, arguments.port) as listening:

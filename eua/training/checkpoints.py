@@ -5,6 +5,8 @@ A model is saved, and pushed, with its card and without pickles.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import operator
 import os
@@ -20,7 +22,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from eua.distributed import local_shard
-from eua.files import fill_folder, replacing
+from eua.errors import EUAError, in_one_line
+from eua.files import fill_folder, flush_folder, replacing, write_json, writing
 from eua.model.forgotten import write_forgotten
 from eua.model.forward import check_finite
 from eua.training.model_card import CARD_FILE
@@ -29,6 +32,9 @@ from eua.training.stopping import StopOnSignal
 STAGING_FOLDER = ".checkpoint.partial"
 HUB_FOLDER = "hub"
 TRAINING_ARGS_PICKLE = "training_args.bin"
+FILE_LIST = "files.json"
+
+_BLOCK, _BLOCKS = 2**16, 64  # bytes, and their number
 
 
 def checkpoint_folder(output_folder: Path, step: int) -> Path:
@@ -91,13 +97,20 @@ class CheckpointingTrainer(Trainer):
         self._is_saving_checkpoint = True
         try:
             # Checkpoints hold pickles, so they are never pushed, even if hub_strategy was changed after EUAConfig checked it.
-            with changed(self.args, output_dir=str(staging), push_to_hub=False):
+            with writing(place), changed(self.args, output_dir=str(staging), push_to_hub=False):
                 super()._save_checkpoint(model, trial)
+        except BaseException:  # a part of a checkpoint is of no use, and takes space that may be missing
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
         finally:
             self._is_saving_checkpoint = False
         self.accelerator.wait_for_everyone()
         self._save_state(staging / place.name)
         if self.args.should_save:
+            with writing(place):
+                list_files(staging / place.name)
+                flush_folder(staging / place.name)
             publish(staging / place.name, output_folder)
             limit = self.args.save_total_limit
             superfluous = saved_steps(output_folder)[:-limit] if limit and limit > 0 else []
@@ -186,10 +199,32 @@ class CheckpointingTrainer(Trainer):
         """As Trainer's, but only the model and its card are pushed, from ``output_dir/hub``, where they are saved first.
 
         Trainer would push ``output_dir`` itself, with the boundaries, the logs and any other file in it.
+
+        Raises:
+            EUAError: if the hub does not take it; what was to be pushed is in that folder.
         """
         name = self.output_folder.absolute().name  # Trainer names the repository after the folder
-        with changed(self.args, output_dir=str(self.output_folder / HUB_FOLDER / name)):
+        folder = self.output_folder / HUB_FOLDER / name
+        with changed(self.args, output_dir=str(folder)), _hub_explained(f"it is saved in {folder}, so `hf upload` can push it"):
             return super().push_to_hub(*args, **kwargs)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, which creates the repository before training."""
+        with _hub_explained("set push_to_hub = False to train without"):
+            super().init_hf_repo(*args, **kwargs)
+
+
+@contextmanager
+def _hub_explained(advice: str) -> Iterator[None]:
+    try:
+        yield
+    except EUAError:
+        raise
+    except Exception as error:  # from huggingface_hub and its HTTP client, whose errors have no other common base class
+        raise EUAError(
+            f"The model cannot be pushed to the hub ({in_one_line(error)}): check the connection, the name and that you are "
+            f"logged in (`hf auth login`); {advice}."
+        ) from error
 
 
 @contextmanager
@@ -203,6 +238,70 @@ def changed(target: object, **attributes: Any) -> Iterator[None]:
     finally:
         for name, value in earlier.items():
             setattr(target, name, value)
+
+
+def list_files(checkpoint: Path) -> None:
+    """Write down which files a checkpoint has, so that a resumed run does not go on from a part of them.
+
+    The trainer's state is not among them, since it may be written again, see :meth:`CheckpointingTrainer._save_state`.
+    """
+    names = (path.relative_to(checkpoint).as_posix() for path in sorted(checkpoint.rglob("*")) if path.is_file())
+    write_json(checkpoint / FILE_LIST, {name: _digest(checkpoint / name) for name in names if name != TRAINER_STATE_NAME})
+
+
+def read_checkpoint(checkpoint: Path) -> TrainerState:
+    """The trainer's state in a checkpoint that is to be resumed from, of which every file must be as it was written.
+
+    Raises:
+        EUAError: if one is missing or damaged (Trainer would go on without the optimizer's), or if only the model was saved.
+            The error names the newest of the other checkpoints that are whole.
+    """
+    if damage := _find_damage(checkpoint):
+        path, error = damage
+        others = [checkpoint_folder(checkpoint.parent, step) for step in saved_steps(checkpoint.parent)]
+        whole = [other for other in others if other.name != checkpoint.name and not _find_damage(other)]
+        advice = f"delete {checkpoint} to resume from {whole[-1].name}, which is whole" if whole else "put the file back"
+        raise EUAError(
+            f"{path} is missing or damaged ({in_one_line(error)}), and without it the run would end with other weights: "
+            f"{advice}, or start again."
+        ) from error
+    if not any("optim" in name for name in _listed_files(checkpoint)):
+        raise EUAError(
+            f"{checkpoint} has only the model, since it was saved with save_only_model = True, so training cannot go on from "
+            "there to the same weights: start again, with save_only_model = False."
+        )
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+
+def _find_damage(checkpoint: Path) -> tuple[Path, Exception] | None:
+    """The first file of a checkpoint that is not as it was written, and why."""
+    path = checkpoint / FILE_LIST
+    try:
+        for name, digest in _listed_files(checkpoint).items():
+            path = checkpoint / name
+            if _digest(path) != digest:
+                raise ValueError("it has another content than was written")
+        path = checkpoint / TRAINER_STATE_NAME
+        TrainerState.load_from_json(str(path))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        return path, error
+    return None
+
+
+def _listed_files(checkpoint: Path) -> dict[str, Any]:
+    files: dict[str, Any] = json.loads((checkpoint / FILE_LIST).read_text(encoding="utf-8"))
+    return files
+
+
+def _digest(path: Path) -> list[int | str]:
+    """A file's size, and the SHA-256 of up to 64 blocks spread evenly over it: whole files of many gigabytes take minutes."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    step = max(_BLOCK, size // _BLOCKS)
+    with path.open("rb") as file:
+        for start in [*range(0, size, step), max(0, size - _BLOCK)]:
+            file.seek(start)
+            digest.update(file.read(_BLOCK))
+    return [size, digest.hexdigest()]
 
 
 def publish(written: Path, output_folder: Path) -> None:

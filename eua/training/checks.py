@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from torch import nn
-from transformers import get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, get_scheduler
 from transformers.utils import logging
 
 from eua.data.batches import flatten_rows, pad_rows
 from eua.data.rows import EncodedRow
 from eua.distributed import is_sharded, zero_stage
-from eua.errors import EUAError
+from eua.errors import EUAError, in_one_line
+from eua.files import check_output_folder, free_bytes
 from eua.model.forward import hidden_states
 from eua.model.head import vocabulary_and_device
 from eua.training.config import EUAConfig
@@ -21,6 +26,11 @@ logger = logging.get_logger(__name__)
 
 def check_arguments(args: EUAConfig, ref_model: object, eval_forget: object, eval_retain: object) -> None:
     """Raise if arguments of the trainer contradict one another."""
+    if not isinstance(args, EUAConfig):
+        raise EUAError(
+            f"args is a {type(args).__name__}, which has no settings of the method (gamma, alpha, rho, …): pass an EUAConfig, "
+            "which takes the same fields."
+        )
     if args.n_gpu > 1:
         raise EUAError(
             f"{args.n_gpu} GPUs are visible to one process, which Trainer would use through DataParallel, and EUATrainer "
@@ -28,6 +38,19 @@ def check_arguments(args: EUAConfig, ref_model: object, eval_forget: object, eva
         )
     _check_ref_model(args, ref_model)
     _check_eval_datasets(args, eval_forget, eval_retain)
+    if args.should_save:
+        check_output_folder(Path(args.output_dir), allowed=True, how="")
+
+
+def check_optimizer(args: EUAConfig, model: nn.Module) -> None:
+    """Raise if the optimizer cannot be had, which Trainer finds out only after the boundaries are computed."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args, model)
+    except Exception as error:  # from the libraries that contain optimizers, and of its arguments
+        raise EUAError(
+            f"optim = {getattr(args.optim, 'value', args.optim)!r} with optim_args = {args.optim_args!r} cannot be used "
+            f"({in_one_line(error)}): install what it needs, or choose another."
+        ) from error
 
 
 def check_scheduler(args: EUAConfig) -> None:
@@ -142,6 +165,31 @@ def check_setup(accelerator: Accelerator, model: torch.nn.Module, reference: obj
         raise EUAError(
             f"The model or its sequences are to be split by {' and '.join(split)}, for which energies of a batch are not "
             "defined here: use data parallelism (DDP, FSDP2 or DeepSpeed ZeRO)."
+        )
+
+
+def check_saving(model: nn.Module, tokenizer: PreTrainedTokenizerBase, output_folder: Path) -> None:
+    """Raise if what is saved with the weights cannot be saved, or if there is no room for them."""
+    with TemporaryDirectory() as folder:
+        try:
+            tokenizer.save_pretrained(folder)
+            if isinstance(model, PreTrainedModel):  # a PEFT model is saved without them
+                model.config.save_pretrained(folder)
+                if model.can_generate():
+                    model.generation_config.save_pretrained(folder)
+        except Exception as error:  # of whatever the tokenizer or the config contains
+            raise EUAError(
+                f"The model could not be saved after training ({in_one_line(error)}): correct its generation_config, config or "
+                "tokenizer first."
+            ) from error
+    is_adapter = isinstance(model, PeftModel)
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad or not is_adapter]
+    needed = sum(weight.numel() * weight.element_size() for weight in weights)
+    free = free_bytes(output_folder)
+    if free < needed:
+        raise EUAError(
+            f"The model takes {needed / 1e9:.1f} GB, but the disk of {output_folder} has {free / 1e9:.1f} GB free, so it could "
+            "not be saved: free some space, or name a folder on another disk."
         )
 
 

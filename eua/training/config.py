@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -121,8 +121,13 @@ class EUAConfig(TrainingArguments):
     boundary_batch_size: int = field(default=16, metadata={"help": "Rows per forward while boundaries are computed."})
 
     def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name, None)
+            _check(setting.name, value, lambda x: not isinstance(x, float) or math.isfinite(x), "it must be finite")
         for name in ("gamma", "alpha", "learning_rate"):
             _check(name, getattr(self, name), lambda x: math.isfinite(x) and x >= 0, "it must be finite and at least 0")
+        if self.gamma == self.alpha == 0:
+            raise EUAError("gamma = 0 and alpha = 0, so the loss would be 0 and nothing would be trained: raise one of them.")
         for name in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
             _check(name, getattr(self, name), lambda x: x > 0, "it must be above 0")
         for name in ("adam_beta1", "adam_beta2"):

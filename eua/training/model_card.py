@@ -8,10 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import DistributedType
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
-from torch import nn
 from transformers import Trainer
 
 from eua.data.rows import rows_digest
@@ -41,7 +41,7 @@ Trained: {trained}. Steps made: {step} of {max_steps}. Fields of `EUAConfig`:
 ## Data
 
 The rows are not published. SHA-256 is over their token ids, so that whoever has the same rows can recognise them:
-`eua.data.rows.rows_digest(encode_rows(read_rows("forget.jsonl"), tokenizer, {max_length}))`.
+`eua.data.rows.rows_digest(encode_rows(read_rows("forget.jsonl"), {tokenizer}, {max_length}))`.{dated}
 
 {data}
 
@@ -102,6 +102,7 @@ def model_card(
     model, args, state = trainer.model, trainer.args, trainer.state
     best_is_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None and not trainer.is_in_train
     step = state.best_global_step if best_is_loaded else state.global_step
+    date = trainer.date
     base = finetuned_from or _hub_name(getattr(model.config, "name_or_path", None))
     is_adapter = isinstance(model, PeftModel)
     data = ModelCardData(
@@ -124,11 +125,13 @@ def model_card(
         base="a model without a name on the hub" if base is None else f"`{base}`",
         kept=kept[args.retain_loss],
         boundaries="constants" if args.constant_boundaries else "those of the model before unlearning",
-        trained=_trained(model, args),
+        trained=_trained(trainer),
         step=step,
         max_steps=state.max_steps,
         settings=_table(("setting", "value"), _settings(args)),
         max_length=args.max_length,
+        tokenizer="tokenizer" if date is None else f'at_date(tokenizer, datetime.fromisoformat("{date.isoformat()}"))',
+        dated="" if date is None else " The chat template writes the date, which `eua.data.dates.at_date` keeps.",
         data=_table(("set", "rows", "answer tokens", "SHA-256"), sets),
         figures=_figures(state.log_history, step),
         name=trainer.hub_model_id or "path/to/this/folder",
@@ -149,8 +152,9 @@ def _hub_name(name: str | None) -> str | None:
     return name
 
 
-def _trained(model: nn.Module, args: EUAConfig) -> str:
-    """What was trained, and in which precision."""
+def _trained(trainer: Trainer) -> str:
+    """What was trained, and in which precision: on a CPU, ``fp16`` has no effect."""
+    model, accelerator = trainer.model, trainer.accelerator
     if isinstance(model, PeftModel):
         config = model.active_peft_config
         names = ("r", "lora_alpha", "target_modules", "modules_to_save")
@@ -159,7 +163,9 @@ def _trained(model: nn.Module, args: EUAConfig) -> str:
     else:
         what = "all weights" if all(p.requires_grad for p in model.parameters()) else "a part of the weights"
     dtypes = sorted({_plain(parameter.dtype) for parameter in model.parameters() if parameter.requires_grad})
-    autocast = " (computing in bfloat16)" if args.bf16 else " (computing in float16)" if args.fp16 else ""
+    is_cast = accelerator.native_amp or accelerator.distributed_type == DistributedType.DEEPSPEED
+    casts = {"bf16": " (computing in bfloat16)", "fp16": " (computing in float16)"}
+    autocast = casts.get(accelerator.mixed_precision, "") if is_cast else ""
     return f"{what}, in {', '.join(dtypes)}{autocast}"
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
@@ -22,29 +23,32 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import logging
 
 from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset
+from eua.data.dates import at_date, writes_date
 from eua.data.overlap import retain_without_forget
 from eua.data.pairing import PairedSampler
 from eua.data.rows import IGNORE_INDEX, encode_rows
 from eua.data.sources import Source
 from eua.distributed import is_sharded
-from eua.errors import EUAError
+from eua.errors import EUAError, in_one_line
+from eua.files import locked
 from eua.methods.d2 import d2_loss, loss_means, loss_sums, scheduled_gamma
 from eua.model.forgotten import forgotten_prompts, prompt_digest, set_forgotten
 from eua.model.forward import check_head, check_ids, hidden_states, token_energies
 from eua.model.head import output_head
 from eua.model.loading import load_model, load_tokenizer
 from eua.training.boundaries import BoundaryStore
-from eua.training.checkpoints import CheckpointingTrainer, last_checkpoint
+from eua.training.checkpoints import CheckpointingTrainer, last_checkpoint, read_checkpoint
 from eua.training.checks import (
     check_arguments,
     check_batches,
     check_model,
+    check_optimizer,
     check_padding_free,
+    check_saving,
     check_scheduler,
     check_setup,
     check_trainable,
@@ -53,6 +57,7 @@ from eua.training.config import EUAConfig
 from eua.training.evaluation import held_out_metrics
 from eua.training.model_card import model_card
 from eua.training.reference import Reference
+from eua.training.run_date import run_date, save_run_date
 from eua.training.stopping import StopWhenBeyondBoundary
 
 logger = logging.get_logger(__name__)
@@ -70,8 +75,14 @@ class OnTrainBegin(TrainerCallback):
         self.function()
 
 
-def _read_state(path: Path) -> TrainerState | None:
-    return TrainerState.load_from_json(str(path)) if path.is_file() else None
+def _name_of(model: nn.Module) -> str:
+    name: str | None = getattr(getattr(model, "config", None), "name_or_path", None)
+    if not name:
+        raise EUAError(
+            "The model was made in memory, so it has no name from which its tokenizer could be loaded: pass the tokenizer as "
+            "processing_class."
+        )
+    return name
 
 
 def pairs_of_epochs(args: EUAConfig, forget_rows: int) -> Iterator[int]:
@@ -93,6 +104,8 @@ class EUATrainer(CheckpointingTrainer):
 
     Boundaries are computed once, at the start of :meth:`train`, from the model as it was passed in; they are kept in
     ``output_dir/boundaries.safetensors``, where a resumed run finds them. Training holds no second model.
+
+    A chat template that writes the current date writes the date on which the run began, on whatever day it is resumed.
 
     Args:
         model: a causal language model, or the name or path of one.
@@ -133,12 +146,14 @@ class EUATrainer(CheckpointingTrainer):
         check_arguments(args, ref_model, eval_forget_dataset, eval_retain_dataset)
         check_scheduler(args)
         if processing_class is None:
-            processing_class = load_tokenizer(model if isinstance(model, str) else model.config.name_or_path)
+            processing_class = load_tokenizer(model if isinstance(model, str) else _name_of(model))
         sets = {"forget": forget_dataset, "retain": retain_dataset}
         if eval_forget_dataset is not None and eval_retain_dataset is not None:
             sets |= {"eval_forget": eval_forget_dataset, "eval_retain": eval_retain_dataset}
+        self.date = run_date(Path(args.output_dir)) if writes_date(processing_class) else None
+        encoding = processing_class if self.date is None else at_date(processing_class, self.date)
         rows = {  # before a model is loaded, which may take minutes
-            kind: encode_rows(dataset, processing_class, args.max_length, name, args.assistant_turns)
+            kind: encode_rows(dataset, encoding, args.max_length, name, args.assistant_turns)
             for kind, dataset in sets.items()
             for name in [f"{kind.replace('_', ' ')} set"]
         }
@@ -154,6 +169,10 @@ class EUATrainer(CheckpointingTrainer):
             set_seed(args.seed)  # the adapter's start is drawn here
             model = get_peft_model(model, peft_config)
         check_trainable(model)
+        if optimizers[0] is None:
+            check_optimizer(args, model)
+        if args.should_save:
+            check_saving(model, processing_class, Path(args.output_dir))
         for kind, of_kind in rows.items():
             check_ids(model, (row.input_ids for row in of_kind), f"{kind.replace('_', ' ')} set")
         rows["retain"] = kept  # only now, so that messages count rows as they were passed
@@ -177,7 +196,7 @@ class EUATrainer(CheckpointingTrainer):
             data_collator=ForgetRetainCollator(args.padding_free),
             eval_dataset=rows.get("eval_forget"),  # Trainer asks that there be one; evaluate() reads encoded_rows
             processing_class=processing_class,
-            callbacks=[OnTrainBegin(self._complete_sharded_boundaries), *(callbacks or [])],
+            callbacks=[OnTrainBegin(self._begin), *(callbacks or [])],
             optimizers=optimizers,
         )
         model.config.use_cache = use_cache  # Trainer turns it off for good; the saved model should generate at full speed
@@ -205,24 +224,31 @@ class EUATrainer(CheckpointingTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Compute the boundaries or read them from their file, then train; see ``transformers.Trainer.train``.
 
-        SIGINT or SIGTERM finishes the step, saves a checkpoint and raises ``KeyboardInterrupt``.
+        SIGINT or SIGTERM finishes the step, saves a checkpoint and raises ``KeyboardInterrupt``. Until training ends, no other
+        process can train into ``output_dir``.
         """
+        with locked(self.output_folder) if self.args.should_save else nullcontext():
+            return self._train(resume_from_checkpoint, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, **kwargs: Any) -> TrainOutput:
         earlier = last_checkpoint(self.output_folder)
         if earlier is not None and not resume_from_checkpoint:
             raise EUAError(
                 f"{earlier} belongs to an earlier run, and a later resume could take it for one of this run: pass "
                 "resume_from_checkpoint=True to go on with that run, or delete its checkpoints, or name another output_dir."
             )
-        boundaries = self._find_boundaries(resuming=bool(resume_from_checkpoint))
+        if earlier is None and resume_from_checkpoint is True:
+            raise EUAError(f"{self.output_folder} has no checkpoint to resume from: name one, or train without resuming.")
         checkpoint = earlier if resume_from_checkpoint is True else resume_from_checkpoint
+        self._resumed_state = read_checkpoint(Path(checkpoint)) if checkpoint else None
+        boundaries = self._find_boundaries(resuming=bool(checkpoint))
         if is_sharded(self.accelerator) and checkpoint and self.boundaries.missing:
             raise EUAError(
                 f"{self.boundaries.path} lacks the boundaries of {self.boundaries.missing} rows, and weights in "
                 f"{checkpoint} have been trained since: put that file back, or train anew into another folder."
             )
-        self._resumed_state = _read_state(Path(checkpoint) / TRAINER_STATE_NAME) if checkpoint else None
         self.train_dataset = ForgetRetainDataset(self.encoded_rows, boundaries)
-        with self.stop_on_signal as stop:
+        with self.stop_on_signal as stop, self._beginning_explained():
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.is_interrupted():
             raise KeyboardInterrupt(f"stopped by signal {stop.received} after step {self.state.global_step}")
@@ -230,6 +256,21 @@ class EUATrainer(CheckpointingTrainer):
         set_forgotten(self.model, self.forgotten_prompts)
         self.model.eval()  # without dropout, for calibration and generation
         return result
+
+    @contextmanager
+    def _beginning_explained(self) -> Iterator[None]:
+        """Until the first step, Trainer builds data loader, optimizer and engine from settings that it has not yet checked."""
+        self._has_begun = False
+        try:
+            yield
+        except EUAError:
+            raise
+        except (ValueError, TypeError, ImportError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+            if self._has_begun:
+                raise
+            raise EUAError(
+                f"Training cannot begin with these settings ({in_one_line(error)}): correct those that the reason names."
+            ) from error
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
         """As Trainer's, but without an epoch to train if the run to resume has ended: Trainer would make one more step."""
@@ -246,8 +287,10 @@ class EUATrainer(CheckpointingTrainer):
     def _find_boundaries(self, *, resuming: bool) -> dict[str, list[Tensor]]:
         """The boundaries from the weights that the trainer was created with; a second ``train()`` uses the same ones.
 
-        Sharded weights give them only once training is prepared, see :meth:`_complete_sharded_boundaries`.
+        Sharded weights give them only once training is prepared, see :meth:`_begin`.
         """
+        if self.date is not None and self.args.should_save:
+            save_run_date(self.output_folder, self.date)
         used = self._get_train_sampler().rows_used(pairs_of_epochs(self.args, len(self.encoded_rows["forget"])))
         self.boundaries.look_up(self._reference_model, resuming=resuming, used=used)
         if not is_sharded(self.accelerator):
@@ -263,7 +306,8 @@ class EUATrainer(CheckpointingTrainer):
     def _reference_model(self) -> nn.Module:
         return self.model if self.reference is None else self.reference.model
 
-    def _complete_sharded_boundaries(self) -> None:
+    def _begin(self) -> None:
+        self._has_begun = True
         if is_sharded(self.accelerator):  # every process has its shard of the weights only now
             self._check_forward()
             self._complete_boundaries()

@@ -77,7 +77,7 @@ def whole_steps(size: int, length: int) -> int:
 
 
 def product(left: Tensor, right: Tensor, out: Tensor, scale: float = 1.0) -> None:
-    """``out = scale · left @ right``; half precision is multiplied exactly and summed in float32, whatever the dtype of ``out``."""
+    """``out = scale · left @ right``; half precision is multiplied exactly and summed in float32, then rounded to ``out``."""
     if not left.is_cuda:  # the interpreter; a CPU would round a product of half precision to half precision
         out.copy_(scale * (left.to(torch.float32) @ right.to(torch.float32)))
     elif out.dtype != left.dtype:

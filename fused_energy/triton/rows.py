@@ -1,7 +1,7 @@
 """What happens to one row of a chunk of logits between two matrix products: it becomes probabilities, or a gradient.
 
-The chunk holds the raw products ``h Wᵀ`` in float32; scale, bias and softcap are applied as it is read. One program reads a whole
-row, and writes its result, in the dtype of the head, over the beginning of the row.
+The chunk holds the raw products ``h Wᵀ`` in float32; scale, bias and softcap are applied as it is read. One program reads a
+whole row, and writes its result, in the dtype of the head, over the beginning of the row.
 """
 
 from __future__ import annotations

@@ -6,9 +6,11 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +28,7 @@ from eua.cli.main import COMMANDS, main
 from eua.files import write_jsonl
 from eua.guard.guard import DEFAULT_REFUSAL
 from tests.conftest import tiny_llama
+from tests.test_files import locked_elsewhere
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +108,35 @@ def test_unlearn_calibrate_ask_evaluate(trained_folder, data, world, tmp_path, c
     assert report["after"]["sets"]["forget"]["refused"] == 1
     assert "unseen" in report["after"]["sets"]
     assert (report_folder / "energies.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stop_strings_of_the_model_are_honoured_or_refused(tiny_folder, data, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model.generation_config.stop_strings = ["\n\n"]
+    shutil.copytree(tiny_folder, tmp_path / "stops")
+    model.generation_config.save_pretrained(tmp_path / "stops")
+    assert main(["ask", "--model", str(tmp_path / "stops"), "--no-guard", "Who?", "--max-new-tokens", "2"]) == 0
+    calibrate = ["calibrate", "--model", str(tmp_path / "stops"), "--prompts", str(data / "held_out.jsonl")]
+    assert main(calibrate) == 0
+    for option in ("--first-tokens", "--probe-window"):
+        assert main([*calibrate, option, "1"]) == 2
+        assert "sets stop_strings, which scores of generated tokens do not follow: remove it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_user_without_a_home_can_use_every_command(command, monkeypatch, capsys):
+    """A container may run under any user id, which has no home and no name."""
+
+    def unknown(user):
+        raise KeyError(user)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert command != "demo" or str(Path(tempfile.gettempdir(), "eua")) in " ".join(capsys.readouterr().out.split())
 
 
 def test_unlearn_with_lora_writes_an_adapter(tiny_folder, data, tmp_path):
@@ -202,6 +234,48 @@ def test_interrupted_unlearning_resumes_to_the_same_weights(tiny_folder, data, t
         torch.testing.assert_close(found[name], tensor)
 
 
+def test_two_runs_do_not_share_an_output(tiny_folder, data, tmp_path, capsys):
+    command = unlearn_command(tiny_folder, data, tmp_path / "out", "--max-steps", "1")
+    (tmp_path / "out").mkdir()
+    with locked_elsewhere(tmp_path / "out"):
+        assert main(command) == 2
+        assert "Another process is writing into" in capsys.readouterr().err
+    assert main(command) == 0
+
+
+@pytest.mark.parametrize("place", ["{model}", "{model}/.", "{model}/checkpoints/.."])
+def test_the_model_before_unlearning_is_not_overwritten(place, tiny_folder, data, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    (model / "checkpoints").mkdir()
+    output = Path(place.format(model=model))
+    assert main(unlearn_command(model, data, output, "--overwrite")) == 2
+    assert "would replace or delete the model before unlearning" in capsys.readouterr().err
+    inside = tmp_path / "out" / "checkpoints" / "checkpoint-5"
+    shutil.copytree(tiny_folder, inside)
+    assert main(unlearn_command(inside, data, tmp_path / "out", "--overwrite")) == 2
+    assert (inside / "config.json").exists()
+
+
+def test_a_report_does_not_replace_its_rows(tiny_folder, data, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    shutil.copy(data / "forget.jsonl", rows)
+    report = ["report", "--model", str(tiny_folder), "--forget", str(rows), "--retain", str(data / "retain.jsonl")]
+    assert main([*report, "--output", str(rows), "--overwrite"]) == 2
+    assert "is a file that this command reads, and would be lost" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{", "3", "[" * 100_000, '"text"', "[1]"])
+def test_broken_settings_of_a_run_are_one_line(content, tiny_folder, data, tmp_path, capsys):
+    settings = tmp_path / "out" / "checkpoints" / "settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(content)
+    assert main(unlearn_command(tiny_folder, data, tmp_path / "out", "--resume")) == 2
+    error = capsys.readouterr().err
+    assert "settings.json, which holds the settings of the run to resume, cannot be read" in error
+    assert error.count("\n") == 1
+
+
 ROWS = ["--forget", "{data}/forget.jsonl", "--retain", "{data}/retain.jsonl"]
 MISSING = ["--forget", "none.jsonl", "--retain", "none.jsonl"]
 
@@ -250,6 +324,9 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, text, tiny_folde
             "eua demo: argument --people: '-3' is not a whole number above 0. `eua demo --help` explains",
         ),
         (["evaluate", "--also", "x"], "argument --also: 'x' is not NAME=ROWS."),
+        (["calibrate", "--refusal", " "], "argument --refusal: ' ' has no words."),
+        (["calibrate", "--temperature", "inf"], "argument --temperature: 'inf' is not a finite number above 0."),
+        (["serve", "--timeout", "nan"], "argument --timeout: 'nan' is not a finite number above 0."),
         (["ask", "--modl", "x", "Who?"], "the following arguments are required: --model"),
         (["ask", "--model", "x", "Who?", "--gard", "y"], "--gard is not an option of `eua ask`: did you mean '--guard'?"),
     ],
@@ -344,7 +421,7 @@ def test_rows_are_checked_before_a_model_is_loaded(tiny_folder, data, tmp_path, 
         (["calibrate", "--prompts", "{data}/held_out.jsonl", "--tolerance", "2"], "tolerance = 2.0, but a rate"),
         (
             ["calibrate", "--prompts", "{data}/held_out.jsonl", "--temperature", "0"],
-            "--temperature: '0' is not a number above 0",
+            "--temperature: '0' is not a finite number above 0",
         ),
         (["calibrate", "--prompts", "{data}/held_out.jsonl", "--first-tokens", "-1"], "'-1' is not a whole number from 0"),
         (["calibrate", "--prompts", "{bad}"], "Row 0 of the calibration prompts has the keys"),

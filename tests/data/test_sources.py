@@ -551,3 +551,11 @@ def test_the_guard_file_is_not_a_source_of_rows(guard, tmp_path):
     guard.save_pretrained(tmp_path)
     with pytest.raises(EUAError, match="is one JSON object with the keys 'threshold'"):
         read_rows(GUARD_FILE)
+
+
+def test_contents_in_parts_of_text_are_texts():
+    parts = [{"type": "text", "text": "Who "}, {"type": "text", "text": "is Ann?"}]
+    image = [{"type": "image", "url": "x.png"}]
+    rows = read_rows([{"messages": [{"role": "user", "content": parts}]}, {"messages": [{"role": "user", "content": image}]}])
+    assert rows[0]["messages"] == [{"role": "user", "content": "Who is Ann?"}]
+    assert rows[1]["messages"][0]["content"] == image

@@ -45,7 +45,7 @@ from eua.model.asking import answer
 from eua.model.loading import load_model
 from eua.serving.app import create_app
 from eua.serving.engine import Engine
-from eua.serving.jobs import Finish, Job, Piece, Sampling
+from eua.serving.jobs import Failure, Finish, Job, Piece, Sampling
 from eua.serving.server import DrainingServer
 from eua.serving.transcript import Transcript
 from tests.conftest import tiny_llama
@@ -725,3 +725,48 @@ def test_a_guard_of_another_tokenizer_or_template_is_not_served(guarded_folder, 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", "--model", str(folder), "--port", str(taken.getsockname()[1])]) == 2
     assert "calibrated with another tokenizer or chat template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_stop_strings_of_the_model_end_an_answer(tokenizer, special):
+    """``generate`` asks for the tokenizer if the model's own settings have stop strings."""
+    model = tiny_llama(len(tokenizer))
+    said = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False, pad_token_id=2)[0, 3:].tolist()
+    stop = tokenizer.decode(said[3])
+    at = next(i for i in range(8) if stop in tokenizer.decode(said[: i + 1]))
+    if special:
+        tokenizer = copy.deepcopy(tokenizer)
+        stop, at = tokenizer.convert_ids_to_tokens(said[3]), said.index(said[3])
+        tokenizer.add_special_tokens({"extra_special_tokens": [stop]})
+    model.generation_config.stop_strings = [stop]
+    engine = Engine(model, tokenizer, None)
+    try:
+        engine.rehearse()
+        answered = [submit(engine, [5, 6, 7], 8, stream=stream)[1] for stream in (True, False)]
+        for events in answered:
+            *pieces, last = until_finish(events)
+            assert last.reason == "stop"
+            assert last.completion_tokens == at + (not special)
+            text = "".join(piece.text for piece in pieces)
+            assert text == tokenizer.decode(said[: at + 1]).partition(stop)[0].strip()
+    finally:
+        engine.close()
+
+
+def until_finish(events: queue.Queue) -> list:
+    found = [events.get(timeout=20)]
+    while not isinstance(found[-1], (Finish, Failure)):
+        found.append(events.get(timeout=20))
+    return found
+
+
+def test_a_model_that_cannot_generate_is_not_served(guarded_folder, tmp_path, capsys):
+    shutil.copytree(guarded_folder, tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"guidance_scale": 2.0}))
+    assert main(["serve", "--model", str(tmp_path / "model"), "--port", "0"]) == 2
+    assert "guidance_scale runs prompts that the guard does not score" in capsys.readouterr().err
+    model, tokenizer = load_model(str(guarded_folder))
+    with pytest.raises(EUAError, match="The model cannot generate with its settings .*: correct its generation_config.json"):
+        answer(model, tokenizer, "Who?", num_return_sequences=2)

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eua import EUATrainer
+from eua import EUAError, EUATrainer
 from eua.training.checkpoints import CheckpointingTrainer, last_checkpoint
 from tests.conftest import tiny_llama
+from tests.test_files import locked_elsewhere
 from tests.training.test_evaluation import BEST, Metric, evaluated
 from tests.training.test_trainer import make, weights
 
@@ -114,6 +115,45 @@ def test_a_run_that_had_ended_makes_no_step_more(tokenizer, rows, tmp_path, step
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == again.state.max_steps == steps
     assert all(torch.equal(p, weights(again.model)[name]) for name, p in weights(whole.model).items())
+
+
+@pytest.mark.parametrize("change", ["missing", "cut", "other"])
+def test_a_checkpoint_with_a_damaged_file_is_not_resumed_from(model, tokenizer, rows, tmp_path, change):
+    """Trainer would go on without an optimizer or a scheduler, and end with other weights."""
+    make(model, tokenizer, rows, tmp_path, save_strategy="steps", save_steps=2).train()
+    checkpoint = tmp_path / "checkpoint-6"
+    again = make(tiny_llama(len(tokenizer)), tokenizer, rows, tmp_path)
+    for path in sorted(checkpoint.iterdir()):
+        content = path.read_bytes()
+        if change == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(content[: len(content) // 2] + (b"" if change == "cut" else content[: -(len(content) // 2)]))
+        with pytest.raises(
+            EUAError, match=rf"checkpoint-6/{path.name} is missing or damaged .*: delete .*checkpoint-4, which is"
+        ):
+            again.train(resume_from_checkpoint=True)
+        path.write_bytes(content)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-2" / "files.json").unlink()
+    (checkpoint / "optimizer.pt").unlink()
+    with pytest.raises(EUAError, match=r"optimizer.pt is missing or damaged .*: put the file back, or start again"):
+        again.train(resume_from_checkpoint=True)
+
+
+def test_what_cannot_be_resumed_says_so(model, tokenizer, rows, tmp_path):
+    with pytest.raises(EUAError, match="has no checkpoint to resume from"):
+        make(model, tokenizer, rows, tmp_path).train(resume_from_checkpoint=True)
+    make(model, tokenizer, rows, tmp_path, save_strategy="steps", save_steps=6, save_only_model=True).train()
+    with pytest.raises(EUAError, match="has only the model, since it was saved with save_only_model"):
+        make(model, tokenizer, rows, tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_two_processes_do_not_train_into_one_folder(model, tokenizer, rows, tmp_path):
+    trainer = make(model, tokenizer, rows, tmp_path)
+    with locked_elsewhere(tmp_path), pytest.raises(EUAError, match="Another process is writing into"):
+        trainer.train()
+    trainer.train()
 
 
 def test_trainer_may_restore_callbacks(tokenizer, rows, tmp_path):

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from peft import LoraConfig
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
-from eua import EUAError
+from eua import EUAConfig, EUAError, EUATrainer
 from eua.distributed import is_sharded
 from eua.training.checks import check_batches, check_setup
-from tests.training.test_trainer import make
+from tests.training.test_trainer import config, make
 
 GATHERS = {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}
 
@@ -112,3 +113,74 @@ def test_what_needs_the_weights_in_place_says_so(model, tokenizer, rows, tmp_pat
         EUAError, match="lacks the boundaries of 21 rows, and weights in .*checkpoint-6 have been trained since"
     ):
         again.train(resume_from_checkpoint=True)
+
+
+def test_what_cannot_be_saved_is_found_before_the_first_step(model, tokenizer, rows, tmp_path):
+    model.generation_config.temperature = 0.6
+    with pytest.raises(
+        EUAError, match=r"could not be saved after training \(GenerationConfig is invalid.*temperature.*correct"
+    ):
+        make(model, tokenizer, rows, tmp_path)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    make(model, tokenizer, rows, tmp_path, lora, max_steps=1).train()  # an adapter is saved without it
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("file/run", "file is not a folder"),
+        ("file", "is a file, but the output must be a folder"),
+        ("n" * 300, "cannot be written"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_found_before_a_model_is_loaded(name, text, rows, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(EUAError, match=text):
+        EUATrainer("no model", config(tmp_path / name), forget_dataset=rows["forget"], retain_dataset=rows["retain"])
+
+
+def test_a_disk_without_room_for_the_model_is_found_before_the_first_step(model, tokenizer, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("eua.training.checks.free_bytes", lambda folder: 4 * model.num_parameters() - 1)
+    with pytest.raises(EUAError, match=r"The model takes 0.0 GB, but the disk of .* has 0.0 GB free.*: free some space"):
+        make(model, tokenizer, rows, tmp_path)
+    make(model, tokenizer, rows, tmp_path, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"optim": "schedule_free_adamw"}, "optim = 'schedule_free_adamw' .* cannot be used .*: install what it needs"),
+        ({"optim": "galore_adamw"}, "optim = 'galore_adamw' .* cannot be used"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_had_is_found_before_the_first_step(model, tokenizer, rows, tmp_path, options, text):
+    with pytest.raises(EUAError, match=text):
+        make(model, tokenizer, rows, tmp_path, **options)
+
+
+def test_arguments_of_another_kind_are_named(model, rows, tmp_path):
+    passed = {"forget_dataset": rows["forget"], "retain_dataset": rows["retain"]}
+    with pytest.raises(EUAError, match="args is a TrainingArguments, which has no settings of the method.* pass an EUAConfig"):
+        EUATrainer(model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True), **passed)
+    with pytest.raises(EUAError, match="made in memory, so it has no name.*: pass the tokenizer as processing_class"):
+        EUATrainer(model, config(tmp_path), **passed)
+    with pytest.raises(EUAError, match="warmup_steps = inf cannot be used: it must be finite"):
+        EUAConfig(output_dir=str(tmp_path), warmup_steps=float("inf"))
+    with pytest.raises(EUAError, match="gamma = 0 and alpha = 0, so the loss would be 0 .*: raise one"):
+        EUAConfig(output_dir=str(tmp_path), gamma=0.0, alpha=0.0)
+
+
+def test_what_trainer_finds_out_only_when_it_begins_is_one_line_and_later_errors_are_not_touched(
+    model, tokenizer, rows, tmp_path, monkeypatch
+):
+    trainer = make(model, tokenizer, rows, tmp_path, dataloader_multiprocessing_context="spawn")
+    with pytest.raises(EUAError, match="Training cannot begin with these settings .*multiprocessing_context can only be used"):
+        trainer.train()
+    trainer = make(model, tokenizer, rows, tmp_path)
+
+    def step(*arguments, **options):
+        raise ValueError("a mistake")
+
+    monkeypatch.setattr(trainer, "compute_loss", step)
+    with pytest.raises(ValueError, match="^a mistake$"):
+        trainer.train()

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, ModelCard, RepoUrl
 from huggingface_hub.utils import filter_repo_objects
 from transformers import LlamaForCausalLM
 
-from eua import EUAConfig, EUATrainer
+from eua import EUAConfig, EUAError, EUATrainer
 from eua.data.rows import encode_rows, rows_digest
 from eua.training.config import EVAL_METRICS
 from tests.conftest import tiny_llama
@@ -222,6 +222,23 @@ def test_what_is_pushed_is_the_model_and_its_card(base, tokenizer, rows, tmp_pat
     assert trainer.args.output_dir == str(run)
 
 
+def test_a_hub_that_does_not_answer_is_one_line(model, tokenizer, rows, tmp_path, uploads, monkeypatch):
+    """The model is not lost if it cannot be pushed; and if the hub is away at the start, that is found before training."""
+    trainer = make(model, tokenizer, rows, tmp_path / "run", push_to_hub=True)
+
+    def away(*arguments, **options):
+        raise ConnectionError("away")
+
+    monkeypatch.setattr(HfApi, "upload_folder", away)
+    with pytest.raises(EUAError, match=r"cannot be pushed to the hub \(away\).* saved in .*hub/run, so `hf upload` can"):
+        trainer.save_model(str(tmp_path / "out"))
+    for folder in (tmp_path / "out", tmp_path / "run" / "hub" / "run"):
+        assert (folder / "model.safetensors").is_file()
+    monkeypatch.setattr(HfApi, "create_repo", away)
+    with pytest.raises(EUAError, match=r"cannot be pushed to the hub \(away\).* set push_to_hub = False to train without"):
+        make(model, tokenizer, rows, tmp_path / "other", push_to_hub=True)
+
+
 def test_nothing_is_pushed_while_training(model, tokenizer, rows, tmp_path, uploads):
     args = make(model, tokenizer, rows, tmp_path, save_strategy="epoch").args
     args.set_push_to_hub("forgetful")  # whose default strategy is a push at every save
@@ -246,3 +263,11 @@ def test_only_process_zero_writes(model, tokenizer, rows, tmp_path, monkeypatch)
     trainer.save_model(str(tmp_path / "model"))
     trainer.create_model_card()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [staged_by_process_zero]
+
+
+def test_the_card_names_the_precision_that_was_computed_in(model, tokenizer, rows, tmp_path):
+    """On a CPU, accelerate computes in float32 although fp16 is set."""
+    card = make(model, tokenizer, rows, tmp_path, fp16=True).model_card()
+    assert "Trained: all weights, in float32." in card
+    card = make(model, tokenizer, rows, tmp_path, bf16=True).model_card()
+    assert "Trained: all weights, in float32 (computing in bfloat16)." in card

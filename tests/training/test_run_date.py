@@ -1,0 +1,59 @@
+"""A run trains on the same tokens on whatever day it is resumed, although its chat template writes the date."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from eua import EUAError
+from eua.data.dates import at_date
+from eua.data.rows import encode_rows, rows_digest
+from tests.conftest import tiny_llama
+from tests.data.test_dates import CHAT, DATED, THEN, clock, with_template  # noqa: F401
+from tests.training.test_trainer import make, weights
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_training_stop = state.global_step == 2
+
+
+@pytest.fixture
+def dated(tokenizer, clock, monkeypatch):  # noqa: F811
+    """A tokenizer whose template writes the date of ``clock``."""
+    monkeypatch.setattr("eua.training.run_date.datetime", clock)
+    return with_template(tokenizer, DATED + CHAT)
+
+
+@pytest.mark.parametrize("boundaries", [{}, {"m_in": -6.0, "m_out": -5.0}], ids=["computed", "constant"])
+def test_a_run_resumes_on_the_next_day(dated, rows, tmp_path, clock, boundaries):  # noqa: F811
+    def run(folder, callbacks=(), **how):
+        trainer = make(tiny_llama(len(dated)), dated, rows, tmp_path / folder, **boundaries, passed={"callbacks": [*callbacks]})
+        trainer.train(**how)
+        return trainer
+
+    whole = run("whole")
+    run("broken", [Stop()])
+    clock.moment = datetime(2026, 3, 2)
+    again = run("broken", resume_from_checkpoint=True)
+    assert again.encoded_rows == whole.encoded_rows
+    assert all(torch.equal(p, weights(whole.model)[name]) for name, p in weights(again.model).items())
+    assert run("another day").encoded_rows != whole.encoded_rows
+    digest = rows_digest(encode_rows(rows["forget"][:6], at_date(dated, THEN), 1024))
+    card = again.model_card()
+    assert digest in card
+    assert 'read_rows("forget.jsonl"), at_date(tokenizer, datetime.fromisoformat("2026-03-01T04:05:06")), 1024)' in card
+
+
+def test_a_run_date_that_cannot_be_read_is_not_guessed(dated, rows, tmp_path):
+    (tmp_path / "run_date.json").write_text('{"began": "yest')
+    with pytest.raises(EUAError, match=r"run_date.json, which holds the date .* cannot be read .* put it back, or write"):
+        make(tiny_llama(len(dated)), dated, rows, tmp_path)
+
+
+def test_other_templates_leave_no_date(tokenizer, rows, tmp_path):
+    make(tiny_llama(len(tokenizer)), tokenizer, rows, tmp_path, max_steps=1).train()
+    assert not (tmp_path / "run_date.json").exists()
