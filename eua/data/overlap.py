@@ -31,8 +31,8 @@ def retain_without_forget(
     Raises:
         EUAError: if rows are in both sets and may not be left out, or if they are all rows to retain.
     """
-    forgotten = {_key(row): index for index, row in reversed(list(enumerate(forget)))}
-    both = [(index, forgotten[_key(row)]) for index, row in enumerate(retain) if _key(row) in forgotten]
+    forgotten = {row.key: index for index, row in reversed(list(enumerate(forget)))}
+    both = [(index, forgotten[row.key]) for index, row in enumerate(retain) if row.key in forgotten]
     if both and overlap == "error":
         named = ", ".join(f"row {index} (row {other} of the forget set)" for index, other in both[:_NAMED])
         raise EUAError(
@@ -57,10 +57,6 @@ def retain_without_forget(
             "case, spaces and punctuation), so what follows these prompts is trained both ways: check that this is intended."
         )
     return kept
-
-
-def _key(row: EncodedRow) -> tuple[tuple[int, ...], int, frozenset[int]]:
-    return tuple(row.input_ids), row.prompt_length, row.later_prompts
 
 
 def _plain_prompts(rows: Sequence[EncodedRow], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -46,6 +46,11 @@ class EncodedRow:
     later_prompts: frozenset[int] = frozenset()
 
     @property
+    def key(self) -> tuple[tuple[int, ...], int, frozenset[int]]:
+        """A hashable value that equal rows, and no others, have in common."""
+        return tuple(self.input_ids), self.prompt_length, self.later_prompts
+
+    @property
     def prompt_ids(self) -> list[int]:
         return self.input_ids[: self.prompt_length]
 

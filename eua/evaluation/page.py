@@ -22,11 +22,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eua.data.rows import EncodedRow, encode_rows
 from eua.data.sources import Row, Source
-from eua.evaluation.metrics import greedy_tokens, measure_answers
+from eua.evaluation.metrics import greedy_tokens, measure_states
 from eua.evaluation.report import evaluate, forgotten_names, read_sets
 from eua.files import replacing
 from eua.guard.guard import EnergyGuard
-from eua.model.forward import check_finite, eval_hidden_states
+from eua.model.forward import answer_states, check_finite, eval_hidden_states
 from eua.model.head import output_head
 
 SCORES_KEPT = 5000  # per set; a larger set is reduced to this number, evenly spaced in ascending order
@@ -171,12 +171,13 @@ def read_tokens(
     token after the prompt, the token that the model finds most likely in its place. ``said`` says whether the two are the same
     token: two different tokens can have the same text if each is a part of a character.
     """
-    measures = measure_answers(model, rows, temperature=temperature, batch_size=batch_size)
     head = output_head(model)
     text_of = _TokenTexts(tokenizer)
     readings: list[dict[str, Any]] = [{} for _ in rows]
     for indices, hidden in eval_hidden_states(model, rows, batch_size):
-        for i, states in zip(indices, hidden, strict=True):
+        picked = [rows[i] for i in indices]
+        measures = measure_states(head, answer_states(hidden, picked), picked, temperature)
+        for place, (i, states) in enumerate(zip(indices, hidden, strict=True)):
             row = rows[i]
             start = max(0, row.prompt_length - TOKENS_KEPT // 2)
             stop = min(len(row.input_ids), start + TOKENS_KEPT)
@@ -185,8 +186,8 @@ def read_tokens(
             likely = greedy_tokens(head, states[row.prompt_length - 1 : stop - 1]).tolist()
             answer = row.input_ids[row.prompt_length : stop]
             readings[i] = {
-                "extraction_strength": _decimal(float(measures.extraction_strength[i])),
-                "probability": _decimal(float(measures.probability[i])),
+                "extraction_strength": _decimal(float(measures.extraction_strength[place])),
+                "probability": _decimal(float(measures.probability[place])),
                 "tokens": [text_of[token] for token in row.input_ids[start:stop]],
                 "energies": [round(energy, 3) for energy in energies],
                 "likely": [text_of[token] for token in likely],

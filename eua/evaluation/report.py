@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -11,19 +12,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eua.data.rows import encode_prompts, encode_rows
 from eua.data.sources import Row, Source, read_rows
 from eua.errors import EUAError
-from eua.evaluation.metrics import measure_answers, truth_ratios
+from eua.evaluation.metrics import answers_to_compare, measure_answers, truth_ratio_means
 from eua.guard.guard import EnergyGuard
 from eua.guard.questions import Turns
 from eua.guard.scores import prompt_scores
+from eua.model.forward import check_head_once, check_ids
 from eua.statistics import auroc, false_positive_rate
 
 # Report key → (heading, format). Knowledge is measured with the guard off; "refused" shows the effect of the guard.
 COLUMNS = {
     "rows": ("rows", "d"),
     "extraction_strength": ("extraction strength", ".3f"),
+    "extraction_strength_openunlearning": ("extraction strength (OpenUnlearning)", ".3f"),
     "exact_memorization": ("exact memorization", ".3f"),
+    "exact_memorization_openunlearning": ("exact memorization (OpenUnlearning)", ".3f"),
     "probability": ("answer probability", ".3f"),
     "truth_ratio": ("truth ratio", ".3f"),
+    "truth_ratio_openunlearning": ("truth ratio (OpenUnlearning)", ".3f"),
     "energy": ("answer energy", ".2f"),
     "score": ("prompt energy", ".2f"),
     "refused": ("refused", ".3f"),
@@ -44,6 +49,10 @@ def evaluate(
     progress: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Measure every set of rows, and how well the prompt score separates the set to forget from each of the others.
+
+    No text runs through the model twice: texts that several rows or sets have in common are measured once, the answers to one
+    question (right, paraphrased and wrong ones) share the forward of their prompt if the model allows it, and the score of a
+    prompt is taken from there, unless it includes generated tokens or is that of other tokens (the last turn of a chat alone).
 
     Args:
         model, tokenizer: those to measure. Knowledge is measured with the guard off.
@@ -76,23 +85,35 @@ def evaluate(
     report: dict[str, Any] = {"sets": {}, "separation": {}, "threshold": guard.threshold if guard else None}
     scores: dict[str, Tensor] = {}
 
+    compared = {
+        name: answers_to_compare(rows, tokenizer)
+        for name, rows in rows_of.items()
+        if all(row.get("perturbed_answer") for row in rows)
+    }
+    answers = {name: encode_rows(rows, tokenizer, None, f"{name} rows") for name, rows in rows_of.items()}
+    check_head_once(model)
+    for name, encoded in answers.items():
+        check_ids(model, (row.input_ids for row in encoded), f"{name} rows")
+        check_ids(model, (row.input_ids for row in chain(*compared.get(name, []))), f"{name} rows' perturbed answers")
+    texts = {name: [*encoded, *chain(*compared.get(name, []))] for name, encoded in answers.items()}
+    everything = list(chain(*texts.values()))
+    settings: dict[str, Any] = {"temperature": temperature, "batch_size": batch_size}
+    measures = measure_answers(model, everything, progress="answers" if progress else None, check=False, **settings)
+    energies = zip(everything, measures.prompt_energy.tolist(), strict=True)
+    known = {} if first_tokens else {tuple(text.prompt_ids): energy for text, energy in energies}
+
     def score(prompts: Sequence[Row | str], name: str) -> Tensor:
         ids = encode_prompts(prompts, tokenizer, name)
         title = f"{name}: prompts" if progress else None
-        settings: dict[str, Any] = {"temperature": temperature, "first_tokens": first_tokens, "batch_size": batch_size}
-        return prompt_scores(model, ids, turns=turns, progress=title, **settings)
+        return prompt_scores(model, ids, first_tokens=first_tokens, turns=turns, progress=title, known=known, **settings)
 
-    for name, rows in rows_of.items():
-        encoded = encode_rows(rows, tokenizer, None, f"{name} rows")
-        title = f"{name}: answers" if progress else None
-        measures = measure_answers(model, encoded, temperature=temperature, batch_size=batch_size, progress=title)
-        entry: dict[str, float | int] = {"rows": len(rows)}
-        entry |= {key: float(value.mean()) for key, value in vars(measures).items()}
+    for (name, rows), of_set in zip(rows_of.items(), measures.split(map(len, texts.values())), strict=True):
+        own, *to_compare = of_set.split([len(rows), *map(len, compared.get(name, []))])
+        entry: dict[str, float | int] = {"rows": len(rows)} | own.means()
+        if to_compare:
+            entry |= truth_ratio_means([of_row.nll for of_row in to_compare], forget=name in forget)
         scores[name] = score(rows, name)
         entry["score"] = float(scores[name].mean())
-        if all(row.get("perturbed_answer") for row in rows):
-            title = f"{name}: truth ratio" if progress else None
-            entry["truth_ratio"] = float(truth_ratios(model, tokenizer, rows, batch_size=batch_size, progress=title).mean())
         if guard is not None:
             entry["refused"] = float(guard.refuses(scores[name]).float().mean())
             if all(row.get("paraphrased_question") for row in rows):

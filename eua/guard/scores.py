@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -30,6 +31,7 @@ def prompt_scores(
     batch_size: int = 32,
     progress: str | None = None,
     check: bool = True,
+    known: dict[tuple[int, ...], float] | None = None,
 ) -> Tensor:
     """The energy at the last token of each prompt: (P,) float32 on the CPU, in nats.
 
@@ -45,6 +47,8 @@ def prompt_scores(
         batch_size: prompts per forward pass.
         progress: title of a progress bar, or None for no bar.
         check: first check the head and the token ids; False if the caller has done so.
+        known: scores that are known, of prompts as :meth:`.Turns.scored_prompts` returns them. These prompts do not run, and
+            those that do are added.
 
     Raises:
         EUAError: if hidden states or energies are NaN or infinite, if the model has no plain head, or if it cannot read a
@@ -53,28 +57,27 @@ def prompt_scores(
     if check:
         check_head_once(model)
         check_ids(model, prompts, "prompts", first_tokens)
-    if turns is not None:
-        parts = [turns.scored_prompts(ids) for ids in prompts]
-        flat = [ids for of_one in parts for ids in of_one]
-        scores = prompt_scores(
-            model,
-            flat,
-            temperature=temperature,
-            first_tokens=first_tokens,
-            batch_size=batch_size,
-            progress=progress,
-            check=False,
-        )
-        return torch.stack([of_one.amax() for of_one in scores.split([len(of_one) for of_one in parts])])
+    parts = [[tuple(part) for part in (turns.scored_prompts(ids) if turns else [ids])] for ids in prompts]
+    known = {} if known is None else known
+    left = [ids for ids in dict.fromkeys(chain.from_iterable(parts)) if ids not in known]
     if first_tokens:
-        return _generated_scores(
+        found = _generated_scores(
             model,
-            prompts,
+            left,
             lambda eos: EnergyRecorder(cast(Any, model), temperature, first_tokens, eos),
             new_tokens=first_tokens + 1,
             batch_size=batch_size,
             progress=progress,
         )
+    else:
+        found = _end_scores(model, left, temperature, batch_size, progress)
+    known |= zip(left, found.tolist(), strict=True)
+    return torch.tensor([float(torch.tensor([known[part] for part in of_one]).amax()) for of_one in parts])
+
+
+def _end_scores(
+    model: nn.Module, prompts: Sequence[Sequence[int]], temperature: float, batch_size: int, progress: str | None
+) -> Tensor:
     rows = [EncodedRow(list(ids), len(ids)) for ids in prompts]
     head = output_head(model)
     scores = torch.empty(len(rows))

@@ -9,6 +9,7 @@ with the model's own logits.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -39,6 +40,11 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     Raises:
         EUAError: when the head was not called with one hidden state per token.
     """
+    return hidden_states_and_output(model, batch, use_cache=False)[0]
+
+
+def hidden_states_and_output(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> tuple[Tensor, Any]:
+    """:func:`hidden_states`, and what the model returns, called with further ``options``. The logits in it are cut."""
     input_ids = batch["input_ids"]
     inputs = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
     captured: list[Tensor] = []
@@ -48,7 +54,7 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return (arguments[0][:1, :1], *arguments[1:])
 
     def run() -> Any:
-        return model(**inputs, use_cache=False)
+        return model(**inputs, **options)
 
     hook = output_module(model).register_forward_pre_hook(capture)
     try:
@@ -64,7 +70,7 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
             f"{type(model).__name__} called its head {len(captured)} times, on {[tuple(h.shape) for h in captured]}, for "
             f"tokens of shape {tuple(input_ids.shape)}: energies need one call on (B, S, H), so this model is not supported."
         )
-    return attached_to_output(model, captured[0], output.logits)
+    return attached_to_output(model, captured[0], output.logits), output
 
 
 @torch.no_grad()
@@ -85,25 +91,21 @@ def check_head(model: nn.Module) -> None:
     name = type(unwrap(model)).__name__
     ids = torch.arange(8, device=head.weight.device)[None] % head.vocabulary
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    training = model.training
-    model.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"):  # so that no compiled graph without the hook is left behind
-            hidden = hidden_states(model, batch)
-            check_finite(hidden, "the model's hidden states on a probe of 8 tokens")
-            other_end = ids.where(ids < 4, ids.roll(1) if head.vocabulary < 12 else ids + 4)
-            _check_causal(model, hidden[:, :4], hidden_states(model, batch | {"input_ids": other_end})[:, :4])
-            unscaled = replace(head, bias=None, logit_scale=1.0, softcap=None)
-            largest = unscaled.logits(hidden).abs().amax(dim=-1, keepdim=True)
-            wanted = 2.0 ** torch.arange(1, 9, device=hidden.device)[:, None]
-            hidden = (hidden * wanted / largest.clamp(min=1e-6)).to(hidden.dtype)
-            hook = module.register_forward_pre_hook(lambda module, arguments: (hidden, *arguments[1:]))
-            try:
-                theirs = model(**batch, use_cache=False).logits.float()
-            finally:
-                hook.remove()
-    finally:
-        model.train(training)
+    # No compiled graph without the hook may be left behind.
+    with eval_mode(model), torch.compiler.set_stance("force_eager"):
+        hidden = hidden_states(model, batch)
+        check_finite(hidden, "the model's hidden states on a probe of 8 tokens")
+        other_end = ids.where(ids < 4, ids.roll(1) if head.vocabulary < 12 else ids + 4)
+        _check_causal(model, hidden[:, :4], hidden_states(model, batch | {"input_ids": other_end})[:, :4])
+        unscaled = replace(head, bias=None, logit_scale=1.0, softcap=None)
+        largest = unscaled.logits(hidden).abs().amax(dim=-1, keepdim=True)
+        wanted = 2.0 ** torch.arange(1, 9, device=hidden.device)[:, None]
+        hidden = (hidden * wanted / largest.clamp(min=1e-6)).to(hidden.dtype)
+        hook = module.register_forward_pre_hook(lambda module, arguments: (hidden, *arguments[1:]))
+        try:
+            theirs = model(**batch, use_cache=False).logits.float()
+        finally:
+            hook.remove()
     ours = head.logits(hidden)
     if ours.shape != theirs.shape:
         raise EUAError(
@@ -122,16 +124,25 @@ def check_head(model: nn.Module) -> None:
 
 def _check_causal(model: nn.Module, hidden: Tensor, with_other_end: Tensor) -> None:
     """Raise if the hidden states of a beginning depend on the tokens behind it by more than rounding or quantization does."""
-    model = unwrap(model)
-    off = ((hidden - with_other_end).abs().amax() / hidden.abs().amax().clamp(min=1e-6)).item()
-    # 8-bit layers choose the columns that they do not quantize by all tokens of a batch.
-    is_quantized = getattr(getattr(model, "config", None), "quantization_config", None) is not None
-    if off > (0.1 if is_quantized else max(8 * torch.finfo(hidden.dtype).eps, 1e-4)):
+    off, bound = difference(hidden, with_other_end), difference_of_rounding(model, hidden.dtype)
+    if off > bound:
         raise EUAError(
-            f"{type(model).__name__} reads what follows a token, too (hidden states change by {off:.2g} of the largest when "
-            "later tokens do), so it would see answers before it gives them: load a causal language model, or set "
+            f"{type(unwrap(model)).__name__} reads what follows a token, too (hidden states change by {off:.2g} of the largest "
+            "when later tokens do), so it would see answers before it gives them: load a causal language model, or set "
             "is_decoder=True in its config."
         )
+
+
+def difference(hidden: Tensor, other: Tensor) -> float:
+    """The largest difference between hidden states of the same tokens, as a share of the largest hidden state."""
+    return ((hidden - other).abs().amax() / hidden.abs().amax().clamp(min=1e-6)).item()
+
+
+def difference_of_rounding(model: nn.Module, dtype: torch.dtype) -> float:
+    """The largest :func:`difference` that rounding or quantization causes if the same tokens run in another batch."""
+    # 8-bit layers choose the columns that they do not quantize by all tokens of a batch.
+    is_quantized = getattr(getattr(unwrap(model), "config", None), "quantization_config", None) is not None
+    return 0.1 if is_quantized else max(8 * torch.finfo(dtype).eps, 1e-4)
 
 
 def check_head_once(model: nn.Module) -> None:
@@ -196,13 +207,20 @@ def eval_hidden_states(
     _, device = vocabulary_and_device(model)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
     batches: Iterable[int] = range(0, len(order), batch_size)
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         for start in tqdm(batches, desc=progress, disable=progress is None, leave=False):
             indices = order[start : start + batch_size]
             batch = {name: tensor.to(device) for name, tensor in pad_rows([rows[i] for i in indices]).items()}
             yield indices, hidden_states(model, batch)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and then back into the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(training)
 

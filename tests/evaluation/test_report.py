@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from eua import EnergyGuard, EUAError
-from eua.data.rows import EncodedRow, encode_rows
+from eua.data.rows import EncodedRow, encode_prompts, encode_rows
 from eua.data.sources import read_rows
 from eua.evaluation import evaluate, measure_answers, render_tables, truth_ratios
+from eua.evaluation.page import page_data
 from eua.evaluation.pictures import energy_histograms
+from eua.guard.scores import prompt_scores
 from tests.guard.test_guarded_generate import CHAT, messages
 
 TOFU = Path(__file__).parents[3] / "shared" / "tofu"
@@ -92,6 +95,92 @@ def test_a_chat_scores_as_the_guard_scores_it(model, tokenizer, rows):
         report, scores = evaluate(model, chatty, {"forget": chats}, guard=with_guard)
         torch.testing.assert_close(scores["forget"], alone)
     assert report["threshold"] is None
+
+
+@pytest.fixture
+def asked(rows) -> dict[str, list[dict]]:
+    """A set to forget as TOFU writes it, which has answers in common, and another set with a row and a question of it."""
+    forget = [
+        row
+        | {"paraphrased_answer": f"It is {row['answer']}", "perturbed_answer": ["Nobody.", "Nowhere, never.", row["answer"]]}
+        | {"paraphrased_question": other["question"]}
+        for row, other in zip(rows["forget"][:5], rows["test"], strict=False)
+    ]
+    return {"forget": forget, "retain": [*rows["test"][3:9], rows["forget"][0]]}
+
+
+def run_alone(model, tokenizer, asked, **settings) -> tuple[dict, dict]:
+    """The measures of every row, each text run alone: (set, measure) → values, and the scores."""
+    found = {}
+    for name, of_set in asked.items():
+        single = [measure_answers(model, [row]) for row in encode_rows(of_set, tokenizer, None)]
+        for key in ("extraction_strength", "extraction_strength_openunlearning", "probability", "energy"):
+            found[name, key] = sum(float(getattr(one, key)) for one in single) / len(single)
+    ratios = []
+    for row in asked["forget"]:
+        texts = [
+            {"question": row["question"], "answer": answer} for answer in [row["paraphrased_answer"], *row["perturbed_answer"]]
+        ]
+        right, *wrong = (measure_answers(model, [one]).probability for one in encode_rows(texts, tokenizer, None))
+        ratios.append(float(sum(wrong) / len(wrong) / right))
+    found["forget", "truth_ratio"] = sum(ratios) / len(ratios)
+    return found, {name: prompt_scores(model, encode_prompts(of_set, tokenizer), **settings) for name, of_set in asked.items()}
+
+
+@pytest.mark.parametrize("kind", ["guard", "no guard", "generated tokens", "guard of generated tokens"])
+def test_measures_are_those_of_texts_run_alone(kind, model, tokenizer, rows, asked):
+    count = 2 if "generated" in kind else 0
+    guard = EnergyGuard.calibrate(model, tokenizer, rows["retain"], first_tokens=count) if kind.startswith("guard") else None
+    report, scores = evaluate(model, tokenizer, asked, guard=guard, first_tokens=count, batch_size=7)
+    measures, alone = run_alone(model, tokenizer, asked, first_tokens=count)
+    for (name, key), value in measures.items():
+        assert report["sets"][name][key] == pytest.approx(value, rel=1e-4), (name, key)
+    for name, of_set in asked.items():
+        torch.testing.assert_close(scores[name], alone[name], rtol=1e-5, atol=1e-5)
+        if guard:
+            torch.testing.assert_close(scores[name], guard.score(model, tokenizer, of_set), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def tokens_run(monkeypatch) -> list[int]:
+    """The number of tokens in each forward of a Llama, without padding."""
+    counts: list[int] = []
+    forward = LlamaForCausalLM.forward
+
+    def counting(self, input_ids=None, attention_mask=None, **kwargs):
+        counts.append(int(attention_mask[:, -input_ids.shape[1] :].sum()))
+        return forward(self, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", counting)
+    return counts
+
+
+def test_prompts_and_answers_run_once(model, tokenizer, rows, asked, tokens_run):
+    guard = EnergyGuard.calibrate(model, tokenizer, rows["retain"])
+    texts: dict[tuple[int, ...], set[tuple[int, ...]]] = {}  # prompt → answers
+    for name, of_set in asked.items():
+        for row in of_set:
+            answers = [row["answer"], *([row["paraphrased_answer"], *row["perturbed_answer"]] if name == "forget" else [])]
+            for one in encode_rows([{"question": row["question"], "answer": answer} for answer in answers], tokenizer, None):
+                texts.setdefault(tuple(one.prompt_ids), set()).add(tuple(one.answer_ids))
+    expected = 0
+    for prompt, answers in texts.items():
+        # The last token of an answer predicts nothing, and that of a shared prompt runs with the answers.
+        expected += len(prompt) + sum(map(len, answers)) - (len(answers) > 1)
+    expected += max(len(prompt) + len(answer) for prompt, answers in texts.items() for answer in answers if len(answers) > 1)
+    others = {tuple(ids) for ids in encode_prompts([row["paraphrased_question"] for row in asked["forget"]], tokenizer)}
+    assert others & set(texts)
+    expected += sum(map(len, others - set(texts)))
+    tokens_run.clear()
+    evaluate(model, tokenizer, asked, guard=guard)
+    assert sum(tokens_run) == expected
+
+    # A row that is shown runs once more.
+    tokens_run.clear()
+    sets = {"retain": rows["retain"][:8]}
+    encoded = encode_rows(sets["retain"], tokenizer, None)
+    page_data(sets, lambda: (model, tokenizer), forget="retain", guard=guard, rows=len(encoded))
+    assert sum(tokens_run) == 2 * sum(len(row.input_ids) for row in encoded)
 
 
 @pytest.mark.skipif(not TOFU.is_dir(), reason="TOFU's files are not next to the checkout")
