@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 SCRATCH_BYTES = 8 * 2**20  # of one float32 tile; a few tiles are alive at a time, whatever N, H and V
+TAIL_TILES = 6  # as many tiles are one block of full rows of logits: each block reads the whole head
+GPU_TILES = 4  # times as large are blocks on a GPU, which is idle between small ones
 LEFT_OUT = -1  # the target of an ignored token, which replaces ``ignore_index``
 OUT_OF_RANGE = 2**62  # the target that replaces labels below zero; its NLL is NaN, as for any target outside the vocabulary
 
@@ -66,9 +68,14 @@ def blocks(length: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, length))
 
 
-def rows_within_scratch(width: int) -> int:
-    """The number of rows of ``width`` float32 numbers that fit into the scratch memory; at least one."""
-    return max(1, SCRATCH_BYTES // (4 * width))
+def rows_within_scratch(width: int, tiles: int = 1) -> int:
+    """The number of rows of ``width`` float32 numbers that fit into as many tiles of scratch memory; at least one."""
+    return max(1, tiles * SCRATCH_BYTES // (4 * width))
+
+
+def tiles_of_tails(hidden: Tensor) -> int:
+    """The size of a block of full rows of logits, in tiles."""
+    return TAIL_TILES * (GPU_TILES if hidden.is_cuda else 1)
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -135,7 +142,7 @@ def hidden_gradient(
         of_target = of_target if slope is None else of_target * slope
 
     gradient = torch.empty_like(hidden)
-    for rows in blocks(hidden.shape[0], rows_within_scratch(hidden.shape[1])):
+    for rows in blocks(hidden.shape[0], rows_within_scratch(hidden.shape[1], GPU_TILES if hidden.is_cuda else 1)):
         total = done.weighted[0, rows].to(grad_energy.dtype) * -grad_energy[0, rows, None]
         for k in range(1, len(grad_energy)):
             total -= done.weighted[k, rows] * grad_energy[k, rows, None]
