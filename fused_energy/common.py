@@ -14,6 +14,10 @@ TAIL_TILES = 6  # as many tiles are one block of full rows of logits: each block
 GPU_TILES = 4  # times as large are blocks on a GPU, which is idle between small ones
 LEFT_OUT = -1  # the target of an ignored token, which replaces ``ignore_index``
 OUT_OF_RANGE = 2**62  # the target that replaces labels below zero; its NLL is NaN, as for any target outside the vocabulary
+NO_VMAP = (
+    "linear_energy was called under torch.vmap, which it does not support: tokens are independent, and hidden may have any "
+    "number of leading dimensions. Pass them all in one call."
+)
 
 
 class HeadOptions(NamedTuple):
