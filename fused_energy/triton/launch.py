@@ -57,6 +57,11 @@ def program_of_row(width: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(16, max(4, block // 1024))}
 
 
+def in_graph(hidden: Tensor) -> bool:
+    """Whether the launches are being recorded into a CUDA graph."""
+    return hidden.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def chosen_tokens(chosen: Tensor | None, hidden: Tensor) -> tuple[Tensor | None, Tensor]:
     """The indices of the tokens to compute, None for all, and their hidden states.
 
@@ -65,7 +70,7 @@ def chosen_tokens(chosen: Tensor | None, hidden: Tensor) -> tuple[Tensor | None,
     """
     if chosen is None:
         return None, hidden
-    if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+    if in_graph(hidden):
         return None, hidden.masked_fill(~chosen[:, None], 0.0)
     tokens = chosen.nonzero()[:, 0]
     return (None, hidden) if len(tokens) == len(chosen) else (tokens, hidden[tokens])
