@@ -123,6 +123,15 @@ def active_tokens(targets: Tensor | None, grad_energy: Tensor, grad_target: Tens
     return active if targets is None else active | (grad_target != 0)
 
 
+def target_coefficient(options: HeadOptions, done: Pass, grad_energy: Tensor, grad_target: Tensor) -> Tensor:
+    """``(g_y − Σ_k g_k·p_k(y))·slope_y``, (N,): the gradient of the target's logit before the softcap."""
+    temperatures = options.column_of_temperatures(True, grad_energy)
+    p = torch.exp((done.target_logit + done.energy) / temperatures)
+    coefficient = grad_target - (grad_energy * p).sum(dim=0)
+    slope = softcap_slope(done.target_logit, options.softcap)
+    return coefficient if slope is None else coefficient * slope
+
+
 def hidden_gradient(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
@@ -138,19 +147,13 @@ def hidden_gradient(
     If all upstream gradients of a token are zero, its gradient is zero, whatever its hidden state holds.
     """
     active = active_tokens(targets, grad_energy, grad_target)
-    if targets is not None:
-        temperatures = options.column_of_temperatures(True, grad_energy)
-        p = torch.exp((done.target_logit + done.energy) / temperatures)
-        of_target = grad_target - (grad_energy * p).sum(dim=0)
-        slope = softcap_slope(done.target_logit, options.softcap)
-        of_target = of_target if slope is None else of_target * slope
-
+    of_target = None if targets is None else target_coefficient(options, done, grad_energy, grad_target)
     gradient = torch.empty_like(hidden)
     for rows in blocks(hidden.shape[0], rows_within_scratch(hidden.shape[1], GPU_TILES if hidden.is_cuda else 1)):
         total = done.weighted[0, rows].to(grad_energy.dtype) * -grad_energy[0, rows, None]
         for k in range(1, len(grad_energy)):
             total -= done.weighted[k, rows] * grad_energy[k, rows, None]
-        if targets is not None:
+        if targets is not None and of_target is not None:
             total += target_rows(weight, targets[rows]) * of_target[rows, None]
         gradient[rows] = total.mul_(options.logit_scale).masked_fill_(~active[rows, None], 0.0)
     return gradient
