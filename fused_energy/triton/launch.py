@@ -47,7 +47,8 @@ class Problem:
     def chunk(self, rows: int, size: int) -> tuple[Tensor, Tensor]:
         """Room for float32 logits of ``rows`` tokens within ``size`` bytes, and the same memory in the dtype of the head."""
         width = whole_steps(min(LONGEST_ROW, size // (4 * rows)), self.vocabulary)
-        products = self.hidden.new_empty(rows, width + width % 2, dtype=torch.float32)
+        aligned = (width + 7) // 8 * 8  # as the matrix library needs it for its fast products
+        products = self.hidden.new_empty(rows, aligned, dtype=torch.float32)
         return products, products.view(self.hidden.dtype)
 
 
