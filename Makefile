@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 READY := $(VENV)/.ready
 LOWEST := $(VENV)-lowest
-# What must work with the lowest versions: rows, training, calibration, guarded generate, the command line, FSDP2. Tests that
+# What must work with the lowest versions: rows, training, calibration, guarded generate, the command line, FSDP2, and in a process
+# of their own the kernels' compilation: Triton releases differ in it. Tests that
 # interrupt runs are left out because they take long, DDP because transformers 5.17 cannot load an optimizer's state on CPUs.
 LOWEST_TESTS := tests/data tests/methods tests/training/test_trainer.py tests/training/test_model_card.py tests/cli tests/serving \
 	tests/guard/test_guard.py tests/evaluation/test_report.py tests/test_package.py \
@@ -24,6 +25,9 @@ endif
 
 test-lowest: $(LOWEST)/.ready  ## a part of the suite, with the lowest versions that pyproject.toml allows
 	$(LOWEST)/bin/python -m pytest $(LOWEST_TESTS)
+ifeq ($(shell uname),Linux)
+	$(LOWEST)/bin/python -m pytest tests/fused_energy/test_triton_compiled.py
+endif
 
 test-package: $(READY)  ## sdist and wheel, installed and used as by a user
 	rm -rf $(PACKAGE)
@@ -31,7 +35,7 @@ test-package: $(READY)  ## sdist and wheel, installed and used as by a user
 	$(call environment,$(PACKAGE)/venv,constraints.txt,"$$(echo $(PACKAGE)/*.whl)[test]" mypy)
 	tests/package/check $(PACKAGE)
 
-bench: $(READY)
+bench: $(VENV)/.ready-bench  ## times and peak memory, in benches/results
 	$(VENV)/bin/python -m pytest benches --benchmark-only
 
 lint: $(READY)
@@ -46,6 +50,10 @@ docs: $(VENV)/.ready-docs  ## the documentation site, in build/docs
 $(VENV)/.ready-docs: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs]'
 	touch $(VENV)/.ready-docs
+
+$(VENV)/.ready-bench: $(READY)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	touch $(VENV)/.ready-bench
 
 $(READY): pyproject.toml constraints.txt
 	$(call environment,$(VENV),constraints.txt,--editable '.[dev]')

@@ -73,23 +73,25 @@ def _torch_peers(softcap: float | None) -> list[Peer]:
 
 def _cut_cross_entropy(device: str) -> list[Peer]:
     label = "cut-cross-entropy"
-    module, reason = _library("cut_cross_entropy", device)
+    module, reason = _library("cut_cross_entropy")
+    kernels = [f"{label}, exact", f"{label}, default: drops small gradients"]
+    compiled = f"{label}, torch_compile (NLL only)"
     if module is None:
-        return [Peer(f"{label}, {which}", None, reason) for which in ("exact", "default")]
+        return [Peer(name, None, reason) for name in (*kernels, compiled)]
     function = module.linear_cross_entropy
     with_lse = "return_lse" in inspect.signature(function).parameters  # newer than release 25.1.1
 
-    def run(filtering: dict[str, Any], hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
-        if not with_lse:
-            return function(hidden, weight, targets, softcap=softcap, reduction="sum", **filtering)
-        nll, lse = function(hidden, weight, targets, softcap=softcap, reduction="sum", return_lse=True, **filtering)
+    def run(options: dict[str, Any], hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+        if not with_lse or "impl" in options:
+            return function(hidden, weight, targets, softcap=softcap, reduction="sum", **options)
+        nll, lse = function(hidden, weight, targets, softcap=softcap, reduction="sum", return_lse=True, **options)
         return nll - lse.sum()
 
     gives = "" if with_lse else " (NLL only)"
-    return [
-        Peer(f"{label}, exact{gives}", partial(run, {"filter_eps": None})),
-        Peer(f"{label}, default: drops small gradients{gives}", partial(run, {})),
-    ]
+    found = [Peer(kernels[0] + gives, partial(run, {"filter_eps": None})), Peer(kernels[1] + gives, partial(run, {}))]
+    if device != "cuda":
+        found = [Peer(name, None, "needs a GPU") for name in kernels]
+    return [*found, Peer(compiled, partial(run, {"impl": "torch_compile"}))]
 
 
 def _liger(device: str, softcap: float | None) -> list[Peer]:
@@ -128,7 +130,7 @@ def _quack(device: str, softcap: float | None) -> Peer:
     return Peer(name, run)
 
 
-def _library(name: str, device: str) -> tuple[Any, str]:
+def _library(name: str, device: str = "cuda") -> tuple[Any, str]:
     """The module, or None and the reason."""
     if device != "cuda":
         return None, "needs a GPU"

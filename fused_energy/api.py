@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
-from einops import pack, rearrange, unpack
+from einops import rearrange
 from torch import Tensor
 
 from fused_energy import autograd, dispatch, reference, streaming, validation
@@ -110,7 +110,7 @@ def linear_energy(
     validation.check_options(temperature, logit_scale, softcap)
     options = HeadOptions(temperature, logit_scale, softcap)
     chosen = dispatch.choose(implementation, hidden, weight, sharded=group is not None)
-    rows, shape = pack([hidden], "* h")
+    rows = hidden.reshape(-1, hidden.shape[-1])  # einops.pack would copy them
     flat_targets = counted = None
     if targets is not None:
         validation.check_targets(targets, hidden)
@@ -128,8 +128,8 @@ def linear_energy(
         energy, nll = energies[0], -energies[-1] - target_logit if counted is not None else None
         if counted is not None and nll is not None:
             energy, nll = torch.where(counted, energy, 0.0), torch.where(counted, nll, 0.0)
-    (energy,) = unpack(energy, shape, "*")
-    return energy if nll is None else EnergyNLL(energy, *unpack(nll, shape, "*"))
+    shape = hidden.shape[:-1]
+    return energy.reshape(shape) if nll is None else EnergyNLL(energy.reshape(shape), nll.reshape(shape))
 
 
 @torch.no_grad()
@@ -171,7 +171,7 @@ def tail_energy(
     validation.check_options(temperature, logit_scale, softcap)
     k = validation.check_tail(fraction, side, fill, _vocabulary(weight, group))
     options = HeadOptions(temperature, logit_scale, softcap)
-    rows, shape = pack([hidden], "* h")
+    rows = hidden.reshape(-1, hidden.shape[-1])  # einops.pack would copy them
     chosen = dispatch.choose_for_tails(implementation, sharded=group is not None)
     if group is not None:
         from fused_energy import parallel
@@ -180,8 +180,7 @@ def tail_energy(
     else:
         module = reference if chosen == "reference" else streaming
         energy = module.tail_energy(rows, weight, k, side, fill, bias, options)
-    (energy,) = unpack(energy, shape, "*")
-    return energy
+    return energy.reshape(hidden.shape[:-1])
 
 
 def _local(

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from fused_energy import common as shared
 from fused_energy import dispatch
-from fused_energy.common import HeadOptions, Pass
-from fused_energy.validation import NO_VMAP
+from fused_energy.common import NO_VMAP, HeadOptions, Pass
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

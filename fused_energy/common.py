@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 SCRATCH_BYTES = 8 * 2**20  # of one float32 tile; a few tiles are alive at a time, whatever N, H and V
+TAIL_TILES = 6  # as many tiles are one block of full rows of logits: each block reads the whole head
+GPU_TILES = 4  # times as large are blocks on a GPU, which is idle between small ones
 LEFT_OUT = -1  # the target of an ignored token, which replaces ``ignore_index``
 OUT_OF_RANGE = 2**62  # the target that replaces labels below zero; its NLL is NaN, as for any target outside the vocabulary
+NO_VMAP = (
+    "linear_energy was called under torch.vmap, which it does not support: tokens are independent, and hidden may have any "
+    "number of leading dimensions. Pass them all in one call."
+)
 
 
 class HeadOptions(NamedTuple):
@@ -66,9 +72,14 @@ def blocks(length: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, length))
 
 
-def rows_within_scratch(width: int) -> int:
-    """The number of rows of ``width`` float32 numbers that fit into the scratch memory; at least one."""
-    return max(1, SCRATCH_BYTES // (4 * width))
+def rows_within_scratch(width: int, tiles: int = 1) -> int:
+    """The number of rows of ``width`` float32 numbers that fit into as many tiles of scratch memory; at least one."""
+    return max(1, tiles * SCRATCH_BYTES // (4 * width))
+
+
+def tiles_of_tails(hidden: Tensor) -> int:
+    """The size of a block of full rows of logits, in tiles."""
+    return TAIL_TILES * (GPU_TILES if hidden.is_cuda else 1)
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -112,6 +123,15 @@ def active_tokens(targets: Tensor | None, grad_energy: Tensor, grad_target: Tens
     return active if targets is None else active | (grad_target != 0)
 
 
+def target_coefficient(options: HeadOptions, done: Pass, grad_energy: Tensor, grad_target: Tensor) -> Tensor:
+    """``(g_y − Σ_k g_k·p_k(y))·slope_y``, (N,): the gradient of the target's logit before the softcap."""
+    temperatures = options.column_of_temperatures(True, grad_energy)
+    p = torch.exp((done.target_logit + done.energy) / temperatures)
+    coefficient = grad_target - (grad_energy * p).sum(dim=0)
+    slope = softcap_slope(done.target_logit, options.softcap)
+    return coefficient if slope is None else coefficient * slope
+
+
 def hidden_gradient(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
@@ -127,19 +147,13 @@ def hidden_gradient(
     If all upstream gradients of a token are zero, its gradient is zero, whatever its hidden state holds.
     """
     active = active_tokens(targets, grad_energy, grad_target)
-    if targets is not None:
-        temperatures = options.column_of_temperatures(True, grad_energy)
-        p = torch.exp((done.target_logit + done.energy) / temperatures)
-        of_target = grad_target - (grad_energy * p).sum(dim=0)
-        slope = softcap_slope(done.target_logit, options.softcap)
-        of_target = of_target if slope is None else of_target * slope
-
+    of_target = None if targets is None else target_coefficient(options, done, grad_energy, grad_target)
     gradient = torch.empty_like(hidden)
-    for rows in blocks(hidden.shape[0], rows_within_scratch(hidden.shape[1])):
+    for rows in blocks(hidden.shape[0], rows_within_scratch(hidden.shape[1], GPU_TILES if hidden.is_cuda else 1)):
         total = done.weighted[0, rows].to(grad_energy.dtype) * -grad_energy[0, rows, None]
         for k in range(1, len(grad_energy)):
             total -= done.weighted[k, rows] * grad_energy[k, rows, None]
-        if targets is not None:
+        if targets is not None and of_target is not None:
             total += target_rows(weight, targets[rows]) * of_target[rows, None]
         gradient[rows] = total.mul_(options.logit_scale).masked_fill_(~active[rows, None], 0.0)
     return gradient

@@ -230,7 +230,8 @@ def tail_energy(
     padding = -math.inf if side == "top" else math.nan
     energy = hidden.new_empty(hidden.shape[0], dtype=shared.accumulation_dtype(hidden.dtype))
     # The same blocks on every rank, however many rows it holds; the candidates of all ranks can outnumber the vocabulary.
-    for rows in shared.blocks(hidden.shape[0], shared.rows_within_scratch(max(*shard.counts, width * len(shard.counts)))):
+    longest = max(*shard.counts, width * len(shard.counts))
+    for rows in shared.blocks(hidden.shape[0], shared.rows_within_scratch(longest, shared.tiles_of_tails(hidden))):
         z = shared.tile_logits(hidden[rows], weight, bias, options)
         mine = torch.topk(z, min(k, shard.rows), dim=-1, largest=side == "top", sorted=False).values
         candidates = _gather(torch.nn.functional.pad(mine, (0, width - mine.shape[-1]), value=padding), group)

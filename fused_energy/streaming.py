@@ -9,7 +9,8 @@ maximum and a running sum (online logsumexp, Milakov and Gimelshein 2018) and dr
   for the tokens whose upstream gradient is not zero.
 
 Each tile, each sum and each temporary has at most ``shared.SCRATCH_BYTES`` bytes, and about four of them are alive at once
-(with a softcap and two temperatures, about seven). ``benches`` measures the total.
+(with a softcap and two temperatures, about seven). Tails need full rows of logits, in blocks of ``shared.TAIL_TILES`` tiles.
+``benches`` measures the total.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def tail_energy(
 ) -> Tensor:
     """The energy of the k largest or smallest logits of each token, (N,). The selection needs full rows of logits."""
     energy = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
-    for rows in blocks(hidden.shape[0], rows_within_scratch(weight.shape[0])):
+    for rows in blocks(hidden.shape[0], rows_within_scratch(weight.shape[0], shared.tiles_of_tails(hidden))):
         z = tile_logits(hidden[rows], weight, bias, options)
         energy[rows] = shared.tail_energy_of_logits(z, k, side, fill, options.temperature, weight.shape[0])
     return energy

@@ -7,13 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from fused_energy.common import tail_size
+from fused_energy.common import NO_VMAP, tail_size
 
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
-NO_VMAP = (
-    "linear_energy was called under torch.vmap, which it does not support: tokens are independent, and hidden may have any "
-    "number of leading dimensions. Pass them all in one call."
-)
 
 
 def check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, sharded: bool) -> None:

@@ -90,13 +90,14 @@ def check_head(model: nn.Module) -> None:
     head, module = output_head(model), output_module(model)
     name = type(unwrap(model)).__name__
     ids = torch.arange(8, device=head.weight.device)[None] % head.vocabulary
+    other_end = ids.where(ids < 4, ids.roll(1) if head.vocabulary < 12 else ids + 4)
+    both = torch.cat([ids, other_end])
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     # No compiled graph without the hook may be left behind.
     with eval_mode(model), torch.compiler.set_stance("force_eager"):
-        hidden = hidden_states(model, batch)
+        hidden, of_other_end = hidden_states(model, {"input_ids": both, "attention_mask": torch.ones_like(both)}).split(1)
         check_finite(hidden, "the model's hidden states on a probe of 8 tokens")
-        other_end = ids.where(ids < 4, ids.roll(1) if head.vocabulary < 12 else ids + 4)
-        _check_causal(model, hidden[:, :4], hidden_states(model, batch | {"input_ids": other_end})[:, :4])
+        _check_causal(model, hidden[:, :4], of_other_end[:, :4])
         unscaled = replace(head, bias=None, logit_scale=1.0, softcap=None)
         largest = unscaled.logits(hidden).abs().amax(dim=-1, keepdim=True)
         wanted = 2.0 ** torch.arange(1, 9, device=hidden.device)[:, None]

@@ -1,15 +1,98 @@
-"""The gradient of the head, one stretch of the vocabulary at a time, for tokens with a nonzero upstream gradient."""
+"""The gradients of the hidden states, from what the forward stored, and of the head, which needs the logits again."""
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from fused_energy import common as shared
-from fused_energy.common import HeadOptions
+from fused_energy.common import HeadOptions, Pass
 from fused_energy.triton import launch
 from fused_energy.triton.launch import Problem, add_product, chosen_tokens, product, program_of_row
 from fused_energy.triton.rows import gradients_kernel
+
+
+@triton.jit
+def _hidden_gradient_kernel(
+    weight,  # (V, H)
+    targets,  # (N,)
+    weighted,  # (N, H), at the temperature
+    weighted_at_one,
+    grad_energy,  # (N,)
+    grad_energy_at_one,
+    of_target,  # (N,): the gradient of the target's logit
+    active,  # (N,) bool
+    gradient,  # (N, H), written
+    vocabulary,
+    hidden_size,
+    weight_stride,
+    weight_step,
+    logit_scale,
+    HAS_TARGETS: tl.constexpr,
+    AND_AT_ONE: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """The row of one token, see :func:`fused_energy.common.hidden_gradient`."""
+    row = tl.program_id(0).to(tl.int64)
+    counts = tl.load(active + row)
+    g = tl.load(grad_energy + row)
+    if AND_AT_ONE:
+        g_at_one = tl.load(grad_energy_at_one + row)
+    if HAS_TARGETS:
+        target = tl.minimum(tl.maximum(tl.load(targets + row), 0), vocabulary - 1)
+        g_target = tl.load(of_target + row)
+    for start in range(0, hidden_size, DEPTH):
+        places = start + tl.arange(0, DEPTH)
+        inside = places < hidden_size
+        total = -g * tl.load(weighted + row * hidden_size + places, mask=inside, other=0.0).to(tl.float32)
+        if AND_AT_ONE:
+            total -= g_at_one * tl.load(weighted_at_one + row * hidden_size + places, mask=inside, other=0.0).to(tl.float32)
+        if HAS_TARGETS:
+            w = tl.load(weight + target * weight_stride + places.to(tl.int64) * weight_step, mask=inside, other=0.0)
+            total += g_target * w.to(tl.float32)
+        total = tl.where(counts, total * logit_scale, 0.0)
+        tl.store(gradient + row * hidden_size + places, total.to(gradient.dtype.element_ty), mask=inside)
+
+
+def hidden_gradient(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor | None,  # (N,)
+    options: HeadOptions,
+    done: Pass,
+    grad_energy: Tensor,  # (K, N)
+    grad_target: Tensor,  # (N,), ignored without targets
+) -> Tensor:
+    """The same as :func:`fused_energy.common.hidden_gradient` in one launch: on a GPU, each of its operations costs one."""
+    n, h = hidden.shape
+    gradient = hidden.new_empty(n, h)
+    if n == 0:
+        return gradient
+    active = shared.active_tokens(targets, grad_energy, grad_target)
+    grad_energy = grad_energy.contiguous()
+    of_target = grad_energy if targets is None else shared.target_coefficient(options, done, grad_energy, grad_target)
+    with torch.cuda.device_of(hidden):
+        _hidden_gradient_kernel[(n,)](
+            weight,
+            hidden if targets is None else targets,  # a pointer that is never read
+            done.weighted[0],
+            done.weighted[-1],
+            grad_energy[0],
+            grad_energy[-1],
+            of_target,
+            active,
+            gradient,
+            weight.shape[0],
+            h,
+            *weight.stride(),
+            float(options.logit_scale),
+            HAS_TARGETS=targets is not None,
+            AND_AT_ONE=len(grad_energy) == 2,
+            DEPTH=min(1024, triton.next_power_of_2(h)),
+        )
+    return gradient
 
 
 def head_gradient(

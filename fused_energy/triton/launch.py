@@ -47,7 +47,8 @@ class Problem:
     def chunk(self, rows: int, size: int) -> tuple[Tensor, Tensor]:
         """Room for float32 logits of ``rows`` tokens within ``size`` bytes, and the same memory in the dtype of the head."""
         width = whole_steps(min(LONGEST_ROW, size // (4 * rows)), self.vocabulary)
-        products = self.hidden.new_empty(rows, width + width % 2, dtype=torch.float32)
+        aligned = (width + 7) // 8 * 8  # as the matrix library needs it for its fast products
+        products = self.hidden.new_empty(rows, aligned, dtype=torch.float32)
         return products, products.view(self.hidden.dtype)
 
 
@@ -55,6 +56,11 @@ def program_of_row(width: int) -> dict[str, int]:
     """The block that covers a row, and enough warps to hold it in registers."""
     block = triton.next_power_of_2(width)
     return {"BLOCK": block, "num_warps": min(16, max(4, block // 1024))}
+
+
+def in_graph(hidden: Tensor) -> bool:
+    """Whether the launches are being recorded into a CUDA graph."""
+    return hidden.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def chosen_tokens(chosen: Tensor | None, hidden: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -65,7 +71,7 @@ def chosen_tokens(chosen: Tensor | None, hidden: Tensor) -> tuple[Tensor | None,
     """
     if chosen is None:
         return None, hidden
-    if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+    if in_graph(hidden):
         return None, hidden.masked_fill(~chosen[:, None], 0.0)
     tokens = chosen.nonzero()[:, 0]
     return (None, hidden) if len(tokens) == len(chosen) else (tokens, hidden[tokens])

@@ -194,7 +194,7 @@ def test_a_rendered_prompt_gets_no_second_beginning(any_tokenizer):
 def test_a_refusal_has_the_tokens_of_an_answer(any_tokenizer, template):
     any_tokenizer.chat_template = template
     expected = encode(ROW, any_tokenizer).answer_ids
-    guard = EnergyGuard(0.0, 1.0, "", (0,), (0,), 0.05, 100).with_refusal(ROW["answer"], any_tokenizer)
+    guard = EnergyGuard(0.0, 1.0, "No.", (0,), (0,), 0.05, 100).with_refusal(ROW["answer"], any_tokenizer)
     assert list(guard.refusal_ids) == encode_answer(ROW["answer"], any_tokenizer) == expected
     rest = encode_answer("Ulm.", any_tokenizer, begun="In")
     assert expected[-len(rest) :] == rest

@@ -269,6 +269,16 @@ def test_tail_energy_is_the_definition(problem, side, fill, fraction):
         torch.testing.assert_close(found, -t * torch.logsumexp(kept, -1))
 
 
+def test_tails_read_the_head_once_for_many_tokens(monkeypatch):
+    """A block of full rows of logits fills the memory that is allowed: with fewer rows, reading the head takes the time."""
+    monkeypatch.setattr(shared, "SCRATCH_BYTES", 8 * 2**20)
+    blocks = []
+    tile_logits = streaming.tile_logits
+    monkeypatch.setattr(streaming, "tile_logits", lambda h, *rest: blocks.append(len(h)) or tile_logits(h, *rest))
+    tail_energy(normal(0, 100, 2), normal(1, 128_000, 2), 0.01, "top")
+    assert blocks == [98, 2]
+
+
 def test_tail_size_counts_as_in_decimal():
     """floor(0.29 · 100) is 29, although it is less in binary; and each logit outside the tail counts as exp(0) = 1."""
     hidden, weight = torch.ones(1, 1, dtype=torch.float64), torch.arange(100, dtype=torch.float64)[:, None]
@@ -298,11 +308,13 @@ def test_scratch_is_bounded(options, monkeypatch):
         done = streaming.forward(hidden, weight, None, targets, options, True)
         upstream = torch.ones_like(done.energy), torch.ones(300)
         streaming.hidden_gradient(hidden, weight, targets, options, done, *upstream)
-        streaming.tail_energy(hidden, weight, 500, "top", "zero", None, options)
     assert largest <= max(2**15, done.weighted.nbytes)
     with Watch():
         streaming.head_gradient(hidden, weight, None, targets, options, done.energy, *upstream, (True, False))
     assert largest <= weight.nbytes
+    with Watch():
+        streaming.tail_energy(hidden, weight, 500, "top", "zero", None, options)
+    assert largest <= shared.TAIL_TILES * 2**15
 
 
 HIDDEN, WEIGHT = torch.ones(2, 3), torch.ones(5, 3)
@@ -392,3 +404,14 @@ def test_gpu_products_of_half_precision_are_not_rounded():
     with FakeTensorMode():
         hidden, weight = (torch.empty(n, 8, dtype=torch.bfloat16, device="cuda") for n in (4, 5))
         assert shared.tile_logits(hidden, weight, None, HeadOptions(1.0, 0.5, 3.0)).dtype == torch.float32
+
+
+def test_hidden_states_are_not_copied():
+    """A copy would be as large as what is stored for the backward, and would be kept until then, too."""
+    hidden = normal(0, 3, 5, 8)
+    seen = []
+    original = streaming.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming, "forward", lambda h, *rest: seen.append(h.data_ptr()) or original(h, *rest))
+        linear_energy(hidden, normal(1, 20, 8), implementation="streaming")
+    assert seen == [hidden.data_ptr()]

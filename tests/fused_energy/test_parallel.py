@@ -327,7 +327,7 @@ class Largest(TorchDispatchMode):
 def tails_stay_within_the_scratch(group: ProcessGroup, counts: tuple[int, ...]) -> None:
     problem = make(n=40, v=sum(counts), h=2)  # the inputs are small, so that only logits and candidates can be large
     weight = problem["weight"][own_rows(group, counts)].clone()
-    with scratch(numbers=2400), Largest() as largest:
+    with scratch(numbers=2400 // shared.TAIL_TILES), Largest() as largest:
         tail_energy(problem["hidden"], weight, 0.9, "bottom", process_group=group)
     assert largest.numbers <= 2400
 

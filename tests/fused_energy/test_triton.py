@@ -5,6 +5,7 @@ TRITON_INTERPRET=1 pytest tests/fused_energy/test_triton.py
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
 import subprocess
@@ -101,6 +102,19 @@ def test_ignored_tokens_affect_nothing():
         assert torch.equal(expected[key], found[key]), key
 
 
+@pytest.mark.parametrize("name", ["primes", "everything", "zero upstream"])
+def test_in_a_cuda_graph_all_tokens_are_computed(name, monkeypatch):
+    """The host cannot ask there how many tokens count. Those that do not may hold NaN, and still affect nothing."""
+    problem = named_problems()[name].to(torch.float32, DEVICE)
+    ignored = problem.targets == IGNORED
+    expected = run(problem)
+    monkeypatch.setattr(launch, "in_graph", lambda _: True)
+    problem.hidden = problem.hidden.masked_fill(ignored[:, None], math.nan)
+    found = run(problem)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, msg=key)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_and_inf_reach_the_output_as_in_the_reference(value, dtype):
@@ -169,10 +183,30 @@ def test_a_named_implementation_never_falls_back():
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="with a GPU, the script itself can be run")
-def test_gpu_script_rehearses():
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("probe", ("correctness: 0 failures in 12 of 12 cases", "kept logits: z", "the fastest is Config")),
+        ("benchmark", ("correctness: 0 failures in 4 of 4 cases", "second: N, H, V", "cut-cross-entropy, exact")),
+    ],
+)
+def test_gpu_script_rehearses(command, expected, tmp_path):
     """GPU time is expensive, so the script that uses it is first run from end to end, tiny and interpreted."""
     script = Path(__file__).parents[2] / "benches" / "gpu.py"
-    done = subprocess.run([sys.executable, script, "--rehearse"], capture_output=True, text=True, timeout=250)
+    arguments = [sys.executable, script, command, "--rehearse", "--out", tmp_path]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "correctness: 0 failures" in done.stdout
-    assert "tuned at" in done.stdout
+    for text in expected:
+        assert text in done.stdout
+    results = json.loads((tmp_path / f"{command}-rehearsal.json").read_text())
+    assert any(title.startswith(("Prototypes", "Time / matmul")) for title in results["tables"])
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="with a GPU, the script itself can be run")
+def test_gpu_script_keeps_results_and_ends_in_time(tmp_path):
+    """With a second for everything, what was measured by then is written, and what was not reached is named."""
+    script = Path(__file__).parents[2] / "benches" / "gpu.py"
+    arguments = [sys.executable, script, "probe", "--rehearse", "--out", tmp_path, "--limit", "1"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    results = json.loads((tmp_path / "probe-rehearsal.json").read_text())
+    assert any("out of time" in note for note in results["notes"]), done.stdout + done.stderr

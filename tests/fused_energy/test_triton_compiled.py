@@ -38,7 +38,7 @@ TARGETS = {
     "hip": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_MEMORY = {"sm80": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "hip": 64 * 1024}  # bytes; sm80 also serves 8.6
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.bool: "i1"}
 
 
 class Launch(NamedTuple):
@@ -98,6 +98,7 @@ def launches_of(monkeypatch) -> Callable[..., dict[str, Launch]]:
             kernels.forward(hidden, weight, b, y, options, False)
             done = kernels.forward(hidden, weight, b, y, options, True)
             upstream = torch.ones(n)
+            kernels.hidden_gradient(hidden, weight, y, options, done, torch.ones_like(done.energy), upstream)
             kernels.head_gradient(
                 hidden, weight, b, y, options, done.energy, torch.ones_like(done.energy), upstream, (True, b is not None)
             )
@@ -144,7 +145,13 @@ def test_kernels_fit_their_gpu(kind, table, dtype, sizes, launches_of, tmp_path)
     target = TARGETS[kind]
     launches = launches_of(kind, dtype, *SIZES[sizes])
     names = {launch.kernel.__name__ for launch in launches.values()}
-    assert names == {"_logsumexp_kernel", "_target_logit_kernel", "probabilities_kernel", "gradients_kernel"}
+    assert names == {
+        "_logsumexp_kernel",
+        "_target_logit_kernel",
+        "probabilities_kernel",
+        "gradients_kernel",
+        "_hidden_gradient_kernel",
+    }
     for launch in launches.values():
         compiled, name = launch.compile(target), launch.kernel.__name__
         assert compiled.metadata.shared <= SHARED_MEMORY[kind], name

@@ -55,11 +55,11 @@ def test_groups_that_share_a_prompt_are_one(model, tokenizer, questions, caplog)
 
 def test_the_head_is_checked_once(model, tokenizer, questions, forwards):
     guard = EnergyGuard.calibrate(model, tokenizer, questions, tolerance=0.2)
-    assert forwards == [1, 1, 6]  # two for the head
+    assert forwards == [2, 1, 6]  # two for the head
     guard.score(model, tokenizer, questions[0])
-    assert forwards == [1, 1, 6, 1]
+    assert forwards == [2, 1, 6, 1]
     prompt_scores(model, encode_prompts(questions, tokenizer))
-    assert forwards == [1, 1, 6, 1, 6]
+    assert forwards == [2, 1, 6, 1, 6]
     model.config.final_logit_softcapping = 5.0  # which Llama does not apply
     with pytest.raises(EUAError, match="does more between hidden states and logits"):
         guard.score(model, tokenizer, questions)
@@ -70,7 +70,7 @@ def test_one_of_several_processes_checks_the_head_every_time(model, tokenizer, q
     monkeypatch.setattr("eua.model.forward.has_other_processes", lambda: True)
     for _ in range(2):
         prompt_scores(model, encode_prompts(questions, tokenizer))
-    assert forwards == [1, 1, 6] * 2
+    assert forwards == [2, 1, 6] * 2
 
 
 # ---- where it may be used ---------------------------------------------------------------------------------------------

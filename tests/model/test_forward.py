@@ -455,7 +455,7 @@ def test_models_that_do_not_write_from_left_to_right_are_refused(kind, config, o
     guard = EnergyGuard(0.0, 1.0, "No.", (5,), (5,), 0.05, 100)
     entrances: list[Callable[[], Any]] = [
         lambda: EUATrainer(model, settings, processing_class=tokenizer, **sets),
-        lambda: EnergyGuard.calibrate(model, tokenizer, rows["calibration"] * 2),
+        lambda: EnergyGuard.calibrate(model, tokenizer, rows["calibration"], tolerance=0.2),
         lambda: guard.score(model, tokenizer, "Who?"),
         lambda: measure_answers(model, encoded),
     ]
@@ -615,7 +615,7 @@ REFUSED_ADAPTERS: dict[str, tuple[str, Any, str]] = {
     "prompt tuning": (
         "llama",
         PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-        r"called its head 1 times, on \[\(1, 11, 32\)\], for tokens of shape \(1, 8\)",
+        r"called its head 1 times, on \[\(2, 11, 32\)\], for tokens of shape \(2, 8\)",
     ),
 }
 

@@ -15,12 +15,12 @@ from eua.model.forgotten import FORGOTTEN_FILE, forgotten_prompts
 from eua.model.loading import load_model
 from tests.training.test_trainer import make
 
-REFUSED = r"1 of 20 calibration prompts \(row 3\) are prompts that the model was trained to forget"
+REFUSED = r"1 of 16 calibration prompts \(row 3\) are prompts that the model was trained to forget"
 
 
 def calibration_prompts(rows: dict) -> tuple[list[str], list[str]]:
     """Prompts to calibrate on, and the same with one that was forgotten."""
-    sound = [row["question"] for row in (rows["calibration"] * 2)[:20]]
+    sound = [row["question"] for row in rows["calibration"]]
     return sound, [*sound[:3], rows["forget"][1]["question"], *sound[4:]]
 
 
@@ -30,7 +30,7 @@ def test_forgotten_prompts_are_refused_however_the_model_was_loaded(model, token
     tokenizer.save_pretrained(tmp_path / "base")
     sound, wrong = calibration_prompts(rows)
     model, _ = load_model(str(tmp_path / "base"))
-    EnergyGuard.calibrate(model, tokenizer, wrong)  # before, it is a prompt like any other
+    EnergyGuard.calibrate(model, tokenizer, wrong, tolerance=0.1)  # before, it is a prompt like any other
     trainer = make(model, tokenizer, rows, tmp_path / "run", max_steps=1, peft_config=lora)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
@@ -39,8 +39,8 @@ def test_forgotten_prompts_are_refused_however_the_model_was_loaded(model, token
         loaded.append(LlamaForCausalLM.from_pretrained(tmp_path / "saved").eval())
     for each in loaded:
         with pytest.raises(EUAError, match=REFUSED):
-            EnergyGuard.calibrate(each, tokenizer, wrong)
-        EnergyGuard.calibrate(each, tokenizer, sound)
+            EnergyGuard.calibrate(each, tokenizer, wrong, tolerance=0.1)
+        EnergyGuard.calibrate(each, tokenizer, sound, tolerance=0.1)
     text = (tmp_path / "saved" / FORGOTTEN_FILE).read_text()
     assert not [row for row in rows["forget"] if row["question"] in text or row["answer"] in text]
 
@@ -59,7 +59,7 @@ def test_the_command_refuses_forgotten_prompts(model, tokenizer, rows, tmp_path,
     sound, wrong = calibration_prompts(rows)
     for name, prompts in (("sound", sound), ("wrong", wrong)):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"question": prompt} for prompt in prompts])
-    command = ["calibrate", "--model", str(tmp_path / "saved"), "--prompts"]
+    command = ["calibrate", "--model", str(tmp_path / "saved"), "--tolerance", "0.1", "--prompts"]
     assert main([*command, str(tmp_path / "wrong.jsonl")]) == 2
     assert "are prompts that the model was trained to forget" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "sound.jsonl")]) == 0
