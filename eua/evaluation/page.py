@@ -114,6 +114,7 @@ def page_data(
             forget=forget,
             temperature=temperature,
             first_tokens=first_tokens,
+            turns=guard.turns if guard else None,
             batch_size=batch_size,
             progress=progress,
         )

@@ -45,6 +45,7 @@ def evaluate(
     guard: EnergyGuard | None = None,
     temperature: float = 1.0,
     first_tokens: int = 0,
+    turns: Turns | None = None,
     batch_size: int = 32,
     progress: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -62,6 +63,7 @@ def evaluate(
         guard: adds the share of prompts that it refuses.
         temperature: T of the energies. A guard's own value takes precedence.
         first_tokens: number of generated tokens that the prompt scores include. A guard's own value takes precedence.
+        turns: decides which part of a prompt is scored; read from the tokenizer by default. A guard's own take precedence.
         batch_size: rows per forward pass.
         progress: show progress bars.
 
@@ -81,7 +83,7 @@ def evaluate(
     forget = forgotten_names(forget, rows_of)
     temperature = guard.temperature if guard else temperature
     first_tokens = guard.first_tokens if guard else first_tokens
-    turns = guard.turns if guard else Turns.of(tokenizer)
+    turns = guard.turns if guard else turns or Turns.of(tokenizer)
     report: dict[str, Any] = {"sets": {}, "separation": {}, "threshold": guard.threshold if guard else None}
     scores: dict[str, Tensor] = {}
 

@@ -97,6 +97,21 @@ def test_a_chat_scores_as_the_guard_scores_it(model, tokenizer, rows):
     assert report["threshold"] is None
 
 
+def test_a_guard_that_scores_chats_in_context_scores_reports_so(model, tokenizer, rows):
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = CHAT
+    prompts = [{"messages": messages("Who is Bob?", "A baker.", row["question"])} for row in rows["retain"]]
+    guard = EnergyGuard.calibrate(model, chatty, prompts)
+    assert guard.turns.in_context
+    chats = [{"messages": [*prompt["messages"], {"role": "assistant", "content": "Ann."}]} for prompt in prompts[:6]]
+    expected = guard.score(model, chatty, prompts[:6])
+    assert not torch.allclose(expected, guard.score(model, chatty, [row["question"] for row in rows["retain"][:6]]))
+    torch.testing.assert_close(evaluate(model, chatty, {"forget": chats}, guard=guard)[1]["forget"], expected)
+    page = page_data({"forget": chats}, *[lambda: (model, chatty)] * 2, guard=guard)
+    for title in ("after", "before"):
+        torch.testing.assert_close(torch.tensor(page["sets"][0][title]["scores"]), expected.sort().values)
+
+
 @pytest.fixture
 def asked(rows) -> dict[str, list[dict]]:
     """A set to forget as TOFU writes it, which has answers in common, and another set with a row and a question of it."""
