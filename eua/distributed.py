@@ -28,7 +28,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 def has_other_processes() -> bool:
     """Whether this process is one of several, which must then agree on whether to run the model or gather its weights."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def own_part(items: Sequence[T]) -> list[T]:

@@ -157,7 +157,14 @@ def locked(folder: Path) -> Iterator[None]:
             del _locked_by[key]
     finally:
         if handle is not None:
-            os.close(handle)
+            _unlock(handle)
+
+
+def _unlock(handle: int) -> None:
+    import fcntl
+
+    fcntl.flock(handle, fcntl.LOCK_UN)  # a process that was forked meanwhile has the handle, too, so closing is not enough
+    os.close(handle)
 
 
 def _lock(folder: Path) -> int | None:

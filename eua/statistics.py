@@ -263,7 +263,11 @@ def _effective_size(values: Tensor, groups: Sequence[Hashable], level: float) ->
 
 
 def _t_quantile(probability: float, freedom: int) -> float:
-    """Of Student's t distribution, by Fisher's expansion about the normal quantile."""
+    """Of Student's t distribution, by Fisher's expansion about the normal quantile, which is poor for 1 and 2 degrees."""
+    if freedom == 1:
+        return math.tan(math.pi * (probability - 0.5))
+    if freedom == 2:
+        return (2 * probability - 1) / math.sqrt(2 * probability * (1 - probability))
     z, n = NormalDist().inv_cdf(probability), freedom
     terms = (
         z,

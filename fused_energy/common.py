@@ -90,12 +90,24 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     return (left @ right).to(dtype)
 
 
+def _power_against_overflow(hidden: Tensor, weight: Tensor, scale: float) -> float:
+    """The part of ``scale`` that the hidden states must have before the product, as a power of two, which rounds nothing.
+
+    Off a GPU the product is rounded to float16, whose range ends at 65504. No larger part, because small hidden states would
+    become subnormal.
+    """
+    largest = [float(torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).max()) for x in (hidden, weight)]
+    excess = largest[0] * largest[1] / torch.finfo(torch.float16).max
+    if not excess > 1:  # also if it is NaN
+        return 1.0
+    return 2.0 ** -min(math.ceil(math.log2(min(excess, 1e30))), -math.floor(math.log2(abs(scale))))
+
+
 def tile_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:
     """One tile of logits: (R, H), (V', H) → (R, V'), in the accumulation dtype."""
     scale = options.logit_scale
     if hidden.dtype == torch.float16 and not hidden.is_cuda and 0 < abs(scale) < 1:
-        # Here the product is rounded to float16, whose range ends at 65504. To scale it first by a power of two rounds nothing.
-        power = 2.0 ** math.floor(math.log2(abs(scale)))
+        power = _power_against_overflow(hidden, weight, scale)
         hidden, scale = hidden * power, scale / power
     z = matmul(hidden, weight.T)
     if scale != 1.0:

@@ -101,6 +101,21 @@ def test_a_folder_is_locked_until_its_process_ends_in_whatever_way(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_process_that_was_forked_meanwhile_does_not_keep_the_lock(tmp_path):
+    """As the persistent workers of a data loader: they have a copy of every open file."""
+    with locked(tmp_path):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with locked(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 def test_a_thread_may_lock_a_folder_again_and_another_may_not(tmp_path):
     refused = []
 

@@ -242,3 +242,9 @@ def test_auroc_and_false_positive_rate():
     assert auroc(positive, negative) == pytest.approx(sum(pairs) / 12)
     assert false_positive_rate(positive, negative, 0.95) == 0.5
     assert false_positive_rate(positive, negative, 0.6) == 0.25
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (30, 2.042)])
+def test_quantiles_of_the_t_distribution(freedom, quantile):
+    """Values from printed tables, two-sided 95 %."""
+    assert statistics._t_quantile(0.975, freedom) == pytest.approx(quantile, rel=0.01)

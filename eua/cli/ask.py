@@ -29,8 +29,7 @@ def main(argv: Sequence[str]) -> None:
     if guard is None:
         print("\n".join(answer(model, tokenizer, arguments.question, arguments.max_new_tokens)))
         return
-    guard.check(model, tokenizer)
-    with guard.attach(model) as handle:
+    with guard.attach(model, tokenizer) as handle:
         answers = answer(model, tokenizer, arguments.question, arguments.max_new_tokens)
         found = ([] if values is None else values.tolist() for values in (handle.scores, handle.refused, handle.stopped))
     for text, score, was_refused, was_stopped in zip(answers, *found, strict=True):

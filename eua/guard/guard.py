@@ -30,7 +30,7 @@ from eua.guard.questions import Turns, is_token
 from eua.guard.scores import answer_scores, prompt_scores
 from eua.model.fingerprints import model_fingerprint, recent_fingerprint, tokenizer_fingerprint
 from eua.model.forgotten import forgotten_prompts, prompt_digest
-from eua.model.head import check_present
+from eua.model.head import check_present, unwrap
 from eua.statistics import check_calibration, conformal_threshold, group_list, independent_groups
 
 logger = logging.get_logger(__name__)
@@ -283,14 +283,16 @@ class EnergyGuard:
         """
         return ~(scores <= self.threshold)
 
-    def attach(self, model: PreTrainedModel) -> GuardHandle:
+    def attach(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> GuardHandle:
         """Guard ``model.generate`` until the handle is detached. The handle is also a context manager.
+
+        Reads every weight, as :meth:`check` does; with ``tokenizer``, that is checked, too.
 
         >>> with guard.attach(model) as handle:          # doctest: +SKIP
         ...     output = model.generate(**batch)         # flagged rows get the refusal text, others are unchanged
         ...     handle.refused                           # (B,) bool, of the last call
         """
-        return GuardHandle(self, model)
+        return GuardHandle(self, model, tokenizer)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``energy_guard.json`` to ``folder``, usually the model's."""
@@ -500,6 +502,12 @@ def _check_present_and_precise(model: PreTrainedModel) -> None:
         raise EUAError(
             "The guard is used under torch.autocast, which computes energies in another dtype than the model's: leave the "
             "autocast region, and load the model in the dtype that you want."
+        )
+    if hasattr(unwrap(model), "_original_forward"):
+        raise EUAError(
+            "The model computes under the autocast of a training (accelerate has wrapped its forward), so its energies are in "
+            "another dtype than its weights: save the model and load it, or call "
+            "accelerate.utils.extract_model_from_parallel(model, keep_fp32_wrapper=False)."
         )
 
 

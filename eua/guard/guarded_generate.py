@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.generation import BaseStreamer, GenerationMode
 
 from eua.errors import EUAError
@@ -40,14 +47,14 @@ class GuardHandle:
     started last.
     """
 
-    def __init__(self, guard: EnergyGuard, model: PreTrainedModel) -> None:
+    def __init__(self, guard: EnergyGuard, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         vocabulary, _ = vocabulary_and_device(model)  # raises here, not in a generation, if the model has no plain head
         if max(*guard.refusal_ids, *guard.stop_ids) >= vocabulary:
             raise EUAError(
                 f"The refusal has token {max(*guard.refusal_ids, *guard.stop_ids)}, but the model has {vocabulary} tokens, so "
                 "the guard is for another model: calibrate one for this model."
             )
-        guard.check(model)
+        guard.check(model, tokenizer)
         _check_pair(model, guard)
         self.guard = guard
         self.model = model

@@ -7,7 +7,7 @@ any other change with a probability of at least 1 − 2⁻³². It is integer ar
 :func:`recent_fingerprint` looks for signs that weights have changed since: another place in memory, dtype or device; PyTorch's
 version counters; a step of any optimizer in the process (fused optimizers do not count versions); other active adapters.
 Nothing shows that a caller has written through ``.data``, so it also compares the checksums of one sixteenth of every tensor,
-of the next one each time: a change of a whole tensor shows at once, a change of any value within 16 calls.
+of the next one each time, and small tensors as a whole: a change of a whole tensor shows at once, of any value within 16 calls.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from eua.model.head import check_present
 
 PARTS = 16
 _BITS = {1: torch.int8, 2: torch.int16}  # by bytes per value
+_SMALL = 2**12  # words; a smaller tensor is in every part as a whole
 _BLOCK = 2**18  # words; small enough for a processor's cache
 _PROBE = "What did Ann say?  «Naïve 42!»"
 
@@ -129,7 +130,8 @@ def _checksums(tensor: Tensor, parts: Iterable[int]) -> list[list[Tensor]]:
     if size % 4 == 0 and flat.storage_offset() * flat.element_size() % 4:
         flat = flat.clone()  # PyTorch takes only aligned storage for larger numbers
     words = flat.view(torch.int32 if size % 4 == 0 else _BITS[flat.element_size()])
-    split, keys = words.tensor_split(PARTS), _keys(words.device)
+    split = words.tensor_split(PARTS) if len(words) >= _SMALL else (words,) * PARTS
+    keys = _keys(words.device)
     products = torch.empty(min(len(split[0]), _BLOCK), dtype=torch.int64, device=words.device)
 
     def checksum(block: Tensor) -> Tensor:

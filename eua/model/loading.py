@@ -15,6 +15,13 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from eua.errors import EUAError
 from eua.model.forgotten import read_forgotten, set_forgotten
 
+_FILES = (
+    "*config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "*.index.json",
+    "*.safetensors",
+)  # of model and tokenizer
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -83,7 +90,7 @@ def _explained(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # from transformers, tokenizers, safetensors and the hub, without another common base class
-        files = sorted((*Path(name).glob("*.json"), *Path(name).glob("*.safetensors")))
+        files = sorted(file for pattern in _FILES for file in Path(name).glob(pattern))
         reasons = (*filter(None, map(_damage, files)), str(error).strip(), type(error).__name__)
         reason = next(filter(None, reasons)).splitlines()[0]
         raise EUAError(

@@ -81,8 +81,7 @@ class Engine:
         self._closing = False
         self._attached = None
         if guard is not None:
-            guard.check(model, tokenizer)
-            self._attached = guard.attach(model)
+            self._attached = guard.attach(model, tokenizer)
         self._thread = threading.Thread(target=self._work, name="eua-engine", daemon=True)
         self._thread.start()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -253,6 +254,7 @@ class EUATrainer(CheckpointingTrainer):
         if self.is_interrupted():
             raise KeyboardInterrupt(f"stopped by signal {stop.received} after step {self.state.global_step}")
         self.check_weights()
+        extract_model_from_parallel(self.model, keep_fp32_wrapper=False)  # the model computes in its own dtype again
         set_forgotten(self.model, self.forgotten_prompts)
         self.model.eval()  # without dropout, for calibration and generation
         return result

@@ -81,7 +81,7 @@ def constants(tile: Config, device: torch.device) -> dict[str, Any]:
         "COLUMNS": tile.columns,
         "DEPTH": tile.depth,
         "GROUP": tile.group,
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         "UPCAST": interpreted(device),  # the interpreter computes wrong products of bfloat16
         "num_warps": tile.warps,
         "num_stages": tile.stages,

@@ -113,10 +113,13 @@ def gradients_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     z = _logits(products + row * stride, bias, columns, width, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-    # The sum before the product: exp(z/T − lse) would carry the rounding of lse, which a small T makes large.
-    dx = -tl.load(grad_energy + row) * tl.exp((z + tl.load(energy + row)) * inverse_temperature)
+    # The sum before the product: exp(z/T − lse) would carry the rounding of lse, which a small T makes large. A token without
+    # upstream gradient may have any energy, and 0 · inf is NaN.
+    g = tl.load(grad_energy + row)
+    dx = tl.where(g == 0.0, 0.0, -g * tl.exp((z + tl.load(energy + row)) * inverse_temperature))
     if AND_AT_ONE:
-        dx -= tl.load(grad_energy_at_one + row) * tl.exp(z + tl.load(energy_at_one + row))
+        g = tl.load(grad_energy_at_one + row)
+        dx -= tl.where(g == 0.0, 0.0, g * tl.exp(z + tl.load(energy_at_one + row)))
     if HAS_TARGETS:
         target = tl.load(targets + row) - first_column
         here = (target >= 0) & (target < width)

@@ -399,6 +399,16 @@ def test_float16_logits_are_scaled_before_they_overflow(scale):
         torch.testing.assert_close(b.double(), a, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("scale", [1e-2, 1e-3, 1e-5])
+def test_small_float16_hidden_states_keep_their_digits_under_a_small_scale(scale):
+    """They would lose them if they were scaled where nothing overflows."""
+    hidden, weight = (0.02 * normal(0, 5, 64)).half(), normal(1, 50, 64).half()
+    options = HeadOptions(1.0, scale, None)
+    exact = shared.tile_logits(hidden.double(), weight.double(), None, options)
+    found = shared.tile_logits(hidden, weight, None, options)
+    assert (found - exact).abs().max() <= 1e-3 * exact.abs().max()
+
+
 def test_gpu_products_of_half_precision_are_not_rounded():
     """On a GPU the matmul returns tiles of logits in float32; fake tensors check its signature without a GPU."""
     with FakeTensorMode():

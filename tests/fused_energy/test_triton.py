@@ -115,6 +115,36 @@ def test_in_a_cuda_graph_all_tokens_are_computed(name, monkeypatch):
         torch.testing.assert_close(found[key], value, msg=key)
 
 
+def test_in_a_cuda_graph_a_token_without_upstream_gradient_may_have_any_energy(monkeypatch):
+    problem = named_problems()["primes"].to(torch.float32, DEVICE)
+    problem.targets, problem.bias = None, None
+    problem.needs = (True, True, False)
+    problem.hidden[2] = 1e4 * problem.weight[0]  # an energy of thousands, and of the other sign
+    problem.weight.neg_()
+    problem.upstream[:, 2] = 0.0
+    expected = run(problem)
+    monkeypatch.setattr(launch, "in_graph", lambda _: True)
+    found = run(problem)
+    for key in ("dhidden", "dweight"):
+        assert found[key].isfinite().all()
+        torch.testing.assert_close(found[key], expected[key], msg=key)
+
+
+def test_the_setting_of_tf32_by_the_new_interface_is_read():
+    """transformers sets it with tf32=True, and PyTorch then raises an error where the old one is read."""
+    backend = torch.backends.cuda.matmul
+    before = backend.fp32_precision
+    try:
+        for precision in ("tf32", "ieee"):
+            backend.fp32_precision = precision
+            assert configs.constants(configs.TINY, torch.device("cpu"))["PRECISION"] == precision
+            assert (
+                linear_energy(normal(0, 2, 4).to(DEVICE), normal(1, 9, 4).to(DEVICE), implementation="triton").isfinite().all()
+            )
+    finally:
+        backend.fp32_precision = before
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_and_inf_reach_the_output_as_in_the_reference(value, dtype):

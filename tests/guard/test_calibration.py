@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload
+from accelerate import Accelerator, cpu_offload, disk_offload
+from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from eua.data.rows import encode_prompts
 from eua.evaluation import evaluate
 from eua.guard.guard import GUARD_FILE
 from eua.guard.scores import prompt_scores
+from eua.model import fingerprints
 from eua.model.asking import answer
 from tests.conftest import batch_of, tiny_llama
 
@@ -229,3 +231,22 @@ def test_files_that_are_no_guards_are_refused(tmp_path, text):
 def test_a_refusal_of_another_vocabulary_is_found_when_the_guard_is_attached(known, guard):
     with pytest.raises(EUAError, match="The refusal has token 100000, but the model has .* tokens"):
         replace(guard, refusal_ids=(100_000, 1)).attach(known)
+
+
+def test_a_model_that_accelerate_casts_is_not_calibrated(model, tokenizer, questions):
+    """As a training of another library leaves it: energies would be in bfloat16, and the file would say float32."""
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    try:
+        with pytest.raises(EUAError, match="accelerate has wrapped its forward.*save the model and load it"):
+            EnergyGuard.calibrate(prepared, tokenizer, questions, tolerance=0.2)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_guard_reads_the_weights_once_when_it_is_attached(model, tokenizer, questions, monkeypatch):
+    guard = EnergyGuard.calibrate(model, tokenizer, questions, tolerance=0.2)
+    read = []
+    original = fingerprints.model_fingerprint
+    monkeypatch.setattr("eua.guard.guard.model_fingerprint", lambda model: read.append(1) or original(model))
+    with guard.attach(model, tokenizer):
+        assert read == [1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -104,3 +106,13 @@ def test_tied_weights_are_not_missing(tokenizer, folder):
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     loaded, _ = load_model(str(folder))
     assert torch.equal(loaded.lm_head.weight, tied.model.embed_tokens.weight)
+
+
+def test_a_file_that_is_no_part_of_a_model_is_not_blamed(folder):
+    (folder / "notes.json").write_text('{"a": 1}\n{"b": 2}\n')
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "nonesuch"}))
+    with pytest.raises(EUAError) as error:
+        load_model(str(folder))
+    assert "nonesuch" in str(error.value)
+    assert "notes.json" not in str(error.value)

@@ -20,6 +20,7 @@ from eua.data.batches import ForgetRetainDataset, pad_rows
 from eua.data.rows import encode_rows
 from eua.model.forward import check_head, hidden_states
 from eua.model.head import output_head
+from eua.model.loading import load_model
 from eua.training.boundaries import compute_boundaries
 from eua.training.checkpoints import last_checkpoint
 from tests.conftest import tiny_llama
@@ -571,3 +572,14 @@ def test_a_model_and_its_reference_may_be_paths(tokenizer, rows, tmp_path):
     datasets = {"forget_dataset": rows["forget"], "retain_dataset": rows["retain"]}
     trainer = EUATrainer(folder, EUAConfig(output_dir=str(tmp_path / "run")), ref_model=folder, **datasets)
     assert trainer.reference is not None
+
+
+def test_a_model_computes_in_its_own_dtype_after_training_in_bf16(model, tokenizer, rows, tmp_path):
+    """So that a guard that is calibrated at once is for the model that is saved."""
+    trainer = make(model, tokenizer, rows, tmp_path, max_steps=1, bf16=True)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded, _ = load_model(str(tmp_path / "saved"))
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        assert torch.equal(trainer.model(ids).logits, loaded(ids).logits)
