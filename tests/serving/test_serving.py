@@ -29,11 +29,7 @@ import psutil
 import pytest
 import torch
 import uvicorn
-from hypothesis import given
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import WordLevel
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from eua import EnergyGuard, EUAError
 from eua.cli.main import main
@@ -47,7 +43,6 @@ from eua.serving.app import create_app
 from eua.serving.engine import Engine
 from eua.serving.jobs import Finish, Job, Piece, Sampling
 from eua.serving.server import DrainingServer
-from eua.serving.transcript import Transcript
 from tests.conftest import tiny_llama
 
 ROOT = Path(__file__).parents[2]
@@ -596,27 +591,6 @@ def test_one_bad_request_does_not_fail_its_batch(tokenizer, questions, caplog):
         assert [other.result()[0] for other in others] == expected
     assert "failed with RuntimeError" in caplog.text
     assert secret not in caplog.text
-
-
-@given(text=st.text("ab ❄é\n", max_size=30), stop=st.lists(st.text("ab ❄", min_size=1, max_size=3), max_size=2))
-def test_pieces_are_never_taken_back(tokenizer, text, stop):
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    transcript, pieces = Transcript(tokenizer, stop), []
-    for count in range(1, len(ids) + 1):
-        pieces.append(transcript.piece(ids[:count], final=count == len(ids)))
-        if transcript.stopped:
-            break
-    cuts = [text.find(end) for end in stop if end in text]
-    assert "".join(pieces) == text[: min(cuts, default=None)].strip()
-    assert transcript.stopped == bool(cuts)
-
-
-def test_spaces_that_were_shown_are_not_cleaned_up():
-    words = Tokenizer(WordLevel({"▁do": 0, "▁n": 1, "'t": 2, "<unk>": 3}, unk_token="<unk>"))
-    words.decoder = decoders.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", clean_up_tokenization_spaces=True)
-    transcript = Transcript(tokenizer)
-    assert [transcript.piece([0, 1, 2][: n + 1], final=n == 2) for n in range(3)] == ["do", " n", "'t"]
 
 
 @contextmanager
