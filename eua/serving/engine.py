@@ -7,7 +7,8 @@ import logging
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,12 +17,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from eua.data.batches import pad_prompts
-from eua.data.rows import encode_prompts
+from eua.data.rows import encode_prompt, format_prompt
 from eua.errors import EUAError
 from eua.guard.guard import EnergyGuard
 from eua.model.energy_recorder import end_ids
 from eua.model.forward import check_token_ids
 from eua.serving.jobs import Failure, Job
+from eua.serving.prompt_limit import PromptLimit
 from eua.serving.protocol import RequestError
 from eua.serving.rows import AnswerRow
 
@@ -40,7 +42,7 @@ class Engine:
         tokenizer: its tokenizer.
         guard: a guard calibrated for this model and this tokenizer; None answers everything.
         max_batch: largest number of rows in one ``generate`` call.
-        queue: number of jobs that may wait; more are rejected.
+        queue: number of requests that may wait, those included whose prompt is still being tokenized; more are rejected.
         max_prompt_tokens: limit for one prompt; with None, only the model's positions limit it.
         max_tokens: limit for one answer, and the default if a request sets no limit.
     """
@@ -64,11 +66,13 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.queue, self.max_tokens = max_batch, queue, max_tokens
         self.positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_prompt_tokens = max_prompt_tokens
+        limits = (max_prompt_tokens, self.positions and self.positions - 1)
+        self.max_prompt_tokens = min((limit for limit in limits if limit is not None), default=None)
+        self._limit = PromptLimit(tokenizer, self.max_prompt_tokens)
         self.draining = False  # set it to reject new jobs while accepted ones are finished
         self._eos = end_ids(model.generation_config.eos_token_id) or end_ids(tokenizer.eos_token_id)
         self._pad = next((token for token in (tokenizer.pad_token_id, *self._eos) if token is not None), 0)  # masked anyway
-        self._encoding = threading.Lock()  # encoding may change a tokenizer's padding; decoding does not
+        self._arriving = 0  # requests that have a place in the queue, but no tokens yet
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._changed = threading.Condition()
@@ -82,7 +86,7 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return self._arriving + len(self._waiting)
 
     @property
     def running(self) -> int:
@@ -92,8 +96,28 @@ class Engine:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place in the queue for a request, from before its prompt is tokenized until its job is submitted.
+
+        Raises:
+            RequestError: 429 if the queue is full, 503 if the engine is shutting down.
+        """
+        with self._changed:
+            self._check_open()
+            if self.waiting >= self.queue:
+                raise RequestError(f"The queue is full with {self.queue} waiting requests: try again later.", 429)
+            self._arriving += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._arriving -= 1
+
     def encode(self, messages: Sequence[dict[str, str]], max_tokens: int | None) -> tuple[list[int], int]:
         """Token ids of the prompt of a chat that ends with the user's message, and the limit for its answer.
+
+        May be called from several threads: nothing here changes the tokenizer once it has encoded a first text.
 
         Raises:
             EUAError: if the tokenizer's template rejects the chat, or if it is too long.
@@ -105,10 +129,10 @@ class Engine:
                 "send a single user message.",
                 field="messages",
             )
-        row = {"prompt": messages} if chat else messages[0]["content"]
         try:
-            with self._encoding:
-                (ids,) = encode_prompts([row], self.tokenizer)
+            text = format_prompt(self.tokenizer, messages if chat else messages[0]["content"])
+            is_too_long = self._limit.is_exceeded(text)
+            ids = [] if is_too_long else encode_prompt(text, self.tokenizer)
         except EUAError:
             raise
         except Exception as error:  # a template may raise anything, and tokenizers fail at half a surrogate pair
@@ -117,20 +141,22 @@ class Engine:
                 "roles, and that the text is valid Unicode.",
                 field="messages",
             ) from None
+        most = self.max_prompt_tokens
+        if is_too_long or (most is not None and len(ids) > most):
+            count = f"more than {most}" if is_too_long else len(ids)
+            raise RequestError(
+                f"The prompt has {count} tokens, but at most {most} are accepted: shorten it.",
+                field="messages",
+                code="context_length_exceeded",
+            )
+        if not ids:
+            raise RequestError("The prompt has no tokens, so there is nothing to answer: send a text.", field="messages")
         check_token_ids(self.model, [ids])
         return ids, self._answer_length(len(ids), max_tokens)
 
     def _answer_length(self, prompt: int, asked: int | None) -> int:
-        """Raise :class:`RequestError` if prompt or answer would be too long."""
-        room = self.max_tokens if self.positions is None else self.positions - prompt
-        if room < 1 or (self.max_prompt_tokens is not None and prompt > self.max_prompt_tokens):
-            most = min(n for n in (self.max_prompt_tokens, self.positions and self.positions - 1) if n is not None)
-            raise RequestError(
-                f"The prompt has {prompt} tokens, but at most {most} are accepted: shorten it.",
-                field="messages",
-                code="context_length_exceeded",
-            )
-        most = min(room, self.max_tokens)
+        """Raise :class:`RequestError` if an answer of ``asked`` tokens would be too long."""
+        most = self.max_tokens if self.positions is None else min(self.positions - prompt, self.max_tokens)
         if asked is not None and asked > most:
             raise RequestError(
                 f"An answer of {asked} tokens was requested, but after a prompt of {prompt} it can have {most}: request fewer.",
@@ -139,18 +165,19 @@ class Engine:
         return most if asked is None else asked
 
     def submit(self, job: Job) -> None:
-        """Put a job in the queue.
+        """Put a job in the queue; take a :meth:`place` before.
 
         Raises:
-            RequestError: 429 if the queue is full, 503 if the engine is shutting down.
+            RequestError: 503 if the engine is shutting down.
         """
         with self._changed:
-            if self.draining or self._closing:
-                raise RequestError("The server is shutting down and accepts no new requests: try another one, or later.", 503)
-            if len(self._waiting) >= self.queue:
-                raise RequestError(f"The queue is full with {self.queue} waiting requests: try again later.", 429)
+            self._check_open()
             self._waiting.append(job)
             self._changed.notify()
+
+    def _check_open(self) -> None:
+        if self.draining or self._closing:
+            raise RequestError("The server is shutting down and accepts no new requests: try another one, or later.", 503)
 
     def cancel(self, job: Job) -> None:
         """Free the place of a job that nobody waits for any more. Cancelling twice, or after the end, is harmless."""
