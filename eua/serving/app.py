@@ -134,7 +134,7 @@ class _Service:
         body = await self._body(request)
         asked = parse_request(body, self.name)
         encoders = self.long_prompts if len(body) > LONG else self.short_prompts
-        return await _unless_gone(request, self._answer(asked, arrival, encoders))
+        return await unless_gone(request, self._answer(asked, arrival, encoders))
 
     async def _body(self, request: Request) -> bytes:
         """Raise :class:`RequestError` if the body is too large (413) or too slow (408)."""
@@ -184,7 +184,8 @@ class _Service:
     async def _in_time(self, work: Awaitable[T], arrival: float) -> T:
         """The result of ``work``, or :class:`RequestError` (504) if the request times out."""
         try:
-            return await asyncio.wait_for(work, arrival + self.timeout - time.monotonic())
+            async with asyncio.timeout(arrival + self.timeout - time.monotonic()):
+                return await work
         except TimeoutError:
             raise RequestError(
                 f"The answer was not complete within {self.timeout:g} s: ask for fewer tokens, or try again later.", 504
@@ -257,7 +258,7 @@ async def _gathered(emitted: AsyncIterator[Piece | Finish]) -> tuple[str, Finish
     return "".join(pieces), item
 
 
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     """The result of ``work``, or :class:`ClientDisconnect` as soon as the client disconnects."""
     working, watching = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
@@ -268,6 +269,7 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
     finally:
         working.cancel()
         watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)  # asyncio logs an exception that nobody looks at
 
 
 async def _gone(request: Request) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from transformers import PreTrainedTokenizerBase
 
 PART = 16_384  # characters that are tokenized at a time, to stop as soon as the limit is exceeded
+BLANKS = [*filter(str.isspace, map(chr, range(0x3001))), "▁"]  # SentencePiece's normalizers write spaces as ▁
 PLACE = re.compile(r"(?<=\w) ")  # where a text is cut
 # Between them they contain every byte of UTF-8, and no vocabulary has all of them as they are.
 PROBES = "".join(map(chr, (0xA1, *range(0xC0, 0x100), *range(0x100, 0x800, 0x40), *range(0x1234, 0xD800, 0x1000), 0xD55C)))
@@ -72,7 +73,7 @@ class PromptLimit:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None and backend.normalizer is not None:
             text = backend.normalizer.normalize_str(text)
-        return sum(map(len, text.replace("▁", " ").split()))
+        return len(text) - sum(map(text.count, BLANKS))
 
     def _count(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import http.client
 import json
 import socket
@@ -13,8 +15,11 @@ from contextlib import ExitStack
 
 import psutil
 import pytest
+from starlette.requests import ClientDisconnect, Request
 
+from eua.serving.app import unless_gone
 from eua.serving.engine import Engine
+from eua.serving.protocol import RequestError
 from tests.conftest import tiny_llama
 from tests.serving.servers import JSON, answered, ask, chat, get, port_of, process_of, send, serving, wait_until
 
@@ -93,6 +98,29 @@ def test_the_prompt_of_a_client_that_has_left_is_not_encoded(slow_to_encode):
     assert answered(server.port, chat("x" * 20_000, max_tokens=2))[1] == "length"
     assert len(server.begun) == 2  # the first one had begun; the last one comes after all others in line
     assert "eua_cancelled_total 3.0" in get(server.port, "/metrics")[1]
+
+
+def test_work_that_fails_as_its_client_leaves_is_not_logged():
+    """asyncio logs the traceback of an exception that nobody has looked at."""
+    logged = []
+
+    async def failing() -> None:
+        try:
+            await asyncio.sleep(9)
+        except asyncio.CancelledError:
+            raise RequestError("The prompt is too long.") from None
+
+    async def disconnect() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def leave() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
+        with pytest.raises(ClientDisconnect):
+            await unless_gone(Request({"type": "http"}, disconnect), failing())
+        gc.collect()
+
+    asyncio.run(leave())
+    assert not logged
 
 
 def test_unfinished_requests_and_idle_connections_are_closed(model, tokenizer):

@@ -71,12 +71,11 @@ TOKENIZERS = {
 }
 PARTS = ["Ann", "Who is Ann? ", " ", "n", "born in Ulm.", "\n", "▁", "<|user|>", "#", "щ щ "]
 PARTS += ["❄", "e\u0301", "\u1f82", "é", "\U0010fffd"]
+COUNTED = st.tuples(st.sampled_from(PARTS), st.integers(1, 9000))
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@given(
-    parts=st.lists(st.tuples(st.sampled_from(PARTS), st.integers(1, 9000)), min_size=1, max_size=5), most=st.integers(1, 6000)
-)
+@given(parts=st.lists(COUNTED, min_size=1, max_size=5), most=st.integers(1, 6000))
 def test_a_prompt_that_fits_is_never_refused(name, parts, most):
     tokenizer = TOKENIZERS[name]
     text = "".join(part * count for part, count in parts)[:60_000]
