@@ -25,8 +25,8 @@ def main(argv: Sequence[str]) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="host name that clients may use for this server, and whose web pages may use it; may be repeated "
-        "(on 127.0.0.1, the names of the loopback address are allowed, otherwise any)",
+        help="name that clients may use for this server, and whose web pages may use it; may be repeated "
+        "(default: localhost if --host is a loopback address, otherwise any)",
     )
     parser.add_argument(
         "--api-key",

@@ -60,7 +60,7 @@ class Access:
             RequestError: 403 for a foreign host or origin, 401 for a missing or wrong key.
         """
         host = request.headers.get("host", "").lower()
-        if self.hosts is not None and _name(host) not in self.hosts:
+        if self.hosts is not None and host_name(host) not in self.hosts:
             raise RequestError(
                 "The request's Host header names a host that this server does not answer for: use its own address, or start "
                 "the server with --allowed-host.",
@@ -68,7 +68,7 @@ class Access:
             )
         for origin in request.headers.getlist("origin"):
             _, _, place = origin.lower().partition("://")
-            if not place or (place != host and _name(place) not in self.trusted):
+            if not place or (place != host and host_name(place) not in self.trusted):
                 raise RequestError(
                     "The request comes from a web page of another origin, which may not use this server: start the server with "
                     "--allowed-host and the page's host, or ask without a browser.",
@@ -91,7 +91,7 @@ def check_is_json(request: Request) -> None:
         raise RequestError("The body is not declared as JSON: send the header 'Content-Type: application/json'.", 415)
 
 
-def _name(place: str) -> str:
+def host_name(place: str) -> str:
     """The host of ``host``, ``host:port``, ``[address]`` or ``[address]:port``."""
     host = place[1:].partition("]")[0] if place.startswith("[") else place.partition(":")[0]
     return host.rstrip(".")

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 from eua.errors import EUAError
 from eua.guard.guard import EnergyGuard
 from eua.model.loading import load_model
-from eua.serving.access import LOOPBACK_HOSTS, Access, check_key, is_loopback
+from eua.serving.access import LOOPBACK_HOSTS, Access, check_key, host_name, is_loopback
 from eua.serving.app import create_app
 from eua.serving.connection import Connection
 from eua.serving.engine import Engine
@@ -67,7 +67,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
 
 def access_for(address: str, allowed_hosts: Iterable[str], key: str | None) -> Access:
     """Who may use a server that listens on this IP address. Warns if everyone may who reaches it."""
-    allowed = [host.lower() for host in allowed_hosts]
+    allowed = [host_name(host.lower()) for host in allowed_hosts]
     if is_loopback(address):
         return Access([*LOOPBACK_HOSTS, address, *allowed], allowed, key)
     if key is None:
@@ -76,7 +76,7 @@ def access_for(address: str, allowed_hosts: Iterable[str], key: str | None) -> A
             file=sys.stderr,
             flush=True,
         )
-    return Access(allowed or None, allowed, key)
+    return Access([*LOOPBACK_HOSTS, *allowed] if allowed else None, allowed, key)
 
 
 def _listen(host: str, port: int) -> socket.socket:

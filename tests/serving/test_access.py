@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Any
 
 import pytest
@@ -10,12 +11,12 @@ from starlette.requests import Request
 
 from eua import EUAError
 from eua.cli.main import main
-from eua.serving.access import Access, check_key, is_loopback
+from eua.serving.access import LOOPBACK_HOSTS, Access, check_key, is_loopback
 from eua.serving.engine import Engine
 from eua.serving.protocol import RequestError
 from eua.serving.server import access_for
 from tests.conftest import tiny_llama
-from tests.serving.servers import JSON, chat, get, port_of, process_of, send, serving
+from tests.serving.servers import JSON, ROOT, chat, get, port_of, process_of, send, serving
 
 LOCAL = Access(["localhost", "127.0.0.1", "::1", "my-box"], ["my-box"])
 SECRET = "sk-Gk3w9Zq-only-for-this-test"
@@ -116,7 +117,7 @@ def test_a_public_address_without_a_key_is_warned_of(capsys):
     assert access_for("127.0.0.1", [], None).hosts
     assert access_for("0.0.0.0", [], SECRET) == Access(None, [], SECRET)
     assert capsys.readouterr().err == ""
-    assert access_for("0.0.0.0", ["Box"], None) == Access(["box"], ["box"])
+    assert access_for("0.0.0.0", ["Box:8000"], None) == Access([*LOOPBACK_HOSTS, "box"], ["box"])
     assert (
         "Warning: whoever reaches 0.0.0.0 can use this server, because it has no key: set EUA_API_KEY."
         in capsys.readouterr().err
@@ -156,6 +157,16 @@ def test_requests_without_access_get_no_answer(closed, headers, status):
         for path in ("/v1/models", "/metrics", "/none"):
             with send(closed.port, None, "GET", path, sent) as response:
                 assert response.status == status
+
+
+def test_the_request_in_the_documentation_is_answered(closed):
+    page = (ROOT / "docs" / "serving.md").read_text()
+    command = page[page.index("curl http://127.0.0.1:8000/v1/chat/completions") :].split("\n```")[0]
+    parts = shlex.split(command.replace("\\\n", " "))
+    headers = dict(parts[place + 1].split(": ") for place, part in enumerate(parts) if part == "-H")
+    body = parts[parts.index("-d") + 1].encode()
+    with send(closed.port, body, headers=headers | {"Authorization": f"Bearer {SECRET}"}) as response:
+        assert response.status == 200
 
 
 def test_the_key_comes_from_the_environment_and_is_never_written(tokenizer, tmp_path, monkeypatch):
