@@ -9,20 +9,23 @@ import time
 import traceback
 import uuid
 from collections.abc import AsyncIterator, Awaitable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eua.errors import EUAError
+from eua.serving.access import Access, check_is_json
 from eua.serving.engine import Engine
 from eua.serving.jobs import Event, Failure, Finish, Job, Piece
 from eua.serving.metrics import Metrics
-from eua.serving.protocol import ChatRequest, RequestError, chunk, completion, event, parse_request, usage
+from eua.serving.protocol import ChatRequest, RequestError, chunk, completion, event, parse_request, unknown_model, usage
 
 logger = logging.getLogger(__name__)
 
@@ -30,40 +33,81 @@ T = TypeVar("T")
 
 CLIENT_GONE = 499  # nginx's status for a client that disconnected; it only appears in the metrics
 READ_LIMIT_FACTOR = 16  # the server reads up to 16 times the largest body, so that a client that sends too much sees the error
+LONG = 16_384  # bytes of a request whose prompt is tokenized apart from those of shorter ones, which would wait for it
 
 
-def create_app(engine: Engine, name: str, *, timeout: float = 120.0, max_body_bytes: int = 2**20) -> Starlette:
+def create_app(
+    engine: Engine,
+    name: str,
+    *,
+    access: Access | None = None,
+    timeout: float = 120.0,
+    read_timeout: float = 15.0,
+    max_body_bytes: int = 2**20,
+) -> Starlette:
     """The ASGI application.
 
     Args:
         engine: generates the answers; the app does not close it.
         name: the name of the model.
+        access: who may use it; with None everyone, except for web pages of other origins.
         timeout: seconds from a request's arrival until its answer must be complete.
+        read_timeout: seconds in which a body must arrive.
         max_body_bytes: largest body of a request.
     """
-    service = _Service(engine, name, timeout, max_body_bytes)
+    service = _Service(engine, name, timeout, min(read_timeout, timeout), max_body_bytes)
     routes = [
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
         Route("/v1/models", service.models),
+        Route("/v1/models/{name:path}", service.model),
         Route("/health", service.health),
         Route("/metrics", service.metrics_text),
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
+    gate = Middleware(_Gate, access=access or Access(), metrics=service.metrics)
+    app = Starlette(routes=routes, middleware=[gate], exception_handlers={HTTPException: _http_error})
+    app.router.redirect_slashes = False
+    return app
+
+
+class _Gate:
+    """Turns requests away that have no access, before anything else looks at them."""
+
+    def __init__(self, app: ASGIApp, access: Access, metrics: Metrics) -> None:
+        self.app, self.access, self.metrics = app, access, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            self.access.check(Request(scope))
+        except RequestError as error:
+            self.metrics.requests.labels(error.status).inc()
+            await _error_response(error)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
 
 class _Service:
-    def __init__(self, engine: Engine, name: str, timeout: float, max_body_bytes: int) -> None:
-        self.engine, self.name, self.timeout, self.max_body_bytes = engine, name, timeout, max_body_bytes
+    def __init__(self, engine: Engine, name: str, timeout: float, read_timeout: float, max_body_bytes: int) -> None:
+        self.engine, self.name = engine, name
+        self.timeout, self.read_timeout, self.max_body_bytes = timeout, read_timeout, max_body_bytes
         self.metrics = Metrics(engine)
         self.started = int(time.time())
+        # One thread each: a prompt that takes seconds delays other long ones only, and one that waits can be cancelled.
+        self.short_prompts, self.long_prompts = (ThreadPoolExecutor(1, f"eua-{kind}-prompts") for kind in ("short", "long"))
 
     async def health(self, request: Request) -> Response:
         status = "failed" if not self.engine.alive else "draining" if self.engine.draining else "ok"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
+    def _model(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": self.started, "owned_by": "eua"}
+
     async def models(self, request: Request) -> Response:
-        model = {"id": self.name, "object": "model", "created": self.started, "owned_by": "eua"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        if request.path_params["name"] != self.name:
+            return _error_response(unknown_model(self.name))
+        return JSONResponse(self._model())
 
     async def metrics_text(self, request: Request) -> Response:
         return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
@@ -86,37 +130,17 @@ class _Service:
 
     async def _chat(self, request: Request) -> Response:
         arrival = time.monotonic()
-        asked = parse_request(await self._body(request, arrival), self.name)
-        encoding = asyncio.to_thread(self.engine.encode, asked.messages, asked.max_tokens)
-        prompt_ids, max_tokens = await self._in_time(encoding, arrival)
-        events: asyncio.Queue[Event] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
+        check_is_json(request)
+        body = await self._body(request)
+        asked = parse_request(body, self.name)
+        encoders = self.long_prompts if len(body) > LONG else self.short_prompts
+        return await unless_gone(request, self._answer(asked, arrival, encoders))
 
-        def emit(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for events any more
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
-        job = Job(prompt_ids, max_tokens, asked.sampling, asked.stop, asked.stream, emit)
-        self.engine.submit(job)
-        emitted = self._emitted(job, events, arrival)
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
-        streaming = False
-        try:
-            if asked.stream:  # an error that precedes all text can still be sent as an HTTP status
-                first: Piece | Finish = await _unless_gone(request, anext(emitted))
-                streaming = True
-                return _JobStream(self, job, self._chunks(asked, head, job, first, emitted))
-            text, finish = await _unless_gone(request, _gathered(emitted))
-            return JSONResponse(completion(head, text, finish, len(prompt_ids)))
-        finally:
-            if not streaming:
-                self.engine.cancel(job)
-
-    async def _body(self, request: Request, arrival: float) -> bytes:
+    async def _body(self, request: Request) -> bytes:
         """Raise :class:`RequestError` if the body is too large (413) or too slow (408)."""
         body, size = bytearray(), 0
         try:
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + self.timeout):
+            async with asyncio.timeout(self.read_timeout):
                 async for part in request.stream():
                     size += len(part)
                     if size <= self.max_body_bytes:
@@ -124,15 +148,44 @@ class _Service:
                     elif size > READ_LIMIT_FACTOR * self.max_body_bytes:
                         break
         except TimeoutError:
-            raise RequestError(f"The body did not arrive within {self.timeout:g} s: send it faster.", 408) from None
+            raise RequestError(f"The body did not arrive within {self.read_timeout:g} s: send it faster.", 408) from None
         if size > self.max_body_bytes:
             raise RequestError(f"The body is larger than this server's limit of {self.max_body_bytes} bytes: shorten it.", 413)
         return bytes(body)
 
+    async def _answer(self, asked: ChatRequest, arrival: float, encoders: Executor) -> Response:
+        """The response, whose stream may still have to be generated. If it is cancelled, so is its work."""
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def emit(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for events any more
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        with self.engine.place():
+            encoding = loop.run_in_executor(encoders, self.engine.encode, asked.messages, asked.max_tokens)
+            prompt_ids, max_tokens = await self._in_time(encoding, arrival)
+            job = Job(prompt_ids, max_tokens, asked.sampling, asked.stop, asked.stream, emit)
+            self.engine.submit(job)
+        emitted = self._emitted(job, events, arrival)
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
+        streaming = False
+        try:
+            if asked.stream:  # an error that precedes all text can still be sent as an HTTP status
+                first = await anext(emitted)
+                streaming = True
+                return _JobStream(self, job, self._chunks(asked, head, job, first, emitted))
+            text, finish = await _gathered(emitted)
+            return JSONResponse(completion(head, text, finish, len(prompt_ids)))
+        finally:
+            if not streaming:
+                self.engine.cancel(job)
+
     async def _in_time(self, work: Awaitable[T], arrival: float) -> T:
         """The result of ``work``, or :class:`RequestError` (504) if the request times out."""
         try:
-            return await asyncio.wait_for(work, arrival + self.timeout - time.monotonic())
+            async with asyncio.timeout(arrival + self.timeout - time.monotonic()):
+                return await work
         except TimeoutError:
             raise RequestError(
                 f"The answer was not complete within {self.timeout:g} s: ask for fewer tokens, or try again later.", 504
@@ -205,7 +258,7 @@ async def _gathered(emitted: AsyncIterator[Piece | Finish]) -> tuple[str, Finish
     return "".join(pieces), item
 
 
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     """The result of ``work``, or :class:`ClientDisconnect` as soon as the client disconnects."""
     working, watching = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
@@ -216,6 +269,7 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
     finally:
         working.cancel()
         watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)  # asyncio logs an exception that nobody looks at
 
 
 async def _gone(request: Request) -> None:

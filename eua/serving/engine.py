@@ -7,7 +7,8 @@ import logging
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,13 +17,14 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from eua.data.batches import pad_prompts
-from eua.data.rows import encode_prompts
+from eua.data.rows import encode_prompt, format_prompt
 from eua.errors import EUAError
 from eua.guard.guard import EnergyGuard
 from eua.model.asking import generation_explained, padding_id
 from eua.model.energy_recorder import end_ids
 from eua.model.forward import check_ids
 from eua.serving.jobs import Failure, Job, Sampling
+from eua.serving.prompt_limit import PromptLimit
 from eua.serving.protocol import RequestError
 from eua.serving.rows import AnswerRow
 
@@ -41,7 +43,7 @@ class Engine:
         tokenizer: its tokenizer.
         guard: a guard calibrated for this model and this tokenizer; None answers everything.
         max_batch: largest number of rows in one ``generate`` call.
-        queue: number of jobs that may wait; more are rejected.
+        queue: number of requests that may wait, those included whose prompt is still being tokenized; more are rejected.
         max_prompt_tokens: limit for one prompt; with None, only the model's positions limit it.
         max_tokens: limit for one answer, and the default if a request sets no limit.
     """
@@ -65,7 +67,9 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.queue, self.max_tokens = max_batch, queue, max_tokens
         self.positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_prompt_tokens = max_prompt_tokens
+        limits = (max_prompt_tokens, self.positions and self.positions - 1)
+        self.max_prompt_tokens = min((limit for limit in limits if limit is not None), default=None)
+        self._limit = PromptLimit(tokenizer, self.max_prompt_tokens)
         self.draining = False  # set it to reject new jobs while accepted ones are finished
         self._pad = padding_id(model, tokenizer)  # raises if the model generates no text
         self._eos = end_ids(model.generation_config.eos_token_id) or end_ids(tokenizer.eos_token_id)
@@ -74,11 +78,11 @@ class Engine:
         stops = (stops,) if isinstance(stops, str) else stops
         self._eos += [tokenizer.convert_tokens_to_ids(text) for text in stops if text in special]
         self._stop = tuple(text for text in stops if text not in special)
-        self._encoding = threading.Lock()  # encoding may change a tokenizer's padding; decoding does not
+        self._arriving = 0  # requests that have a place in the queue, but no tokens yet
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._changed = threading.Condition()
-        self._closing = False
+        self._aborted = self._closing = False
         self._attached = None
         if guard is not None:
             self._attached = guard.attach(model, tokenizer)
@@ -98,7 +102,7 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return self._arriving + len(self._waiting)
 
     @property
     def running(self) -> int:
@@ -108,8 +112,28 @@ class Engine:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place in the queue for a request, from before its prompt is tokenized until its job is submitted.
+
+        Raises:
+            RequestError: 429 if the queue is full, 503 if the engine is shutting down.
+        """
+        with self._changed:
+            self._check_open()
+            if self.waiting >= self.queue:
+                raise RequestError(f"The queue is full with {self.queue} waiting requests: try again later.", 429)
+            self._arriving += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._arriving -= 1
+
     def encode(self, messages: Sequence[dict[str, str]], max_tokens: int | None) -> tuple[list[int], int]:
         """Token ids of the prompt of a chat that ends with the user's message, and the limit for its answer.
+
+        May be called from several threads: nothing here changes the tokenizer once it has encoded a first text.
 
         Raises:
             RequestError: if the tokenizer's template rejects the chat, or if it is too long.
@@ -121,27 +145,32 @@ class Engine:
                 "send a single user message.",
                 field="messages",
             )
-        row = {"prompt": messages} if chat else messages[0]["content"]
         try:
-            with self._encoding:
-                (ids,) = encode_prompts([row], self.tokenizer, "request")
-        except EUAError as error:  # of the tokenizer's template, or because of half a surrogate pair
-            raise RequestError(str(error), field="messages") from error
-        length = self._answer_length(len(ids), max_tokens)
-        check_ids(self.model, [ids], "request")
-        return ids, length
-
-    def _answer_length(self, prompt: int, asked: int | None) -> int:
-        """Raise :class:`RequestError` if prompt or answer would be too long."""
-        room = self.max_tokens if self.positions is None else self.positions - prompt
-        if room < 1 or (self.max_prompt_tokens is not None and prompt > self.max_prompt_tokens):
-            most = min(n for n in (self.max_prompt_tokens, self.positions and self.positions - 1) if n is not None)
+            text = format_prompt(self.tokenizer, messages if chat else messages[0]["content"], "The request")
+            is_too_long = self._limit.is_exceeded(text)
+            ids = [] if is_too_long else encode_prompt(text, self.tokenizer)
+        except Exception as error:  # a template may raise anything, and tokenizers fail at half a surrogate pair
+            reason = str(error) if isinstance(error, EUAError) else f"{type(error).__name__}: is the text valid Unicode?"
             raise RequestError(
-                f"The prompt has {prompt} tokens, but at most {most} are accepted: shorten it.",
+                f"The messages cannot be turned into a prompt for this model. {reason}", field="messages"
+            ) from error
+        most = self.max_prompt_tokens
+        if is_too_long or (most is not None and len(ids) > most):
+            count = f"more than {most}" if is_too_long else len(ids)
+            raise RequestError(
+                f"The prompt has {count} tokens, but at most {most} are accepted: shorten it.",
                 field="messages",
                 code="context_length_exceeded",
             )
-        most = min(room, self.max_tokens)
+        if not ids:
+            raise RequestError("The prompt has no tokens, so there is nothing to answer: send a text.", field="messages")
+        answer_length = self._answer_length(len(ids), max_tokens)
+        check_ids(self.model, [ids], "request")
+        return ids, answer_length
+
+    def _answer_length(self, prompt: int, asked: int | None) -> int:
+        """Raise :class:`RequestError` if an answer of ``asked`` tokens would be too long."""
+        most = self.max_tokens if self.positions is None else min(self.positions - prompt, self.max_tokens)
         if asked is not None and asked > most:
             raise RequestError(
                 f"An answer of {asked} tokens was requested, but after a prompt of {prompt} it can have {most}: request fewer.",
@@ -150,18 +179,19 @@ class Engine:
         return most if asked is None else asked
 
     def submit(self, job: Job) -> None:
-        """Put a job in the queue.
+        """Put a job in the queue; take a :meth:`place` before, which counts as accepted while others finish.
 
         Raises:
-            RequestError: 429 if the queue is full, 503 if the engine is shutting down.
+            RequestError: 503 if the engine has been shut down since.
         """
         with self._changed:
-            if self.draining or self._closing:
-                raise RequestError("The server is shutting down and accepts no new requests: try another one, or later.", 503)
-            if len(self._waiting) >= self.queue:
-                raise RequestError(f"The queue is full with {self.queue} waiting requests: try again later.", 429)
+            self._check_open(accepted=True)
             self._waiting.append(job)
             self._changed.notify()
+
+    def _check_open(self, accepted: bool = False) -> None:
+        if self._aborted or (self.draining and not accepted):
+            raise RequestError("The server is shutting down and accepts no new requests: try another one, or later.", 503)
 
     def cancel(self, job: Job) -> None:
         """Free the place of a job that nobody waits for any more. Cancelling twice, or after the end, is harmless."""
@@ -173,7 +203,7 @@ class Engine:
     def abort(self) -> None:
         """Fail all waiting and running jobs."""
         with self._changed:
-            self.draining = True
+            self.draining = self._aborted = True
             for job in [*self._waiting, *self._running]:
                 job.cancelled = True
                 job.emit(Failure(503, "The server had to shut down before the answer was complete: ask again."))

@@ -14,7 +14,9 @@ class Metrics:
 
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter("eua_requests", "Chat requests, by HTTP status", ["status"], registry=self.registry)
+        self.requests = Counter(
+            "eua_requests", "Chat requests and those without access, by status", ["status"], registry=self.registry
+        )
         self.refusals = Counter("eua_refusals", "Requests that the guard refused", registry=self.registry)
         self.cancelled = Counter("eua_cancelled", "Requests whose client disconnected", registry=self.registry)
         self.tokens = Counter("eua_tokens", "Tokens of answered requests", ["kind"], registry=self.registry)

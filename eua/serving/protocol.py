@@ -43,6 +43,12 @@ class RequestError(EUAError):
         return {"error": {"message": str(self), "type": kind, "param": self.field, "code": self.code}}
 
 
+def unknown_model(served: str) -> RequestError:
+    """The error for a request that names another model than the one that is served."""
+    text = f"The requested model is not served here: request {served!r}, or leave it out."
+    return RequestError(text, 404, "model", "model_not_found")
+
+
 @dataclass(frozen=True)
 class ChatRequest:
     """A request, as far as it can be checked without the model. ``max_tokens`` is None if the request sets none."""
@@ -70,9 +76,7 @@ def parse_request(body: bytes, model_name: str) -> ChatRequest:
     fields = {key: value for key, value in fields.items() if value is not None}
     model = fields.get("model", model_name)
     if model != model_name:
-        raise RequestError(
-            f"The requested model is not served here: request {model_name!r}, or leave it out.", 404, "model", "model_not_found"
-        )
+        raise unknown_model(model_name)
     for key, harmless in UNSUPPORTED_FIELDS.items():
         if key in fields and fields[key] not in harmless:
             raise RequestError(f"{key!r} is set, which this server does not support: leave it out.", field=key)

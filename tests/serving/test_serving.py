@@ -8,18 +8,15 @@ import gc
 import http.client
 import json
 import logging
-import os
 import queue
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,12 +25,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-import uvicorn
-from hypothesis import given
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import WordLevel
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from eua import EnergyGuard, EUAError
 from eua.cli.main import main
@@ -43,14 +35,24 @@ from eua.guard.guarded_generate import GuardHandle
 from eua.guard.scores import answer_scores
 from eua.model.asking import answer
 from eua.model.loading import load_model
-from eua.serving.app import create_app
 from eua.serving.engine import Engine
 from eua.serving.jobs import Failure, Finish, Job, Piece, Sampling
 from eua.serving.server import DrainingServer
-from eua.serving.transcript import Transcript
 from tests.conftest import tiny_llama
-
-ROOT = Path(__file__).parents[2]
+from tests.serving.servers import (
+    JSON,
+    answered,
+    ask,
+    chat,
+    events_of,
+    get,
+    port_of,
+    process_of,
+    send,
+    serving,
+    streamed,
+    wait_until,
+)
 
 
 @pytest.fixture(scope="module")
@@ -84,78 +86,12 @@ def unserved(guarded_folder, questions) -> dict[str, tuple[str, str]]:
     return found
 
 
-@contextmanager
-def serving(engine: Engine, **settings: Any) -> Iterator[SimpleNamespace]:
-    """Serve the app of an engine on a free port."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(engine, "ann-7b", **settings), log_level="warning", lifespan="off")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        wait_until(lambda: server.started)
-        yield SimpleNamespace(port=listening.getsockname()[1], engine=engine)
-    finally:
-        engine.abort()
-        server.should_exit = True
-        thread.join()
-        engine.close()
-        listening.close()
-
-
 @pytest.fixture(scope="module")
 def served(guarded_folder) -> Iterator[SimpleNamespace]:
     model, tokenizer = load_model(str(guarded_folder))
     engine = Engine(model, tokenizer, EnergyGuard.from_pretrained(guarded_folder), queue=100, max_tokens=64)
     with serving(engine, max_body_bytes=20_000) as server:
         yield server
-
-
-@pytest.fixture
-def endless(tokenizer) -> LlamaForCausalLM:
-    """A random model that never ends an answer and takes at least two milliseconds per token."""
-    model = tiny_llama(len(tokenizer))
-    model.config.max_position_embeddings = 8192
-    model.generation_config.suppress_tokens = [tokenizer.eos_token_id]
-    model.register_forward_pre_hook(lambda *_: time.sleep(0.002))
-    return model
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not become true"
-        time.sleep(0.005)
-
-
-def chat(question: str, **fields: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}], **fields}
-
-
-def send(port: int, body: Any, method: str = "POST", path: str = "/v1/chat/completions") -> http.client.HTTPResponse:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request(method, path, body if isinstance(body, bytes) or body is None else json.dumps(body).encode())
-    response = connection.getresponse()
-    response.hang_up = lambda: (connection.sock and connection.sock.shutdown(socket.SHUT_RDWR), response.close())
-    return response
-
-
-def ask(port: int, body: Any) -> tuple[int, dict[str, Any]]:
-    with send(port, body) as response:
-        return response.status, json.loads(response.read())
-
-
-def get(port: int, path: str) -> tuple[int, str]:
-    with send(port, None, "GET", path) as response:
-        return response.status, response.read().decode()
-
-
-def answered(port: int, body: dict[str, Any]) -> tuple[str, str]:
-    """Text and finish reason of an answer."""
-    status, content = ask(port, body)
-    assert status == 200, content
-    choice = content["choices"][0]
-    return choice["message"]["content"], choice["finish_reason"]
 
 
 def submit(engine: Engine, prompt_ids: list[int], max_tokens: int = 4000, **fields: Any) -> tuple[Job, queue.Queue]:
@@ -165,27 +101,6 @@ def submit(engine: Engine, prompt_ids: list[int], max_tokens: int = 4000, **fiel
     job = Job(prompt_ids, max_tokens, **settings, emit=events.put)
     engine.submit(job)
     return job, events
-
-
-def events_of(response: http.client.HTTPResponse) -> Iterator[dict[str, Any] | str]:
-    for line in response:
-        if line.strip():
-            data = line.decode().removeprefix("data: ").strip()
-            yield data if data == "[DONE]" else json.loads(data)
-
-
-def streamed(port: int, body: dict[str, Any]) -> tuple[str, str]:
-    """Like :func:`answered`, from the chunks of a stream."""
-    with send(port, body | {"stream": True}) as response:
-        assert response.status == 200
-        assert response.headers["content-type"].startswith("text/event-stream")
-        *chunks, end = events_of(response)
-    assert end == "[DONE]"
-    choices = [chunk["choices"][0] for chunk in chunks]
-    assert choices[0]["delta"]["role"] == "assistant"
-    *reasons, reason = [choice["finish_reason"] for choice in choices]
-    assert not any(reasons)
-    return "".join(choice["delta"].get("content", "") for choice in choices), reason
 
 
 def test_a_hundred_at_once_none_lost_none_mixed_up_and_memory_stays_flat(served, questions, unserved):
@@ -355,7 +270,12 @@ def test_usage_names_and_health(served, questions, tokenizer):
     assert whole["usage"]["prompt_tokens"] == len(encode_prompts([questions[0]], tokenizer)[0])
     assert whole["usage"]["total_tokens"] == whole["usage"]["prompt_tokens"] + whole["usage"]["completion_tokens"]
     assert (whole["object"], whole["model"]) == ("chat.completion", "ann-7b")
-    assert json.loads(get(served.port, "/v1/models")[1])["data"][0]["id"] == "ann-7b"
+    (model,) = json.loads(get(served.port, "/v1/models")[1])["data"]
+    assert (model["id"], model["object"]) == ("ann-7b", "model")
+    assert json.loads(get(served.port, "/v1/models/ann-7b")[1]) == model
+    for name in ("gpt-9", "meta/llama", "ann-7b/", "%2e%2e"):
+        status, content = get(served.port, f"/v1/models/{name}")
+        assert (status, json.loads(content)["error"]["code"]) == (404, "model_not_found")
     assert get(served.port, "/health") == (200, '{"status":"ok"}')
     assert get(served.port, "/v2")[0] == 404
     assert get(served.port, "/v1/chat/completions")[0] == 405
@@ -512,7 +432,7 @@ def test_clients_that_leave_free_their_place(endless, tokenizer):
         streaming = send(server.port, chat("Who?", stream=True))
         next(events_of(streaming))
         waiting = http.client.HTTPConnection("127.0.0.1", server.port)
-        waiting.request("POST", "/v1/chat/completions", json.dumps(chat("Where?")))
+        waiting.request("POST", "/v1/chat/completions", json.dumps(chat("Where?")), JSON)
         wait_until(lambda: engine.waiting == 1)
         waiting.close()
         wait_until(lambda: engine.waiting == 0, 2)
@@ -521,7 +441,7 @@ def test_clients_that_leave_free_their_place(endless, tokenizer):
         wait_until(lambda: engine.running == 0, 2)
 
         running = http.client.HTTPConnection("127.0.0.1", server.port)
-        running.request("POST", "/v1/chat/completions", json.dumps(chat("Where?")))
+        running.request("POST", "/v1/chat/completions", json.dumps(chat("Where?")), JSON)
         wait_until(lambda: engine.running == 1)
         running.close()
         wait_until(lambda: engine.running == 0, 2)
@@ -533,7 +453,7 @@ def test_a_full_queue_rejects_requests_and_says_when_to_retry(endless, tokenizer
     with serving(Engine(endless, tokenizer, None, max_batch=1, queue=2, max_tokens=8000)) as server:
         held = [http.client.HTTPConnection("127.0.0.1", server.port) for _ in range(3)]
         for place, connection in enumerate(held):
-            connection.request("POST", "/v1/chat/completions", json.dumps(chat("Who?")))
+            connection.request("POST", "/v1/chat/completions", json.dumps(chat("Who?")), JSON)
             wait_until(lambda place=place: (server.engine.running, server.engine.waiting) == (1, place))
         with send(server.port, chat("Who?")) as response:
             assert response.status == 429
@@ -541,6 +461,7 @@ def test_a_full_queue_rejects_requests_and_says_when_to_retry(endless, tokenizer
             assert json.loads(response.read())["error"]["type"] == "rate_limit_error"
         for connection in held:
             connection.close()
+        wait_until(lambda: server.engine.waiting == 0, 2)
         assert answered(server.port, chat("Who?", max_tokens=3))[1] == "length"
 
 
@@ -556,18 +477,18 @@ def test_requests_that_take_too_long_time_out(endless, tokenizer, monkeypatch):
         assert "not complete within 0.5 s" in error["error"]["message"]
         wait_until(lambda: server.engine.running == 0, 2)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(server.engine, "encode", lambda *_: time.sleep(1.5))
-            start = time.monotonic()
-            assert ask(server.port, chat("Who?"))[0] == 504
-            assert time.monotonic() - start < 1.4
-
         slow = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
         slow.putrequest("POST", "/v1/chat/completions")
         slow.putheader("Content-Length", "100")
+        slow.putheader("Content-Type", "application/json")
         slow.endheaders(b"{")
         assert slow.getresponse().status == 408
         assert answered(server.port, chat("Who?", max_tokens=3))[1] == "length"
+
+        monkeypatch.setattr(server.engine, "encode", lambda *_: time.sleep(1.5))
+        start = time.monotonic()
+        assert ask(server.port, chat("Who?"))[0] == 504
+        assert time.monotonic() - start < 1.4
 
 
 def test_one_bad_request_does_not_fail_its_batch(tokenizer, questions, caplog):
@@ -596,47 +517,6 @@ def test_one_bad_request_does_not_fail_its_batch(tokenizer, questions, caplog):
         assert [other.result()[0] for other in others] == expected
     assert "failed with RuntimeError" in caplog.text
     assert secret not in caplog.text
-
-
-@given(text=st.text("ab ❄é\n", max_size=30), stop=st.lists(st.text("ab ❄", min_size=1, max_size=3), max_size=2))
-def test_pieces_are_never_taken_back(tokenizer, text, stop):
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    transcript, pieces = Transcript(tokenizer, stop), []
-    for count in range(1, len(ids) + 1):
-        pieces.append(transcript.piece(ids[:count], final=count == len(ids)))
-        if transcript.stopped:
-            break
-    cuts = [text.find(end) for end in stop if end in text]
-    assert "".join(pieces) == text[: min(cuts, default=None)].strip()
-    assert transcript.stopped == bool(cuts)
-
-
-def test_spaces_that_were_shown_are_not_cleaned_up():
-    words = Tokenizer(WordLevel({"▁do": 0, "▁n": 1, "'t": 2, "<unk>": 3}, unk_token="<unk>"))
-    words.decoder = decoders.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", clean_up_tokenization_spaces=True)
-    transcript = Transcript(tokenizer)
-    assert [transcript.piece([0, 1, 2][: n + 1], final=n == 2) for n in range(3)] == ["do", " n", "'t"]
-
-
-@contextmanager
-def process_of(folder: Path, *more: str) -> Iterator[subprocess.Popen]:
-    """``eua serve`` in a separate process."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "eua", "serve", "--model", str(folder), "--port", "0", *more]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def port_of(process: subprocess.Popen) -> int:
-    """The port it listens on; waits until it does."""
-    line = next(line for line in process.stdout if line.startswith("Serving "))
-    assert "guard off" in line
-    return int(line.split("/v1")[0].rsplit(":", 1)[1])
 
 
 def test_sigterm_finishes_running_requests_rejects_others_and_exits_with_0(tokenizer, tmp_path):
@@ -675,7 +555,8 @@ def test_sigterm_finishes_running_requests_rejects_others_and_exits_with_0(token
 def test_an_idle_server_leaves_at_once_and_a_second_signal_ends_the_grace(endless, tokenizer):
     engine, events = Engine(endless, tokenizer, None, max_tokens=8000), queue.Queue()
     try:
-        idle, busy = (DrainingServer(uvicorn.Config("none"), engine, grace=60) for _ in range(2))
+        limits = {"grace": 60, "timeout": 1, "read_timeout": 1, "max_connections": 9}
+        idle, busy = (DrainingServer(None, engine, **limits) for _ in range(2))
         assert not asyncio.run(busy.on_tick(1))
         engine.submit(Job([5], 8000, Sampling(), (), False, events.put))
         busy.handle_exit(signal.SIGTERM, None)
