@@ -134,9 +134,9 @@ class Engine:
 
     def _answer_length(self, prompt: int, asked: int | None) -> int:
         """Raise :class:`RequestError` if prompt or answer would be too long."""
-        room = self.max_tokens if self.positions is None else self.positions - prompt
+        room = self.max_tokens if self.positions is None else self.positions - prompt + 1  # its last token needs no position
         if room < 1 or (self.max_prompt_tokens is not None and prompt > self.max_prompt_tokens):
-            most = min(n for n in (self.max_prompt_tokens, self.positions and self.positions - 1) if n is not None)
+            most = min(n for n in (self.max_prompt_tokens, self.positions) if n is not None)
             raise RequestError(
                 f"The prompt has {prompt} tokens, but at most {most} are accepted: shorten it.",
                 field="messages",
@@ -218,7 +218,7 @@ class Engine:
         """
         rows = [*batch, job]
         longest = max(len(row.prompt_ids) for row in rows) + max(row.max_tokens for row in rows)
-        fits = self.positions is None or longest <= self.positions
+        fits = self.positions is None or longest - 1 <= self.positions
         return fits and job.sampling.shares_batch_with(batch[0].sampling)
 
     def _answer(self, jobs: list[Job]) -> None:
