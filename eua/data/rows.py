@@ -38,16 +38,17 @@ class EncodedRow:
     """Token ids of prompt and answer, and the length of the prompt.
 
     A chat may have several answers: the prompt is then that of the first one, and ``later_prompts`` are the positions after it
-    that belong to no answer.
+    that belong to no answer. ``cut_ids`` are the tokens that were cut off at the end.
     """
 
     input_ids: list[int]
     prompt_length: int
     later_prompts: frozenset[int] = frozenset()
+    cut_ids: tuple[int, ...] = ()
 
     @property
     def key(self) -> tuple[tuple[int, ...], int, frozenset[int]]:
-        """A hashable value that equal rows, and no others, have in common."""
+        """A hashable value that rows with the same tokens, and no others, have in common; what was cut off is not in it."""
         return tuple(self.input_ids), self.prompt_length, self.later_prompts
 
     @property
@@ -264,7 +265,7 @@ def encode_rows(
         kept = [p for p in counted if max_length is None or p < max_length]
         cut += len(kept) < len(counted)
         stop = kept[-1] + 1  # nothing after the last answer that fits has an effect
-        encoded.append(EncodedRow(ids[:stop], start, frozenset(range(start, stop)).difference(kept)))
+        encoded.append(EncodedRow(ids[:stop], start, frozenset(range(start, stop)).difference(kept), tuple(ids[stop:])))
     if cut:
         logger.warning(
             f"{cut} of {len(rows)} rows of the {name} are longer than max_length = {max_length}: their answers were cut."

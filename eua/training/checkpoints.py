@@ -263,8 +263,8 @@ def read_checkpoint(checkpoint: Path) -> TrainerState:
         advice = f"delete {checkpoint} to resume from {whole[-1].name}, which is whole" if whole else None
         if (checkpoint / TRAINER_STATE_NAME).is_file() and not (checkpoint / FILE_LIST).exists():
             raise EUAError(
-                f"{checkpoint} has no {FILE_LIST}, so it may be from an earlier version, and such a checkpoint cannot be resumed "
-                f"with this one: {advice or 'resume it with the version that saved it'}, or start again."
+                f"{checkpoint} has no {FILE_LIST}, so it may be from an earlier version, and such a checkpoint cannot be "
+                f"resumed with this one: {advice or 'resume it with the version that saved it'}, or start again."
             ) from error
         raise EUAError(
             f"{path} is missing or damaged ({in_one_line(error)}), and without it the run would end with other weights: "

@@ -145,7 +145,9 @@ def test_a_checkpoint_without_a_list_of_files_may_be_from_an_earlier_version(mod
     for checkpoint in tmp_path.glob("checkpoint-*"):
         (checkpoint / "files.json").unlink()
     again = make(tiny_llama(len(tokenizer)), tokenizer, rows, tmp_path)
-    text = r"checkpoint-6 has no files.json, .*earlier version, and such a checkpoint cannot be resumed with this one: resume it"
+    text = (
+        r"checkpoint-6 has no files.json, .*earlier version, and such a checkpoint cannot be resumed with this one: resume it"
+    )
     with pytest.raises(EUAError, match=text):
         again.train(resume_from_checkpoint=True)
     with pytest.raises(EUAError, match=r"nowhere/files.json is missing or damaged"):
