@@ -144,6 +144,33 @@ def encode_prompts(prompts: Prompts, tokenizer: PreTrainedTokenizerBase, name: s
     return encoded
 
 
+def answered_prompts(
+    rows: Source, tokenizer: PreTrainedTokenizerBase, name: str = "dataset", assistant_turns: str = "last"
+) -> list[list[int]]:
+    """The prompt of every answer that counts, as :func:`encode_prompts` gives it for a chat that ends before that answer.
+
+    Args:
+        rows, tokenizer, name, assistant_turns: as in :func:`encode_rows`. The prompts of answers beyond a ``max_length`` are
+            among those returned.
+
+    Raises:
+        EUAError: as in :func:`encode_rows`.
+    """
+    asked: list[Row] = []
+    for index, row in enumerate(read_rows(rows, name)):
+        where = f"Row {index} of the {name}"
+        prompt, answer, _ = _split_answered_row(row, where)
+        if assistant_turns == "last" or isinstance(answer, str):
+            asked.append(row)
+            continue
+        chat = [*prompt, *answer]
+        begun = [chat[:i] for i, message in enumerate(chat) if message.get("role") == "assistant"]
+        texts = [format_prompt(tokenizer, before, where) for before in begun]
+        (first, *_), _ = row_texts(row, tokenizer, where, assistant_turns)
+        asked += ({"prompt": before} for before in begun[texts.index(first) :])  # a template may mark later answers alone
+    return encode_prompts(asked, tokenizer, name)
+
+
 def check_rows(rows: Sequence[Row | str], name: str, *, answers: bool) -> None:
     """Check the format of rows without a tokenizer, for example before a model is loaded.
 
