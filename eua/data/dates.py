@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime
@@ -14,7 +15,11 @@ from transformers import PreTrainedTokenizerBase
 Tokenizer = TypeVar("Tokenizer", bound=PreTrainedTokenizerBase)
 
 _CLOCK = "strftime_now"  # the function that transformers gives to templates
+_SOME_DAY = datetime(2000, 1, 1)
 _DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnprRsStTuUVwWxXyYzZ"  # letters that follow a % in a format
+
+_BEGIN, _END = f"{{% macro {_CLOCK}(format) %}}", "{% endmacro %}\n"
+_MACRO = re.compile(rf"\A{re.escape(_BEGIN)}.*?{re.escape(_END)}")
 
 
 def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -25,8 +30,8 @@ def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 def at_date(tokenizer: Tokenizer, moment: datetime) -> Tokenizer:
     """A tokenizer that encodes chats as the given one does at ``moment``; the given one itself if it writes no date.
 
-    The template gets a macro with the name of transformers' function, which takes its place inside the template. The copy is
-    for encoding, not for saving.
+    The template gets a macro with the name of transformers' function, which takes its place inside the template, and that of an
+    earlier call's macro. The copy is for encoding, not for saving.
 
     >>> llama_3.apply_chat_template(chat, tokenize=False)                        # doctest: +SKIP
     '... Today Date: 27 Nov 2026 ...'
@@ -36,12 +41,18 @@ def at_date(tokenizer: Tokenizer, moment: datetime) -> Tokenizer:
     if not writes_date(tokenizer):
         return tokenizer
     kept = copy.copy(tokenizer)
-    macro = _clock_at(moment)
-    template = tokenizer.chat_template
+    template, set_clock = tokenizer.chat_template, _clock_at(moment)
     kept.chat_template = (
-        {name: macro + text for name, text in template.items()} if isinstance(template, dict) else f"{macro}{template}"
+        {name: set_clock + _MACRO.sub("", text) for name, text in template.items()}
+        if isinstance(template, dict)
+        else set_clock + _MACRO.sub("", str(template))
     )
     return kept
+
+
+def at_same_date(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer that encodes a chat in the same way on every day, to compare chats; the given one if it writes no date."""
+    return at_date(tokenizer, _SOME_DAY)
 
 
 def _templates(tokenizer: PreTrainedTokenizerBase) -> Iterable[str]:
@@ -58,4 +69,4 @@ def _clock_at(moment: datetime) -> str:
     # A doubled % stands for itself, even before a letter, so it is set aside first.
     steps = {"%%": "\0"} | written | {"\0": "%"}
     replaced = "".join(f"|replace({json.dumps(directive)},{json.dumps(value)})" for directive, value in steps.items())
-    return f"{{% macro {_CLOCK}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
+    return f"{_BEGIN}{{{{ format{replaced} }}}}{_END}"

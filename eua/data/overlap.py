@@ -33,12 +33,15 @@ def retain_without_forget(
     """
     forgotten = {row.key: index for index, row in reversed(list(enumerate(forget)))}
     both = [(index, forgotten[row.key]) for index, row in enumerate(retain) if row.key in forgotten]
+    uncut = {(row.key, row.cut_ids) for row in forget}
+    differ = sum((retain[index].key, retain[index].cut_ids) not in uncut for index, _ in both)
+    cut = f" The texts of {differ} of them differ, but only beyond max_length, where they are cut." if differ else ""
     if both and overlap == "error":
         named = ", ".join(f"row {index} (row {other} of the forget set)" for index, other in both[:_NAMED])
         raise EUAError(
             f"{len(both)} of {len(retain)} rows of the retain set are rows of the forget set, too: {named}"
-            f"{', …' if len(both) > _NAMED else ''}. They would be trained both ways: take them out of one of the two sets, or "
-            'set overlap = "drop" to leave them out of the retain set.'
+            f"{', …' if len(both) > _NAMED else ''}.{cut} They would be trained both ways: take them out of one of the two "
+            f'sets, {"raise max_length, " if differ else ""}or set overlap = "drop" to leave them out of the retain set.'
         )
     left_out = {index for index, _ in both}
     kept = [row for index, row in enumerate(retain) if index not in left_out]
@@ -48,7 +51,7 @@ def retain_without_forget(
             "give other rows to retain."
         )
     if both:
-        logger.warning(f"{len(both)} of {len(retain)} rows to retain are left out, since they are rows to forget, too.")
+        logger.warning(f"{len(both)} of {len(retain)} rows to retain are left out, since they are rows to forget, too.{cut}")
     asked = set(_plain_prompts(forget, tokenizer))
     alike = sum(prompt in asked for prompt in _plain_prompts(kept, tokenizer))
     if alike:

@@ -38,16 +38,17 @@ class EncodedRow:
     """Token ids of prompt and answer, and the length of the prompt.
 
     A chat may have several answers: the prompt is then that of the first one, and ``later_prompts`` are the positions after it
-    that belong to no answer.
+    that belong to no answer. ``cut_ids`` are the tokens that were cut off at the end.
     """
 
     input_ids: list[int]
     prompt_length: int
     later_prompts: frozenset[int] = frozenset()
+    cut_ids: tuple[int, ...] = ()
 
     @property
     def key(self) -> tuple[tuple[int, ...], int, frozenset[int]]:
-        """A hashable value that equal rows, and no others, have in common."""
+        """A hashable value that rows with the same tokens, and no others, have in common; what was cut off is not in it."""
         return tuple(self.input_ids), self.prompt_length, self.later_prompts
 
     @property
@@ -141,6 +142,33 @@ def encode_prompts(prompts: Prompts, tokenizer: PreTrainedTokenizerBase, name: s
             )
         _check_not_padding(ids, tokenizer, f"Row {index} of the {name}")
     return encoded
+
+
+def answered_prompts(
+    rows: Source, tokenizer: PreTrainedTokenizerBase, name: str = "dataset", assistant_turns: str = "last"
+) -> list[list[int]]:
+    """The prompt of every answer that counts, as :func:`encode_prompts` gives it for a chat that ends before that answer.
+
+    Args:
+        rows, tokenizer, name, assistant_turns: as in :func:`encode_rows`. The prompts of answers beyond a ``max_length`` are
+            among those returned.
+
+    Raises:
+        EUAError: as in :func:`encode_rows`.
+    """
+    asked: list[Row] = []
+    for index, row in enumerate(read_rows(rows, name)):
+        where = f"Row {index} of the {name}"
+        prompt, answer, _ = _split_answered_row(row, where)
+        if assistant_turns == "last" or isinstance(answer, str):
+            asked.append(row)
+            continue
+        chat = [*prompt, *answer]
+        begun = [chat[:i] for i, message in enumerate(chat) if message.get("role") == "assistant"]
+        texts = [format_prompt(tokenizer, before, where) for before in begun]
+        (first, *_), _ = row_texts(row, tokenizer, where, assistant_turns)
+        asked += ({"prompt": before} for before in begun[texts.index(first) :])  # a template may mark later answers alone
+    return encode_prompts(asked, tokenizer, name)
 
 
 def check_rows(rows: Sequence[Row | str], name: str, *, answers: bool) -> None:
@@ -264,7 +292,7 @@ def encode_rows(
         kept = [p for p in counted if max_length is None or p < max_length]
         cut += len(kept) < len(counted)
         stop = kept[-1] + 1  # nothing after the last answer that fits has an effect
-        encoded.append(EncodedRow(ids[:stop], start, frozenset(range(start, stop)).difference(kept)))
+        encoded.append(EncodedRow(ids[:stop], start, frozenset(range(start, stop)).difference(kept), tuple(ids[stop:])))
     if cut:
         logger.warning(
             f"{cut} of {len(rows)} rows of the {name} are longer than max_length = {max_length}: their answers were cut."

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from eua.data.dates import at_same_date
 from eua.data.rows import encode_answer, encode_prompts
 from eua.data.sources import Prompts, read_prompts
 from eua.errors import EUAError
@@ -171,10 +172,12 @@ class EnergyGuard:
         if isinstance(prompts, (list, tuple)) and not prompts:
             raise EUAError("There are no calibration prompts: give held-out prompts that must be answered, at least 19 at 5 %.")
         refusal_ids, stop_ids = _refusal_ids(refusal_text, tokenizer)
-        ids = encode_prompts(read_prompts(prompts, "calibration prompts"), tokenizer, "calibration prompts")
+        prompts = read_prompts(prompts, "calibration prompts")
+        ids = encode_prompts(prompts, tokenizer, "calibration prompts")
         if seen is not None and not (isinstance(seen, (list, tuple)) and not seen):
             _check_unseen(ids, encode_prompts(read_prompts(seen, "seen prompts"), tokenizer, "seen prompts"))
-        _check_not_forgotten(ids, model)
+        without_date = at_same_date(tokenizer)
+        _check_not_forgotten(ids if without_date is tokenizer else encode_prompts(prompts, without_date), model)
         _check_present_and_precise(model)
         ids, groups = _without_copies(ids, groups)
         check_calibration(len(ids), tolerance, groups, confidence)  # before minutes of scoring
@@ -458,7 +461,7 @@ def _check_unseen(prompts: Sequence[Sequence[int]], seen: Sequence[Sequence[int]
 
 
 def _check_not_forgotten(prompts: Sequence[Sequence[int]], model: PreTrainedModel) -> None:
-    """Raise if the model was trained to forget a prompt: a threshold from such prompts would let them pass."""
+    """Raise if the model was trained to forget a prompt, :func:`at_same_date`: a threshold from them would let them pass."""
     forgotten = forgotten_prompts(model)
     found = [index for index, ids in enumerate(prompts) if forgotten and prompt_digest(ids) in forgotten]
     if found:

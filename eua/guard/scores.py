@@ -56,7 +56,7 @@ def prompt_scores(
     """
     if check:
         check_head_once(model)
-        check_ids(model, prompts, "prompts", first_tokens)
+        check_ids(model, prompts, "prompts", first_tokens + 1 if first_tokens else 0)
     parts = [[tuple(part) for part in (turns.scored_prompts(ids) if turns else [ids])] for ids in prompts]
     known = {} if known is None else known
     left = [ids for ids in dict.fromkeys(chain.from_iterable(parts)) if ids not in known]

@@ -21,7 +21,7 @@ _ATTRIBUTE = "forgotten_prompts"
 
 
 def prompt_digest(ids: Sequence[int]) -> str:
-    """SHA-256 of a prompt's token ids."""
+    """SHA-256 of a prompt's token ids, of a tokenizer :func:`eua.data.dates.at_same_date`."""
     return hashlib.sha256(repr(list(ids)).encode()).hexdigest()
 
 

@@ -236,7 +236,7 @@ def check_ids(model: nn.Module, rows: Iterable[Sequence[int]], name: str = "", n
         model: a causal language model.
         rows: token ids.
         name: what messages call the rows.
-        new_tokens: number of tokens that are generated behind each row.
+        new_tokens: number of tokens that are generated behind each row. The model reads all of them but the last.
 
     Raises:
         EUAError: if a row holds a token id outside the model's vocabulary, or needs more positions than the model has learned.
@@ -252,7 +252,7 @@ def check_ids(model: nn.Module, rows: Iterable[Sequence[int]], name: str = "", n
                 f"Row {index} {where}holds token id {largest}, which is out of range for the model's vocabulary of "
                 f"{vocabulary}: use the model's own tokenizer, or resize the model's embeddings."
             )
-        is_longer = positions is not None and len(ids) + new_tokens > positions
+        is_longer = positions is not None and len(ids) + max(new_tokens - 1, 0) > positions
         if is_longer and are_learned:
             generated = f" and {new_tokens} generated ones" if new_tokens else ""
             raise EUAError(

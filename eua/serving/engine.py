@@ -67,7 +67,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.queue, self.max_tokens = max_batch, queue, max_tokens
         self.positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        limits = (max_prompt_tokens, self.positions and self.positions - 1)
+        limits = (max_prompt_tokens, self.positions)
         self.max_prompt_tokens = min((limit for limit in limits if limit is not None), default=None)
         self._limit = PromptLimit(tokenizer, self.max_prompt_tokens)
         self.draining = False  # set it to reject new jobs while accepted ones are finished
@@ -170,7 +170,8 @@ class Engine:
 
     def _answer_length(self, prompt: int, asked: int | None) -> int:
         """Raise :class:`RequestError` if an answer of ``asked`` tokens would be too long."""
-        most = self.max_tokens if self.positions is None else min(self.positions - prompt, self.max_tokens)
+        room = self.max_tokens if self.positions is None else self.positions - prompt + 1  # its last token needs no position
+        most = min(room, self.max_tokens)
         if asked is not None and asked > most:
             raise RequestError(
                 f"An answer of {asked} tokens was requested, but after a prompt of {prompt} it can have {most}: request fewer.",
@@ -247,7 +248,7 @@ class Engine:
         """
         rows = [*batch, job]
         longest = max(len(row.prompt_ids) for row in rows) + max(row.max_tokens for row in rows)
-        fits = self.positions is None or longest <= self.positions
+        fits = self.positions is None or longest - 1 <= self.positions
         return fits and job.sampling.shares_batch_with(batch[0].sampling)
 
     def _answer(self, jobs: list[Job]) -> None:

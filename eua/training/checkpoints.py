@@ -260,10 +260,15 @@ def read_checkpoint(checkpoint: Path) -> TrainerState:
         path, error = damage
         others = [checkpoint_folder(checkpoint.parent, step) for step in saved_steps(checkpoint.parent)]
         whole = [other for other in others if other.name != checkpoint.name and not _find_damage(other)]
-        advice = f"delete {checkpoint} to resume from {whole[-1].name}, which is whole" if whole else "put the file back"
+        advice = f"delete {checkpoint} to resume from {whole[-1].name}, which is whole" if whole else None
+        if (checkpoint / TRAINER_STATE_NAME).is_file() and not (checkpoint / FILE_LIST).exists():
+            raise EUAError(
+                f"{checkpoint} has no {FILE_LIST}, so it may be from an earlier version, and such a checkpoint cannot be "
+                f"resumed with this one: {advice or 'resume it with the version that saved it'}, or start again."
+            ) from error
         raise EUAError(
             f"{path} is missing or damaged ({in_one_line(error)}), and without it the run would end with other weights: "
-            f"{advice}, or start again."
+            f"{advice or 'put the file back'}, or start again."
         ) from error
     if not any("optim" in name for name in _listed_files(checkpoint)):
         raise EUAError(

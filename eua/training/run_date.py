@@ -15,8 +15,8 @@ from eua.files import write_json
 DATE_FILE = "run_date.json"
 
 
-def run_date(output_folder: Path) -> datetime:
-    """When the run in the folder began, or now if there is none; all processes call this, and get the same.
+def run_date(resumed: Path | None = None) -> datetime:
+    """When the run in the folder ``resumed`` began, or now if none is resumed; all processes call this, and get the same.
 
     Raises:
         EUAError: if the file cannot be read.
@@ -24,7 +24,7 @@ def run_date(output_folder: Path) -> datetime:
     found: datetime | EUAError | None = None
     if PartialState().is_main_process:  # the file may be on its disk only
         try:
-            found = _read(output_folder / DATE_FILE) or datetime.now().replace(microsecond=0)
+            found = (_read(resumed / DATE_FILE) if resumed else None) or datetime.now().replace(microsecond=0)
         except EUAError as error:
             found = error
     (found,) = broadcast_object_list([found])

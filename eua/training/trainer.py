@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from datetime import datetime
+from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,11 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import logging
 
 from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset
-from eua.data.dates import at_date, writes_date
+from eua.data.dates import at_date, at_same_date, writes_date
 from eua.data.overlap import retain_without_forget
 from eua.data.pairing import PairedSampler
-from eua.data.rows import IGNORE_INDEX, encode_rows
-from eua.data.sources import Source
+from eua.data.rows import IGNORE_INDEX, EncodedRow, answered_prompts, encode_rows
+from eua.data.sources import Row, Source, read_rows
 from eua.distributed import is_sharded
 from eua.errors import EUAError, in_one_line
 from eua.files import locked
@@ -84,6 +86,25 @@ def _name_of(model: nn.Module) -> str:
             "processing_class."
         )
     return name
+
+
+def _name_of_set(kind: str) -> str:
+    return f"{kind.replace('_', ' ')} set"
+
+
+def _encode_sets(
+    sets: Mapping[str, list[Row]], tokenizer: PreTrainedTokenizerBase, args: EUAConfig, date: datetime | None
+) -> dict[str, list[EncodedRow]]:
+    encoding = tokenizer if date is None else at_date(tokenizer, date)
+    return {
+        kind: encode_rows(rows, encoding, args.max_length, _name_of_set(kind), args.assistant_turns)
+        for kind, rows in sets.items()
+    }
+
+
+def _check_rows_fit(model: nn.Module, rows: Mapping[str, list[EncodedRow]]) -> None:
+    for kind, of_kind in rows.items():
+        check_ids(model, (row.input_ids for row in of_kind), _name_of_set(kind))
 
 
 def pairs_of_epochs(args: EUAConfig, forget_rows: int) -> Iterator[int]:
@@ -148,16 +169,13 @@ class EUATrainer(CheckpointingTrainer):
         check_scheduler(args)
         if processing_class is None:
             processing_class = load_tokenizer(model if isinstance(model, str) else _name_of(model))
-        sets = {"forget": forget_dataset, "retain": retain_dataset}
+        sources = {"forget": forget_dataset, "retain": retain_dataset}
         if eval_forget_dataset is not None and eval_retain_dataset is not None:
-            sets |= {"eval_forget": eval_forget_dataset, "eval_retain": eval_retain_dataset}
-        self.date = run_date(Path(args.output_dir)) if writes_date(processing_class) else None
-        encoding = processing_class if self.date is None else at_date(processing_class, self.date)
-        rows = {  # before a model is loaded, which may take minutes
-            kind: encode_rows(dataset, encoding, args.max_length, name, args.assistant_turns)
-            for kind, dataset in sets.items()
-            for name in [f"{kind.replace('_', ' ')} set"]
-        }
+            sources |= {"eval_forget": eval_forget_dataset, "eval_retain": eval_retain_dataset}
+        self.date = self._today = run_date() if writes_date(processing_class) else None
+        sets = {kind: read_rows(source, _name_of_set(kind)) for kind, source in sources.items()}
+        self._encode = partial(_encode_sets, sets, processing_class, args)
+        rows = self._encode(self.date)  # before a model is loaded, which may take minutes
         check_batches(args, len(rows["forget"]))
         kept = retain_without_forget(rows["forget"], rows["retain"], processing_class, args.overlap)
         if isinstance(model, str):
@@ -174,8 +192,7 @@ class EUATrainer(CheckpointingTrainer):
             check_optimizer(args, model)
         if args.should_save:
             check_saving(model, processing_class, Path(args.output_dir))
-        for kind, of_kind in rows.items():
-            check_ids(model, (row.input_ids for row in of_kind), f"{kind.replace('_', ' ')} set")
+        _check_rows_fit(model, rows)
         rows["retain"] = kept  # only now, so that messages count rows as they were passed
         self.reference: Reference | None = None
         if ref_model is not None:
@@ -205,20 +222,32 @@ class EUATrainer(CheckpointingTrainer):
         if not is_sharded(self.accelerator):
             self._check_forward()
         self.encoded_rows = rows
-        self.forgotten_prompts = forgotten_prompts(model) | {prompt_digest(row.prompt_ids) for row in rows["forget"]}
+        self._forgotten_before = forgotten_prompts(model)
+        asked = [row.prompt_ids for row in rows["forget"]]
+        if self.date is not None or args.assistant_turns == "all":
+            asked = answered_prompts(sets["forget"], at_same_date(processing_class), "forget set", args.assistant_turns)
+        self.prompts_to_forget = frozenset(map(prompt_digest, asked))
         # compute_loss divides by the counts of the whole accumulation window itself.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self._tallies: Tensor | None = None
-        self.boundaries = BoundaryStore(
+        self.boundaries = self._boundary_store()
+
+    def _boundary_store(self) -> BoundaryStore:
+        return BoundaryStore(
             self.output_folder / BOUNDARIES_FILE,
-            rows,
-            constants=args.constant_boundaries,
+            self.encoded_rows,
+            constants=self.args.constant_boundaries,
             every_step=self.reference is not None,
-            fraction=args.rho,
-            temperature=args.temperature,
-            fill=args.fill,
+            fraction=self.args.rho,
+            temperature=self.args.temperature,
+            fill=self.args.fill,
         )
+
+    @property
+    def forgotten_prompts(self) -> frozenset[str]:
+        """Digests of the prompts that the model has forgotten: in earlier runs and, once it has made a step, in this one."""
+        return self._forgotten_before | (self.prompts_to_forget if self.state.global_step else frozenset())
 
     # ---- before the first step ----------------------------------------------------------------------------------
 
@@ -242,6 +271,7 @@ class EUATrainer(CheckpointingTrainer):
             raise EUAError(f"{self.output_folder} has no checkpoint to resume from: name one, or train without resuming.")
         checkpoint = earlier if resume_from_checkpoint is True else resume_from_checkpoint
         self._resumed_state = read_checkpoint(Path(checkpoint)) if checkpoint else None
+        self._write_date_of(Path(checkpoint).parent if checkpoint else None)
         boundaries = self._find_boundaries(resuming=bool(checkpoint))
         if is_sharded(self.accelerator) and checkpoint and self.boundaries.missing:
             raise EUAError(
@@ -249,13 +279,15 @@ class EUATrainer(CheckpointingTrainer):
                 f"{checkpoint} have been trained since: put that file back, or train anew into another folder."
             )
         self.train_dataset = ForgetRetainDataset(self.encoded_rows, boundaries)
-        with self.stop_on_signal as stop, self._beginning_explained():
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            with self.stop_on_signal as stop, self._beginning_explained():
+                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            set_forgotten(self.model, self.forgotten_prompts)
         if self.is_interrupted():
             raise KeyboardInterrupt(f"stopped by signal {stop.received} after step {self.state.global_step}")
         self.check_weights()
         extract_model_from_parallel(self.model, keep_fp32_wrapper=False)  # the model computes in its own dtype again
-        set_forgotten(self.model, self.forgotten_prompts)
         self.model.eval()  # without dropout, for calibration and generation
         return result
 
@@ -285,6 +317,22 @@ class EUATrainer(CheckpointingTrainer):
         check_head(self.model)
         if self.args.padding_free:
             check_padding_free(self.model)
+
+    def _write_date_of(self, resumed: Path | None) -> None:
+        """Until the first step, let the template write the date of the run in the folder ``resumed``, or today's.
+
+        If that is another date than before, rows are encoded again.
+        """
+        if self.date is None or self.state.global_step:
+            return
+        date = self._today if resumed is None else run_date(resumed)
+        if date == self.date:
+            return
+        rows = self._encode(date)
+        _check_rows_fit(self.model, rows)
+        rows["retain"] = retain_without_forget(rows["forget"], rows["retain"], self.processing_class, self.args.overlap)
+        self.date, self.encoded_rows = date, rows
+        self.boundaries = self._boundary_store()
 
     def _find_boundaries(self, *, resuming: bool) -> dict[str, list[Tensor]]:
         """The boundaries from the weights that the trainer was created with; a second ``train()`` uses the same ones.
@@ -430,7 +478,10 @@ class EUATrainer(CheckpointingTrainer):
                 "evaluate() was called before train(), but only train() shards the model over the processes and computes its "
                 "boundaries: set eval_on_start = True to evaluate before the first step."
             )
-        boundaries = self._find_boundaries(resuming=last_checkpoint(self.output_folder) is not None)
+        resuming = last_checkpoint(self.output_folder) is not None
+        if resuming:
+            self._write_date_of(self.output_folder)
+        boundaries = self._find_boundaries(resuming=resuming)
         rows = {kind: self.encoded_rows[f"eval_{kind}"] for kind in ("forget", "retain")}
         with self.accelerator.autocast():
             measured = held_out_metrics(

@@ -460,14 +460,14 @@ def test_what_measures_a_model_checks_its_input_before_loading_it(
 
 
 def test_calibration_runs_every_prompt_once(tiny_folder, data, tmp_path, capsys, forwards):
-    """With groups, whose shares are printed, too. The head is checked once, in two forwards."""
+    """With groups, whose shares are printed, too. The head is checked once, in two forwards of three rows."""
     held_out, forget = data / "held_out.jsonl", data / "forget.jsonl"
     command = ["calibrate", "--model", str(tiny_folder), "--prompts", str(held_out), "--output", str(tmp_path)]
     assert main([*command, "--forget", str(forget), "--group-by", "person", "--tolerance", "0.1"]) == 0
     shown = capsys.readouterr().out
     assert "Groups with prompts above the threshold" in shown
     prompts = sum(len(path.read_text().splitlines()) for path in (held_out, forget))
-    assert sum(forwards) == prompts + 2
+    assert sum(forwards) == prompts + 3
     assert main([*command, "--forget", str(forget), "--tolerance", "0.1"]) == 0
     assert "if all 8 that differ are independent; it is wider if several are about one person)" in capsys.readouterr().out
 

@@ -78,6 +78,13 @@ def test_the_template_writes_what_it_wrote_at_that_moment(template, tokenizer, c
     assert chatty.chat_template == template
 
 
+def test_the_date_can_be_changed(tokenizer, clock):
+    chatty = with_template(tokenizer, DATED + CHAT)
+    twice = at_date(at_date(chatty, datetime(2025, 1, 2)), THEN)
+    assert twice.chat_template == at_date(chatty, THEN).chat_template
+    assert encode_prompts(["Who?"], twice) == encode_prompts(["Who?"], chatty)
+
+
 def test_named_templates_are_kept_too(tokenizer, clock):
     named = with_template(tokenizer, {"default": DATED + CHAT, "rag": CHAT})
     assert "01 Mar 2026" in at_date(named, THEN).apply_chat_template([{"role": "user", "content": "Who?"}], tokenize=False)

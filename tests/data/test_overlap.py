@@ -16,9 +16,11 @@ OTHERS = [{"question": "Who paints?", "answer": "Cleo."}, {"question": "Who sing
 def kept(tokenizer, caplog):
     """The rows that are kept, and what is logged."""
 
-    def keep(forget: list[dict], retain: list[dict], overlap: str = "error") -> tuple[list[dict], list[str]]:
+    def keep(
+        forget: list[dict], retain: list[dict], overlap: str = "error", max_length: int | None = None
+    ) -> tuple[list[dict], list[str]]:
+        first, second = (encode_rows(rows, tokenizer, max_length) for rows in (forget, retain))
         caplog.clear()
-        first, second = (encode_rows(rows, tokenizer, None) for rows in (forget, retain))
         found = retain_without_forget(first, second, tokenizer, overlap)
         return [retain[second.index(row)] for row in found], caplog.messages
 
@@ -44,6 +46,24 @@ def test_rows_in_both_sets_can_be_left_out_of_the_retain_set(kept):
     assert messages == ["2 of 4 rows to retain are left out, since they are rows to forget, too."]
     with pytest.raises(EUAError, match="All 2 rows of the retain set .* leaves none: give other rows to retain"):
         kept(FORGET, FORGET, "drop")
+
+
+def test_rows_that_differ_only_in_what_is_cut_are_named_as_such(kept, tokenizer):
+    begins_alike = FORGET[0] | {"answer": "In Ulm. She paints."}
+    (row,) = encode_rows(FORGET[:1], tokenizer, None)
+    length = len(row.prompt_ids) + 2
+    forget, retain = [begins_alike, FORGET[1]], [*OTHERS, FORGET[0] | {"answer": "In Ulm. She sings."}, FORGET[1]]
+    assert kept(forget[:1], retain)[0] == retain
+    cut = r"row 1 .*\)\. The texts of 1 of them differ, but only beyond max_length, where they are cut\. They would be trained"
+    with pytest.raises(EUAError, match=cut):
+        kept(forget, retain, max_length=length)
+    _, messages = kept(forget, retain, "drop", length)
+    assert messages[0] == (
+        "2 of 4 rows to retain are left out, since they are rows to forget, too. The texts of 1 of them differ, "
+        "but only beyond max_length, where they are cut."
+    )
+    with pytest.raises(EUAError, match=r"row 0 \(row 0 of the forget set\)\. They would"):
+        kept([begins_alike], [begins_alike], max_length=length)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from eua import EnergyGuard
+from eua import EnergyGuard, EUAError
+from eua.data.rows import encode_prompts
 from eua.model.asking import answer, padding_id
 from eua.serving.engine import Engine
 
@@ -30,3 +32,14 @@ def test_padding_that_the_model_does_not_know_is_not_used(model, tokenizer, rows
     engine = Engine(model, padded, None)
     engine.close()
     assert engine._pad == padding_id(model, padded) < model.config.vocab_size
+
+
+def test_an_answer_may_use_every_learned_position(tokenizer):
+    (ids,) = encode_prompts("Who?", tokenizer)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=len(ids), bos_token_id=0, eos_token_id=None
+    )
+    model = GPT2LMHeadModel(config)
+    assert len(answer(model, tokenizer, "Who?", 1)) == 1
+    with pytest.raises(EUAError, match=f"has {len(ids)} tokens and 2 generated ones"):
+        answer(model, tokenizer, "Who?", 2)

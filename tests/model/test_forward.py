@@ -393,8 +393,21 @@ def test_rows_beyond_learned_positions_are_named(name, key):
         with pytest.raises(EUAError, match="Row 1 of the prompts has 9 tokens"):
             score(model, LONG)
     check_ids(model, LONG[::2])
-    with pytest.raises(EUAError, match="Row 1 has 8 tokens and 1 generated ones"):
-        check_ids(model, LONG[::2], new_tokens=1)
+    with pytest.raises(EUAError, match="Row 1 has 8 tokens and 2 generated ones"):
+        check_ids(model, LONG[::2], new_tokens=2)
+
+
+def test_the_last_generated_token_needs_no_position():
+    """No model reads it."""
+    model = random_model("gpt2", n_positions=8)
+    ids = torch.tensor([LONG[0]])
+    model.generation_config.eos_token_id = None
+    assert model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, pad_token_id=0).shape == (1, 9)
+    assert prompt_scores(model, LONG[:1], first_tokens=4).isfinite().all()
+    assert answer_scores(model, LONG[:1], window=1, new_tokens=5).isfinite().all()
+    for score in (partial(prompt_scores, first_tokens=5), partial(answer_scores, window=1, new_tokens=6)):
+        with pytest.raises(EUAError, match="Row 0 of the prompts has 4 tokens and 6 generated ones"):
+            score(model, LONG[:1])
 
 
 def test_rows_beyond_computed_positions_are_counted_in_a_warning(caplog):

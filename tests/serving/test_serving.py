@@ -330,7 +330,7 @@ LONG = {"role": "user", "content": "ann " * 3000}
         ({"messages": [{"role": "user", "content": 3}]}, 400, 'messages[0] has a "content" that is not text'),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "this model only reads text"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "end with a user message"),
-        ({"messages": [LONG]}, 400, "at most 1023 are accepted: shorten it"),
+        ({"messages": [LONG]}, 400, "at most 1024 are accepted: shorten it"),
         (chat("Who?\ud800"), 400, "valid Unicode"),
         (chat("Who?", max_tokens=0), 400, "'max_tokens' is below 1"),
         (chat("Who?", max_tokens=True), 400, "'max_tokens' is a bool, but must be a whole number"),
@@ -376,7 +376,7 @@ def test_limits_hold_for_prompts_and_positions(tokenizer):
     user = [{"role": "user", "content": "Who?"}]
     try:
         ids, most = engine.encode(user, None)
-        assert most == 128 - len(ids)
+        assert most == 128 - len(ids) + 1  # the last token of an answer needs no position
         with pytest.raises(EUAError, match=f"can have {most}: request fewer"):
             engine.encode(user, most + 1)
         with pytest.raises(EUAError, match="at most 20 are accepted"):
@@ -399,15 +399,15 @@ def test_rows_share_a_batch_only_within_the_models_positions(tokenizer):
     try:
         answered = [submit(engine, [5], 1)[1]]
         wait_until(lambda: engine.running == 1)
-        lengths = [(60, 4), (4, 60), (3, 30), (60, 3)]
+        lengths = [(60, 5), (4, 61), (3, 30), (60, 4)]
         answered += [submit(engine, [5] * prompt, answer)[1] for prompt, answer in lengths]
         gate.set()
-        for events, answer in zip(answered, (1, 4, 60, 30, 3), strict=True):
+        for events, answer in zip(answered, (1, 5, 61, 30, 4), strict=True):
             *_, last = iter(lambda events=events: events.get(timeout=20), Finish("length", answer))
             assert isinstance(last, Piece)
     finally:
         engine.close()
-    assert batches == [1] + [2] * 4 + [2] * 60
+    assert batches == [1] + [2] * 5 + [2] * 61
 
 
 def test_chats_go_through_the_template(tokenizer):

@@ -129,9 +129,8 @@ def test_a_checkpoint_with_a_damaged_file_is_not_resumed_from(model, tokenizer, 
             path.unlink()
         else:
             path.write_bytes(content[: len(content) // 2] + (b"" if change == "cut" else content[: -(len(content) // 2)]))
-        with pytest.raises(
-            EUAError, match=rf"checkpoint-6/{path.name} is missing or damaged .*: delete .*checkpoint-4, which is"
-        ):
+        what = "has no files.json" if (change, path.name) == ("missing", "files.json") else f"{path.name} is missing or damaged"
+        with pytest.raises(EUAError, match=rf"checkpoint-6.{what}.*: delete .*checkpoint-4.*, which is"):
             again.train(resume_from_checkpoint=True)
         path.write_bytes(content)
     shutil.rmtree(tmp_path / "checkpoint-4")
@@ -139,6 +138,20 @@ def test_a_checkpoint_with_a_damaged_file_is_not_resumed_from(model, tokenizer, 
     (checkpoint / "optimizer.pt").unlink()
     with pytest.raises(EUAError, match=r"optimizer.pt is missing or damaged .*: put the file back, or start again"):
         again.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_without_a_list_of_files_may_be_from_an_earlier_version(model, tokenizer, rows, tmp_path):
+    make(model, tokenizer, rows, tmp_path, save_strategy="steps", save_steps=2).train()
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        (checkpoint / "files.json").unlink()
+    again = make(tiny_llama(len(tokenizer)), tokenizer, rows, tmp_path)
+    text = (
+        r"checkpoint-6 has no files.json, .*earlier version, and such a checkpoint cannot be resumed with this one: resume it"
+    )
+    with pytest.raises(EUAError, match=text):
+        again.train(resume_from_checkpoint=True)
+    with pytest.raises(EUAError, match=r"nowhere/files.json is missing or damaged"):
+        again.train(resume_from_checkpoint=str(tmp_path / "nowhere"))
 
 
 def test_what_cannot_be_resumed_says_so(model, tokenizer, rows, tmp_path):
