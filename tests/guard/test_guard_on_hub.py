@@ -163,7 +163,7 @@ def test_the_server_takes_the_guard_of_its_model(guarded, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(server, "Engine", engine)
-    options = dict.fromkeys(("max_batch", "queue", "max_prompt_tokens", "max_tokens"))
+    options = dict.fromkeys(("max_batch", "queue", "max_prompt_tokens", "max_tokens", "api_key"))
     for model, guard, no_guard in (("ann/model", None, False), ("ann/plain", "ann/model", False), ("ann/plain", None, True)):
         with pytest.raises(KeyboardInterrupt):
             server.run_serve(Namespace(model=model, guard=guard, no_guard=no_guard, **options))
