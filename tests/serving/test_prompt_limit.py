@@ -114,7 +114,7 @@ def test_an_oversized_prompt_is_refused_at_once(tokenizer):
         for content in ("why " * 250_000, "n" * 1_000_000, "❄" * 300_000):
             start = time.monotonic()
             with pytest.raises(
-                RequestError, match="The prompt has more than 127 tokens, but at most 127 are accepted: shorten it"
+                RequestError, match="The prompt has more than 128 tokens, but at most 128 are accepted: shorten it"
             ):
                 engine.encode([{"role": "user", "content": content}], None)
             assert time.monotonic() - start < 0.3
