@@ -117,7 +117,7 @@ def _states_with_shared_prompts(model: nn.Module, rows: Sequence[EncodedRow]) ->
 
 
 def _are_ordinary(model: nn.Module, rows: Sequence[EncodedRow], states: Tensor) -> bool:
-    """Whether ``states`` of the longest row are those without a shared prompt, but for rounding."""
+    """Whether ``states`` of the longest row equal those without a shared prompt up to rounding."""
     lengths = [len(row.answer_positions) for row in rows]
     longest = max(range(len(rows)), key=lambda i: len(rows[i].input_ids))
     found = states.split(lengths)[longest]
