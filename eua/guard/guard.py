@@ -6,35 +6,37 @@ The refusal rule is this project's own (method.md §5); the paper does not speci
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
-import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from eua.data.dates import at_same_date
 from eua.data.rows import encode_answer, encode_prompts
 from eua.data.sources import Prompts, read_prompts
 from eua.errors import EUAError
 from eua.files import write_json
+from eua.guard.checks import (
+    FIELDS,
+    check_not_forgotten,
+    check_present_and_precise,
+    check_probe,
+    check_settings,
+    check_unseen,
+    without_copies,
+)
 from eua.guard.guarded_generate import GuardHandle
 from eua.guard.hub import MissingFileError, find_file, send_file
-from eua.guard.questions import Turns, is_token
+from eua.guard.questions import Turns
 from eua.guard.scores import answer_scores, prompt_scores
 from eua.model.fingerprints import model_fingerprint, recent_fingerprint, tokenizer_fingerprint
-from eua.model.forgotten import forgotten_prompts, prompt_digest
-from eua.model.head import check_present, unwrap
-from eua.statistics import check_calibration, conformal_threshold, group_list, independent_groups
-
-logger = logging.get_logger(__name__)
+from eua.statistics import check_calibration, conformal_threshold
 
 GUARD_FILE = "energy_guard.json"
 DEFAULT_REFUSAL = "I cannot help with that question."
@@ -96,8 +98,8 @@ class EnergyGuard:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        _check_settings(self.temperature, self.first_tokens, self.probe_window, self.probe_tokens)
-        for name, rule, is_allowed in _FIELDS:
+        check_settings(self.temperature, self.first_tokens, self.probe_window, self.probe_tokens)
+        for name, rule, is_allowed in FIELDS:
             if not is_allowed(getattr(self, name)):
                 raise EUAError(f"The guard's {name} is {getattr(self, name)!r}, but must be {rule}: calibrate the guard again.")
         if (self.probe_threshold is None) != (self.probe_window == 0):
@@ -163,7 +165,7 @@ class EnergyGuard:
         ... )
         >>> guard.save_pretrained("unlearned")                                 # doctest: +SKIP
         """
-        _check_settings(temperature, first_tokens, probe_window, probe_tokens)
+        check_settings(temperature, first_tokens, probe_window, probe_tokens)
         if probe_window > probe_tokens:
             raise EUAError(
                 f"probe_window = {probe_window}, but answers of probe_tokens = {probe_tokens} have no window of that length: "
@@ -175,11 +177,11 @@ class EnergyGuard:
         prompts = read_prompts(prompts, "calibration prompts")
         ids = encode_prompts(prompts, tokenizer, "calibration prompts")
         if seen is not None and not (isinstance(seen, (list, tuple)) and not seen):
-            _check_unseen(ids, encode_prompts(read_prompts(seen, "seen prompts"), tokenizer, "seen prompts"))
+            check_unseen(ids, encode_prompts(read_prompts(seen, "seen prompts"), tokenizer, "seen prompts"))
         without_date = at_same_date(tokenizer)
-        _check_not_forgotten(ids if without_date is tokenizer else encode_prompts(prompts, without_date), model)
-        _check_present_and_precise(model)
-        ids, groups = _without_copies(ids, groups)
+        check_not_forgotten(ids if without_date is tokenizer else encode_prompts(prompts, without_date), model)
+        check_present_and_precise(model)
+        ids, groups = without_copies(ids, groups)
         check_calibration(len(ids), tolerance, groups, confidence)  # before minutes of scoring
         turns = Turns.of(tokenizer)
         turns = turns and turns.for_prompts(ids)
@@ -193,7 +195,7 @@ class EnergyGuard:
             title = "answers to calibration prompts" if progress else None
             means = answer_scores(model, ids, window=probe_window, new_tokens=probe_tokens, progress=title, **settings)
             probe_threshold = conformal_threshold(means, tolerance, groups, confidence)
-            _check_probe(probe_threshold, probe_window, probe_tokens)
+            check_probe(probe_threshold, probe_window, probe_tokens)
         return cls(
             threshold=conformal_threshold(scores, tolerance, groups, confidence),
             temperature=temperature,
@@ -221,7 +223,7 @@ class EnergyGuard:
 
         Unless ``thorough``, all weights are read only if there is a sign that they have changed since they were last read.
         """
-        _check_present_and_precise(model)
+        check_present_and_precise(model)
         if self.dtype not in (None, _dtype_of(model)):
             raise EUAError(
                 f"The guard was calibrated in {self.dtype}, but the model is in {_dtype_of(model)}, where energies differ by "
@@ -449,128 +451,8 @@ def find_guard(
         return None
 
 
-def _check_unseen(prompts: Sequence[Sequence[int]], seen: Sequence[Sequence[int]]) -> None:
-    """Raise if a prompt was trained on: such prompts have lower scores than new ones."""
-    trained = {tuple(ids) for ids in seen}
-    found = [index for index, ids in enumerate(prompts) if tuple(ids) in trained]
-    if found:
-        raise EUAError(
-            f"{len(found)} of {len(prompts)} calibration prompts (the first is prompt {found[0]}) were trained on, so a "
-            "threshold from them would refuse new prompts too often: calibrate on prompts that unlearning has not seen."
-        )
-
-
-def _check_not_forgotten(prompts: Sequence[Sequence[int]], model: PreTrainedModel) -> None:
-    """Raise if the model was trained to forget a prompt, :func:`at_same_date`: a threshold from them would let them pass."""
-    forgotten = forgotten_prompts(model)
-    found = [index for index, ids in enumerate(prompts) if forgotten and prompt_digest(ids) in forgotten]
-    if found:
-        named = ", ".join(f"row {index}" for index in found[:5]) + (", …" if len(found) > 5 else "")
-        raise EUAError(
-            f"{len(found)} of {len(prompts)} calibration prompts ({named}) are prompts that the model was trained to "
-            "forget, and a threshold from them would let them pass: calibrate on prompts that must be answered."
-        )
-
-
-def _without_copies(
-    prompts: list[list[int]], groups: Iterable[Hashable] | None
-) -> tuple[list[list[int]], list[Hashable] | None]:
-    """The prompts and groups that count as independent, see :func:`.independent_groups`; a warning says what was found."""
-    if groups is None:
-        distinct = [list(ids) for ids in dict.fromkeys(map(tuple, prompts))]
-        if len(distinct) < len(prompts):
-            logger.warning(
-                f"Only {len(distinct)} of the {len(prompts)} calibration prompts differ in their tokens. A copy adds nothing, "
-                "so each counts once."
-            )
-        return distinct, None
-    given = group_list(groups, len(prompts))
-    owners = independent_groups(map(tuple, prompts), given)
-    if len(set(owners)) < len(set(given)):
-        logger.warning(
-            f"Some of the {len(set(given))} groups of calibration prompts share a prompt with the same tokens, so they are not "
-            f"independent: they are joined, and {len(set(owners))} groups remain."
-        )
-    return prompts, owners
-
-
 def _dtype_of(model: PreTrainedModel) -> str:
     return str(model.dtype).removeprefix("torch.")
-
-
-def _check_present_and_precise(model: PreTrainedModel) -> None:
-    """Raise if weights are offloaded, or if the model would compute in another dtype than its own."""
-    check_present(model)
-    if torch.is_autocast_enabled(model.device.type):
-        raise EUAError(
-            "The guard is used under torch.autocast, which computes energies in another dtype than the model's: leave the "
-            "autocast region, and load the model in the dtype that you want."
-        )
-    if hasattr(unwrap(model), "_original_forward"):
-        raise EUAError(
-            "The model computes under the autocast of a training (accelerate has wrapped its forward), so its energies are in "
-            "another dtype than its weights: save the model and load it, or call "
-            "accelerate.utils.extract_model_from_parallel(model, keep_fp32_wrapper=False)."
-        )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30  # neither NaN nor infinity
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_share(value: object) -> bool:
-    return _is_number(value) and 0 < cast(float, value) < 1
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _are_tokens(value: object) -> bool:
-    return isinstance(value, tuple) and bool(value) and all(is_token(token) for token in value)
-
-
-def _or_none(rule: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: value is None or rule(value)
-
-
-# The fields of a guard, what they must be, and whether a value is that.
-_FIELDS: tuple[tuple[str, str, Callable[[object], bool]], ...] = (
-    ("threshold", "a finite number", _is_number),
-    ("refusal_text", "a text with words", _is_text),
-    ("refusal_ids", "one or more token ids", _are_tokens),
-    ("stop_ids", "one or more token ids", _are_tokens),
-    ("tolerance", "a number between 0 and 1", _is_share),
-    ("calibration_prompts", "a whole number from 1", _is_count),
-    ("calibration_groups", "a whole number from 1, or None", _or_none(_is_count)),
-    ("turns", "what Turns.of() reads, or None", _or_none(lambda value: isinstance(value, Turns))),
-    ("probe_threshold", "a finite number, or None", _or_none(_is_number)),
-    ("confidence", "a number between 0 and 1, or None", _or_none(_is_share)),
-    ("model_fingerprint", "a text, or None", _or_none(_is_text)),
-    ("tokenizer_fingerprint", "a text, or None", _or_none(_is_text)),
-    ("dtype", "a text, or None", _or_none(_is_text)),
-)
-
-
-def _check_settings(temperature: float, first_tokens: int, probe_window: int, probe_tokens: int) -> None:
-    if not _is_number(temperature) or temperature <= 0:
-        raise EUAError(f"temperature = {temperature}, but energies are divided by it: give a number above 0, as in training.")
-    counts = {"first_tokens": first_tokens, "probe_window": probe_window, "probe_tokens": probe_tokens}
-    for name, count in counts.items():
-        if not _is_count(count) and (isinstance(count, bool) or count != 0):
-            raise EUAError(f"{name} = {count!r} cannot be a number of tokens: give a whole number, or 0 for none.")
-
-
-def _check_probe(threshold: float, window: int, tokens: int) -> None:
-    if threshold == -math.inf:
-        raise EUAError(
-            f"Too few answers to the calibration prompts have {window} tokens within the first {tokens}, so there are too few "
-            "means to set the probe's threshold: choose a smaller probe_window."
-        )
 
 
 def _refusal_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:

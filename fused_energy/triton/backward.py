@@ -133,7 +133,7 @@ def _fill(
     hidden, weight = problem.hidden, problem.weight
     held = min(problem.tokens, launch.TOKENS_AT_ONCE)
     products, results = problem.chunk(held, launch.BACKWARD_BYTES)
-    constants = problem.flags() | {"AND_AT_ONE": problem.and_at_one}
+    constants = problem.flags() | {"HAS_TARGETS": problem.has_targets, "AND_AT_ONE": problem.and_at_one}
     for columns in shared.blocks(problem.vocabulary, products.shape[1]):
         own_weight = weight[columns]
         width = len(own_weight)

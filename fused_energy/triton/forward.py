@@ -174,7 +174,7 @@ def _energy(problem: Problem, done: Pass) -> None:
         LOG2E / problem.options.temperature,
         LOG2E,
         HAS_SCALE=problem.options.logit_scale != 1.0,
-        **{name: value for name, value in problem.flags().items() if name != "HAS_TARGETS"},
+        **problem.flags(),
         AND_AT_ONE=problem.and_at_one,
         TMA=tma,
         WHOLE_DEPTH=problem.hidden_size % tile.depth == 0,
@@ -192,7 +192,7 @@ def _energy(problem: Problem, done: Pass) -> None:
             *hidden.stride(),
             *weight.stride(),
             *problem.options_of_logits(),
-            **{name: value for name, value in problem.flags().items() if name != "HAS_TARGETS"},
+            **problem.flags(),
             DEPTH=min(1024, triton.next_power_of_2(problem.hidden_size)),
         )
     maximum = maxima.amax(dim=0)
@@ -208,7 +208,8 @@ def _energy_and_weighted(problem: Problem, done: Pass) -> None:
     kinds = len(temperatures)
     rows = whole_steps(launch.FORWARD_BYTES // (12 * kinds * problem.hidden_size), problem.tokens)
     products, results = problem.chunk(rows, launch.FORWARD_BYTES)
-    constants = problem.flags() | {"DEPTH": min(1024, triton.next_power_of_2(problem.hidden_size))}
+    depth = min(1024, triton.next_power_of_2(problem.hidden_size))
+    constants = problem.flags() | {"HAS_TARGETS": problem.has_targets, "DEPTH": depth}
     for block in shared.blocks(problem.tokens, rows):
         own_hidden, targets, target_logit = hidden[block], problem.targets[block], done.target_logit[block]
         slots = len(own_hidden)

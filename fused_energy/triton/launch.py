@@ -37,11 +37,10 @@ class Problem:
         return float(self.options.logit_scale), float(self.options.softcap or 0.0)
 
     def flags(self) -> dict[str, bool]:
-        """The compile-time arguments that every kernel takes."""
+        """The compile-time arguments of every kernel that has logits."""
         return {
             "HAS_BIAS": self.has_bias,
             "HAS_SOFTCAP": self.options.softcap is not None,
-            "HAS_TARGETS": self.has_targets,
         }
 
     def chunk(self, rows: int, size: int) -> tuple[Tensor, Tensor]:
