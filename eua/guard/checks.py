@@ -125,11 +125,13 @@ FIELDS: tuple[tuple[str, str, Callable[[object], bool]], ...] = (
 def check_settings(temperature: float, first_tokens: int, probe_window: int, probe_tokens: int) -> None:
     """Raise unless these settings can be scored with; 0 tokens stand for none."""
     if not _is_number(temperature) or temperature <= 0:
-        raise EUAError(f"temperature = {temperature}, but energies are divided by it: give a number above 0, as in training.")
+        raise EUAError(
+            f"temperature = {temperature!r}, but energies are divided by it: give a Python number above 0, as in training."
+        )
     counts = {"first_tokens": first_tokens, "probe_window": probe_window, "probe_tokens": probe_tokens}
     for name, count in counts.items():
         if not _is_count(count) and (isinstance(count, bool) or count != 0):
-            raise EUAError(f"{name} = {count!r} cannot be a number of tokens: give a whole number, or 0 for none.")
+            raise EUAError(f"{name} = {count!r} cannot be a number of tokens: give a Python int, or 0 for none.")
 
 
 def check_probe(threshold: float, window: int, tokens: int) -> None:

@@ -122,7 +122,10 @@ class EUAConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         for setting in fields(self):
-            value = getattr(self, setting.name, None)
+            value: Any = getattr(self, setting.name, None)
+            if type(value).__module__ == "numpy":  # from a grid of settings; a run could not write it as JSON
+                value = value.tolist()
+                setattr(self, setting.name, value)
             _check(setting.name, value, lambda x: not isinstance(x, float) or math.isfinite(x), "it must be finite")
         for name in ("gamma", "alpha", "learning_rate"):
             _check(name, getattr(self, name), lambda x: math.isfinite(x) and x >= 0, "it must be finite and at least 0")

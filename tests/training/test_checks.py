@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
@@ -166,8 +168,16 @@ def test_arguments_of_another_kind_are_named(model, rows, tmp_path):
         EUATrainer(model, config(tmp_path), **passed)
     with pytest.raises(EUAError, match="warmup_steps = inf cannot be used: it must be finite"):
         EUAConfig(output_dir=str(tmp_path), warmup_steps=float("inf"))
+    with pytest.raises(EUAError, match="rho = inf cannot be used: it must be finite"):
+        EUAConfig(output_dir=str(tmp_path), rho=np.float32("inf"))
     with pytest.raises(EUAError, match="gamma = 0 and alpha = 0, so the loss would be 0 .*: raise one"):
         EUAConfig(output_dir=str(tmp_path), gamma=0.0, alpha=0.0)
+
+
+def test_numbers_of_numpy_are_settings_like_others(tmp_path):
+    numbers = {"rho": np.float32(0.5), "seed": np.int64(3), "padding_free": np.bool_(True)}
+    settings = json.loads(EUAConfig(output_dir=str(tmp_path), **numbers).to_json_string())
+    assert {name: settings[name] for name in numbers} == {"rho": 0.5, "seed": 3, "padding_free": True}
 
 
 def test_what_trainer_finds_out_only_when_it_begins_is_one_line_and_later_errors_are_not_touched(
