@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -136,11 +137,27 @@ def test_a_full_disk_at_any_moment(name, place, watch, tmp_path, capsys):
     assert failed >= 3
 
 
-def test_a_kill_of_the_demo_at_any_moment(trained_folder, watch, tmp_path, monkeypatch):
+@pytest.fixture
+def demo(trained_folder, tmp_path, monkeypatch) -> list[str]:
+    """The demo's command, with so little training that it takes seconds."""
     monkeypatch.setattr("eua.demo.run.cached_target", lambda *arguments: trained_folder)
     monkeypatch.setattr("eua.demo.run.UNLEARNING", {"max_steps": 1, "learning_rate": 1e-3})
+    places = ["--output", str(tmp_path / "demo"), "--cache", str(tmp_path / "cache")]
+    return ["demo", *places, "--people", "100", "--overwrite"]
+
+
+def assert_whole(found: dict[str, bytes], old: dict[str, bytes], new: dict[str, bytes]) -> None:
+    """What a demo that was broken off left: of each file the earlier or the new one, and no model with the guard of another."""
+    # The files of a model are replaced one after the other, between the removal and the writing of its config.
+    assert {file for file in old if file not in found} <= {file for file in old if file.startswith("unlearned/")}
+    assert all(content in (old[file], new[file]) for file, content in found.items())
+    if "unlearned/config.json" in found:
+        model, guard = "unlearned/model.safetensors", "unlearned/energy_guard.json"
+        assert (found[model], found[guard]) in [(of[model], of[guard]) for of in (old, new)]
+
+
+def test_a_kill_of_the_demo_at_any_moment(demo, watch, tmp_path):
     output, seen = tmp_path / "demo", []
-    demo = ["demo", "--output", str(output), "--cache", str(tmp_path / "cache"), "--people", "100", "--overwrite"]
     assert main(demo) == 0
     old = contents(output)
     with watch.on(output, lambda: seen.append(contents(output))):
@@ -148,10 +165,33 @@ def test_a_kill_of_the_demo_at_any_moment(trained_folder, watch, tmp_path, monke
     new = contents(output)
     assert old.keys() == new.keys()
     for found in seen:
-        # The files of a model are replaced one after the other, between the removal and the writing of its config.
-        assert {file for file in old if file not in found} <= {file for file in old if file.startswith("unlearned/")}
-        assert all(content in (old[file], new[file]) for file, content in found.items())
-        if "unlearned/config.json" in found:
-            model = "unlearned/model.safetensors"
-            guard = "unlearned/energy_guard.json"
-            assert (found[model], found[guard]) in [(of[model], of[guard]) for of in (old, new)]
+        assert_whole(found, old, new)
+
+
+def test_a_full_disk_in_the_demo(demo, watch, tmp_path, capsys):
+    output = tmp_path / "demo"
+    assert main([*demo, "--seed", "1"]) == 0
+    new, moments = contents(output), 0
+
+    def fill(full_at: int | None = None) -> None:
+        nonlocal moments
+        moments += 1
+        if moments == full_at:
+            raise OSError(28, "No space left on device")
+
+    with watch.on(output, fill):
+        assert main(demo) == 0
+    old, last = contents(output), moments
+    failed = 0
+    for full_at in range(2, last, last // 6):
+        moments = 0
+        with watch.on(output, partial(fill, full_at)):
+            code = main([*demo, "--seed", "1"])
+        error = capsys.readouterr().err
+        assert_whole(contents(output), old, new)
+        if code:  # not all of these operations need room
+            assert code == 2
+            assert error.splitlines()[-1].startswith("eua demo: ")
+            assert "No space left on device" in error
+            failed += 1
+    assert failed >= 3
