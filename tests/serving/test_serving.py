@@ -588,6 +588,23 @@ def test_serving_without_what_it_needs_is_one_clear_line(tokenizer, tmp_path, mo
     assert capsys.readouterr().err == "eua serve: Serving needs uvicorn, which is not installed: pip install 'eua[serve]'.\n"
 
 
+def test_no_garbage_collection_goes_through_what_is_loaded(tokenizer, tmp_path, monkeypatch):
+    tiny_llama(len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    counts = []
+
+    def run(server, sockets):
+        counts.append((gc.get_freeze_count(), len(gc.get_objects())))
+
+    monkeypatch.setattr(DrainingServer, "run", run)
+    try:
+        assert main(["serve", "--model", str(tmp_path), "--no-guard", "--port", "0"]) == 0
+    finally:
+        gc.unfreeze()
+    [(frozen, watched)] = counts
+    assert frozen > 10 * watched
+
+
 def test_a_guard_that_reads_generated_tokens_is_not_served(model, tokenizer):
     """The tokens would have been streamed before the guard decides."""
     guard = EnergyGuard.calibrate(model, tokenizer, [f"Who is {i}?" for i in range(19)], first_tokens=2)
