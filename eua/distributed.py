@@ -8,6 +8,7 @@ Functions that need to know the processes ask accelerate's ``PartialState``, whi
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
@@ -29,6 +30,18 @@ def any_process(flag: bool, device: torch.device) -> bool:
 def has_other_processes() -> bool:
     """Whether this process is one of several, which must then agree on whether to run the model or gather its weights."""
     return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def end_process_group() -> None:
+    """End this process's connection to the others; in a single process, do nothing.
+
+    A thread of gloo takes the interpreter's lock to release the tensors of its last exchange. Where the interpreter ends first,
+    the process aborts after its work is done, and its launcher reports a failure. The threads end with the group, and the
+    group with the last object that holds it: delete the trainer first.
+    """
+    if has_other_processes():
+        gc.collect()  # the trainer's parts refer to each other
+        torch.distributed.destroy_process_group()
 
 
 def own_part(items: Sequence[T]) -> list[T]:

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from peft import LoraConfig
 
 from eua.cli.options import Parser, add_model
+from eua.distributed import end_process_group
 from eua.errors import EUAError, did_you_mean, in_one_line
 from eua.files import check_output_folder, locked, write_json
 from eua.training.checkpoints import last_checkpoint
@@ -188,6 +189,8 @@ def run_unlearn(arguments: argparse.Namespace, settings: dict[str, Any]) -> None
         checkpoint = last_checkpoint(checkpoints) if arguments.resume else None
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_model(str(arguments.output))
+    del trainer  # it holds the process group
+    end_process_group()
     if is_first:
         print(
             f"The unlearned model is in {arguments.output}. Next: "

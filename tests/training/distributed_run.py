@@ -80,3 +80,5 @@ if __name__ == "__main__":
         let_fsdp_run_on_cpus()
     for name, options in settings["runs"]:
         train(Path(settings["output"]) / name, settings["model"], settings["rows"], options)
+    sys.stdout.flush()
+    os._exit(0)  # torch's caches hold the process group of FSDP2, see end_process_group
