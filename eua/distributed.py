@@ -33,15 +33,14 @@ def has_other_processes() -> bool:
 
 
 def end_process_group() -> None:
-    """End this process's connection to the others; in a single process, do nothing.
+    """End this process's part in the group of processes, if there is one.
 
     A thread of gloo takes the interpreter's lock to release the tensors of its last exchange. Where the interpreter ends first,
     the process aborts after its work is done, and its launcher reports a failure. The threads end with the group, and the
     group with the last object that holds it: delete the trainer first.
     """
-    if has_other_processes():
-        gc.collect()  # the trainer's parts refer to each other
-        torch.distributed.destroy_process_group()
+    gc.collect()  # the trainer's parts refer to each other
+    PartialState().destroy_process_group()
 
 
 def own_part(items: Sequence[T]) -> list[T]:

@@ -152,7 +152,9 @@ def test_ordinary_questions_are_answered_in_time_among_two_thousand_others(token
     times, sizes = soak(tokenizer, tmp_path, 2000, rounds=5)
     # Other work on this machine only ever adds time, so the rounds that it disturbed least count.
     twice = 2 * min(statistics.median(alone) for alone, among in times)
-    assert min(statistics.quantiles(among, n=20)[-1] for alone, among in times) < twice
+    slow = [statistics.quantiles(among, n=20)[-1] for alone, among in times]
+    assert min(slow) < twice, slow
+    assert statistics.median(slow) < 1.5 * twice, slow
     assert statistics.median(statistics.median(among) for alone, among in times) < twice
     quarter = len(sizes) // 4
     assert statistics.median(sizes[-quarter:]) < 1.05 * statistics.median(sizes[:quarter])

@@ -32,12 +32,21 @@ SETUPS = {
 NEEDS_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 # `python -m eua`. A thread of gloo that is left at the end would sometimes abort the process, see end_process_group.
 COMMAND_LINE = """
-import pathlib, runpy
+import pathlib, runpy, torch
+
+def threads():
+    return [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+
+def destroy(*arguments, destroy=torch.distributed.destroy_process_group):
+    assert not threads() or "pt_gloo_runloop" in threads(), threads()  # or the name is another, and the check below is void
+    destroy(*arguments)
+
+torch.distributed.destroy_process_group = destroy
 try:
     runpy.run_module("eua", run_name="__main__")
 finally:
-    threads = [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
-    assert "pt_gloo_runloop" not in threads, threads
+    assert not torch.distributed.is_initialized()
+    assert "pt_gloo_runloop" not in threads(), threads()
 """
 ALL = ["ddp", "fsdp2", pytest.param("zero3", marks=NEEDS_DEEPSPEED)]
 STEPS = {
@@ -183,9 +192,7 @@ def test_the_command_line_in_two_processes(launched, tmp_path):
     script.write_text(COMMAND_LINE)
     command = ["unlearn", "--model", str(base / "model"), "--num-train-epochs", "2", "--learning-rate", "1e-3"]
     command += [part for kind in ("forget", "retain") for part in (f"--{kind}", str(base / f"{kind}.jsonl"))]
-    both = launch(
-        "ddp", [str(tmp_path / "run.py"), *command, "--per-device-train-batch-size", "2", "--output", str(tmp_path / "both")]
-    )
+    both = launch("ddp", [str(script), *command, "--per-device-train-batch-size", "2", "--output", str(tmp_path / "both")])
     assert both.stdout.count("The unlearned model is in") == 1
     launch("one", ["-m", "eua", *command, "--per-device-train-batch-size", "4", "--output", str(tmp_path / "one")])
     assert_same_weights(*(load_file(tmp_path / name / "model.safetensors") for name in ("both", "one")))
