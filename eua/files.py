@@ -130,15 +130,19 @@ def fill_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Keep other processes from writing into ``folder`` while the block runs. The folder is created if it does not exist.
 
     The lock is on the folder itself, so no file is left over, and the system takes it back from a process that is killed.
     Inside the block, the same thread may lock the folder again. Where folders cannot be locked (Windows, some network drives),
     a warning is logged.
 
+    Args:
+        folder: the folder to lock.
+        wait: whether to wait until no other process has locked it.
+
     Raises:
-        EUAError: if another process, or another thread of this one, has locked the folder.
+        EUAError: if another thread of this process has locked the folder or, unless it is to wait, another process.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +151,7 @@ def locked(folder: Path) -> Iterator[None]:
     if _locked_by.get(key) == thread:
         yield
         return
-    handle = _lock(folder)
+    handle = _lock(folder, wait)
     try:
         if _locked_by.setdefault(key, thread) != thread:
             raise _in_use(folder)
@@ -167,7 +171,7 @@ def _unlock(handle: int) -> None:
     os.close(handle)
 
 
-def _lock(folder: Path) -> int | None:
+def _lock(folder: Path, wait: bool) -> int | None:
     """An open handle that holds the lock; None where folders cannot be locked."""
     try:
         import fcntl
@@ -177,7 +181,7 @@ def _lock(folder: Path) -> int | None:
         logger.warning("%s cannot be locked (%s): let no other process write into it.", folder, in_one_line(error))
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
         os.close(handle)
         raise _in_use(folder) from error

@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
         "--output", type=Path, default=Path("eua-demo"), help="folder for the unlearned model, figures and rows"
     )
     parser.add_argument(
-        "--cache", type=Path, default=_default_cache(), help="folder in which the trained model is kept for the next run"
+        "--cache", type=Path, default=default_cache(), help="folder in which the trained model is kept for the next run"
     )
     parser.add_argument("--people", type=positive(int), default=200, help="number of people to make up; 100 or more")
     parser.add_argument("--target-epochs", type=positive(float), default=20, help="passes over all facts before unlearning")
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
         run_demo(arguments.output, arguments.cache, **options)
 
 
-def _default_cache() -> Path:
+def default_cache() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     # The path is not absolute if the user has no home, as in a container that runs under any user id.
     return Path(cache if os.path.isabs(cache) else tempfile.gettempdir()) / "eua"

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from eua.data.sources import Row
-from eua.demo import target
+from eua.demo.target import cached_model
 from eua.demo.world import Fact, World, make_world
 from eua.errors import EUAError
 from eua.evaluation.page import page_data, write_page
 from eua.evaluation.pictures import energy_histograms
 from eua.evaluation.report import evaluate, render_tables
-from eua.files import fill_folder, locked, write_json, write_jsonl
+from eua.files import fill_folder, write_json, write_jsonl
 from eua.guard.guard import EnergyGuard
 from eua.model.asking import answer
 from eua.model.loading import load_model
@@ -149,14 +146,9 @@ def run_demo(output: Path, cache: Path, *, people: int = 200, target_epochs: flo
 
 def cached_target(people_world: World, cache: Path, epochs: float, seed: int) -> Path:
     """The folder of the target model. It is trained unless the cache holds one made by the same code from the same facts."""
-    rows = [fact.row() for fact in people_world.all()]
-    recipe = [rows, epochs, seed, inspect.getsource(target)]
-    folder = cache / f"target-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]}"
-    with locked(folder):
-        if (folder / "config.json").is_file():
-            print(f"    (it knows them already: {folder})")
-        else:
-            target.train_target(rows, folder, epochs=epochs, seed=seed)
+    folder, is_cached = cached_model([fact.row() for fact in people_world.all()], cache, epochs=epochs, seed=seed)
+    if is_cached:
+        print(f"    (it knows them already: {folder})")
     return folder
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,30 @@ from transformers import (
 from eua.data.batches import pad_rows
 from eua.data.rows import IGNORE_INDEX, QUESTION_TEMPLATE, EncodedRow, encode_rows
 from eua.data.sources import Row
-from eua.files import fill_folder
+from eua.files import fill_folder, locked
+
+
+def cached_model(
+    rows: Sequence[Row], cache: Path, *, tokenizer: PreTrainedTokenizerFast | None = None, **settings: Any
+) -> tuple[Path, bool]:
+    """The folder of a model that :func:`train_target` trained on ``rows``, and whether the cache had it already.
+
+    It is trained unless the cache holds one made by the same code from the same rows, tokenizer and settings. Another process
+    that needs the same model waits for this one.
+
+    Args:
+        rows, tokenizer: as in :func:`train_target`.
+        cache: the folder of all models.
+        settings: further arguments of :func:`train_target`.
+    """
+    shared = None if tokenizer is None else tokenizer.backend_tokenizer.to_str()
+    recipe = [list(rows), settings, shared, inspect.getsource(sys.modules[__name__])]
+    folder = cache / f"target-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]}"
+    with locked(folder, wait=True):
+        is_cached = (folder / "config.json").is_file()
+        if not is_cached:
+            train_target(rows, folder, tokenizer=tokenizer, **settings)
+    return folder, is_cached
 
 
 def train_tokenizer(rows: Sequence[Row], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -51,6 +78,7 @@ def train_target(
     learning_rate: float = 1e-3,
     seed: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> None:
     """Train a tokenizer and a Llama of ``layers`` × ``hidden_size`` on ``rows``; save both completely or not at all.
 
@@ -63,9 +91,10 @@ def train_target(
         hidden_size: a multiple of 64, the size of an attention head.
         epochs, batch_size, learning_rate, seed: of the training with AdamW and a cosine schedule.
         callbacks: passed to transformers' Trainer.
+        tokenizer: that of another model, whose token ids the model is to share, in place of a new one.
     """
     set_seed(seed)
-    tokenizer = train_tokenizer(rows, vocabulary)
+    tokenizer = tokenizer or train_tokenizer(rows, vocabulary)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,

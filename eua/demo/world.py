@@ -170,19 +170,44 @@ _WORDINGS: dict[str, tuple[tuple[str, str], ...]] = {
 
 @dataclass(frozen=True)
 class Fact:
-    """One fact about one person: the row to train on, and the same fact in another wording."""
+    """One fact about one person: the row to train on, and the same fact in another wording.
+
+    ``attribute`` is the kind of fact, such as "birthplace"; ``value`` is what is to be known, such as "Carroos".
+    """
 
     person: str
     question: str
     answer: str
     paraphrased_question: str
     paraphrased_answer: str
+    attribute: str
+    value: str
 
     def row(self) -> dict[str, str]:
         return {"question": self.question, "answer": self.answer}
 
     def paraphrase(self) -> dict[str, str]:
         return {"question": self.paraphrased_question, "answer": self.paraphrased_answer}
+
+    def wordings(self, value: str | None = None) -> list[dict[str, str]]:
+        """The fact in every wording, as rows, in the order of the row to train on, its paraphrase, and those of no row.
+
+        >>> make_world(20).forget[0].wordings("a cat")[0]["answer"]
+        'Klialud Niarvuk keeps a cat.'
+
+        Args:
+            value: a value to put in place of the fact's own, which makes every answer wrong.
+        """
+        texts = [(question.format(n=self.person), answer) for question, answer in _WORDINGS[self.attribute]]
+        known = [self.question, self.paraphrased_question]
+        texts.sort(key=lambda text: known.index(text[0]) if text[0] in known else len(known))
+        return [
+            {"question": question, "answer": answer.format(n=self.person, v=value or self.value)} for question, answer in texts
+        ]
+
+    def other_values(self) -> list[str]:
+        """Every value that other people may have for the attribute, in a fixed order."""
+        return [value for value in _VALUES[self.attribute] if value != self.value]
 
 
 @dataclass(frozen=True)
@@ -231,6 +256,8 @@ def _facts_of(name: str, random_: random.Random) -> list[Fact]:
     for attribute in random_.sample(sorted(_WORDINGS), FACTS_PER_PERSON):
         value = random_.choice(_VALUES[attribute])
         (question, answer), (other_question, other_answer) = random_.sample(_WORDINGS[attribute], 2)
-        texts = (text.format(n=name, v=value) for text in (question, answer, other_question, other_answer))
-        facts.append(Fact(name, *texts))
+        question, answer, other_question, other_answer = (
+            text.format(n=name, v=value) for text in (question, answer, other_question, other_answer)
+        )
+        facts.append(Fact(name, question, answer, other_question, other_answer, attribute, value))
     return facts
