@@ -18,8 +18,9 @@ LAYERS: list[dict[str, set[str]]] = [
     {"eua.__main__": set()},
     {"eua.cli": {"accelerate", "peft"}},
     {"eua.demo": {"tokenizers", "torch", "transformers"}},
+    {"eua.bench": {"huggingface_hub", "torch", "transformers"}},
     {
-        "eua.evaluation": {"matplotlib", "torch", "transformers"},
+        "eua.evaluation": {"matplotlib", "rouge_score", "torch", "tqdm", "transformers"},
         "eua.serving": {"prometheus_client", "starlette", "torch", "transformers", "uvicorn"},
         "eua.vllm": {"torch", "vllm"},
     },
