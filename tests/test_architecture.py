@@ -17,6 +17,7 @@ STANDARD_LIBRARY = set(sys.stdlib_module_names)
 LAYERS: list[dict[str, set[str]]] = [
     {"eua.__main__": set()},
     {"eua.cli": {"accelerate", "peft"}},
+    {"eua.bench": {"huggingface_hub", "optuna", "scipy", "sqlalchemy", "torch", "transformers"}},
     {"eua.demo": {"tokenizers", "torch", "transformers"}},
     {
         "eua.evaluation": {"matplotlib", "pyarrow", "rouge_score", "scipy", "torch", "tqdm", "transformers"},

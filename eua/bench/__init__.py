@@ -1,0 +1,1 @@
+"""Benchmarks of unlearning methods: tasks, trials, tables."""

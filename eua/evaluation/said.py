@@ -1,0 +1,308 @@
+"""Whether a model still says a fact, in any wording, greedily or sampled (method.md §7b).
+
+Extraction strength and the probability of one answer text do not see a fact that the model states in other words. So the fact's
+key (the name, the number) is looked for in what the model generates when it is asked in several wordings.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eua.errors import EUAError
+from eua.guard.guard import EnergyGuard
+from eua.model.asking import answer
+from eua.statistics import share_interval
+
+_LETTERS = str.maketrans({"ł": "l", "ø": "o", "đ": "d", "ı": "i", "æ": "ae", "œ": "oe"})  # which Unicode does not decompose
+_ARTICLES = ("the", "a", "an")
+_SHORTEST_PLURAL = 3  # letters of a word that may have a plural; symbols of chemical elements are shorter
+
+
+@dataclass(frozen=True)
+class KeyedFact:
+    """A fact, the words that give it away, and questions that ask for it.
+
+    Attributes:
+        name: of the fact, e.g. "capital of France".
+        group: that summaries put the fact in, e.g. "forget", "same relation", "same entity", "far".
+        keys: the key and its aliases, e.g. ("New York City", "New York").
+        wordings: questions.
+        trained: the first ``trained`` wordings are those that unlearning sees.
+        answer: a sentence that states the fact, for scores that compare texts, see :mod:`eua.evaluation.leaks`.
+    """
+
+    name: str
+    group: str
+    keys: tuple[str, ...]
+    wordings: tuple[str, ...]
+    trained: int = 1
+    answer: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keys, str) or isinstance(self.wordings, str):
+            raise EUAError(
+                f"The fact {self.name!r} has one text as its keys or wordings, of which every letter would count: give a tuple "
+                "of texts."
+            )
+        if not self.wordings or not 0 <= self.trained <= len(self.wordings):
+            raise EUAError(
+                f"The fact {self.name!r} has {len(self.wordings)} wordings of which unlearning sees {self.trained}, which "
+                "leaves nothing to ask or to see: give at least one wording, and trained between 0 and their number."
+            )
+        _pattern(tuple(self.keys))
+
+
+@dataclass(frozen=True)
+class SaidFact:
+    """What a model answered when it was asked for a fact.
+
+    Attributes:
+        fact: the fact.
+        greedy: (wordings,) bool, whether the greedy answer to each wording says it.
+        sampled: (wordings, samples) bool, the same for sampled answers.
+        greedy_texts: the greedy answers.
+        sampled_texts: the sampled answers to each wording.
+    """
+
+    fact: KeyedFact
+    greedy: Tensor
+    sampled: Tensor
+    greedy_texts: tuple[str, ...]
+    sampled_texts: tuple[tuple[str, ...], ...]
+
+    @property
+    def tries(self) -> Tensor:
+        """All answers, (wordings, 1 + samples) bool: the greedy one first."""
+        return torch.cat([self.greedy[:, None], self.sampled], dim=1)
+
+    def of_wordings(self, which: slice) -> SaidFact:
+        """The same for some of the wordings."""
+        texts = self.greedy_texts[which], self.sampled_texts[which]
+        return SaidFact(self.fact, self.greedy[which], self.sampled[which], *texts)
+
+
+def normalize(text: str) -> str:
+    """The words of a text, separated by single spaces: lower case, without accents, punctuation and possessive endings.
+
+    Digits keep together: "1,000" is "1000", and "3.5" stays one word. Abbreviations lose their dots: "D.C." is "dc".
+
+    >>> normalize("The Café's 1,000 guests: Dvořák, J.R.R. & co.")
+    'the cafe 1000 guests dvorak jrr co'
+    """
+    text = text.casefold().translate(_LETTERS)
+    text = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter)).casefold()
+    text = re.sub(r"['’ʼ]s\b", "", text)
+    text = re.sub(r"['’ʼ]", "", text)
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"\b(?:[^\W\d_]\.){2,}", lambda dotted: dotted[0].replace(".", ""), text)
+    text = re.sub(r"(?<!\d)\.|\.(?!\d)|[^\w.]|_", " ", text)
+    return " ".join(text.split())
+
+
+def says(text: str, keys: Sequence[str]) -> bool:
+    """Whether a text contains one of the keys as whole words, after :func:`normalize`. A leading article of a key is left out.
+
+    The regular plural of a key counts, too.
+
+    >>> says("It's PARIS, of course.", ["Paris"]), says("A Parisian café", ["Paris"]), says("Two puppies", ["a puppy"])
+    (True, False, True)
+
+    Raises:
+        EUAError: if there is no key, or a key without letters and digits.
+    """
+    if isinstance(keys, str):
+        raise EUAError(f"keys = {keys!r} is one text, of which every letter would be a key: give a list, e.g. [{keys!r}].")
+    return _pattern(tuple(keys)).search(normalize(text)) is not None
+
+
+@lru_cache(maxsize=4096)
+def _pattern(keys: tuple[str, ...]) -> re.Pattern[str]:
+    """What finds the keys in a normalized text."""
+    words = [normalize(key).split() for key in keys]
+    if not keys or not all(words):
+        raise EUAError(
+            f"The keys {list(keys)} hold no key, or one without letters and digits, which no text can be searched for: give "
+            "the words that give the fact away."
+        )
+    bare = (of_key[1:] if of_key[0] in _ARTICLES and len(of_key) > 1 else of_key for of_key in words)
+    forms = (r"\ ".join([*map(re.escape, of_key[:-1]), _with_plural(of_key[-1])]) for of_key in bare)
+    return re.compile(rf"(?<!\S)(?:{'|'.join(forms)})(?!\S)")
+
+
+def _with_plural(word: str) -> str:
+    if len(word) < _SHORTEST_PLURAL or not word.isalpha():
+        return re.escape(word)
+    if re.search(r"[^aeiou]y$", word):
+        return rf"{re.escape(word[:-1])}(?:y|ys|ies)"
+    return rf"{re.escape(word)}(?:s|es)?"
+
+
+def said_in_wordings(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[KeyedFact],
+    *,
+    samples: int = 16,
+    temperature: float = 1.0,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    seed: int = 0,
+    guard: EnergyGuard | None = None,
+    progress: str | None = None,
+) -> list[SaidFact]:
+    """Ask for every fact in all its wordings, greedily and with samples, and look for its keys in the answers.
+
+    The same call gives the same result, and the caller's random state is left as it was. Another batch size changes the
+    samples.
+
+    >>> facts = [KeyedFact("capital of France", "forget", ("Paris",), ("What is the capital of France?",))]
+    >>> said = said_in_wordings(model, tokenizer, facts, samples=4)          # doctest: +SKIP
+    >>> said_summary(said)["forget"]["all"]["per_fact"]                       # doctest: +SKIP
+    1.0
+
+    Args:
+        model, tokenizer: those to ask.
+        facts: what to ask for.
+        samples: sampled answers to each wording, from the whole distribution (top_p 1, top_k 0). 0: greedy answers only.
+        temperature: of the samples.
+        max_new_tokens: maximal length of an answer.
+        batch_size: answers that are generated together.
+        seed: of the samples.
+        guard: is attached to the model meanwhile, so refused questions get its refusal. None: no guard is attached.
+        progress: title of a progress bar, or None for no bar.
+
+    Returns:
+        One item per fact, in the same order.
+
+    Raises:
+        EUAError: if there is no fact, if samples, temperature or batch_size cannot be, or if the model cannot generate.
+    """
+    if not facts:
+        raise EUAError("There are no facts, so there is nothing to ask for: give at least one KeyedFact.")
+    if samples < 0 or not temperature > 0 or batch_size < 1:
+        raise EUAError(
+            f"samples = {samples}, temperature = {temperature} and batch_size = {batch_size}, but answers are sampled at a "
+            "temperature above 0, in batches of at least 1: pass e.g. samples=16, temperature=1.0, batch_size=32; samples=0 "
+            "asks greedily alone."
+        )
+    asked = [wording for fact in facts for wording in fact.wordings]
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+    passes: list[tuple[list[str], dict[str, Any]]] = [(asked, {})]
+    if samples:
+        passes.append(([question for question in asked for _ in range(samples)], sampling))
+    total = sum(len(questions) for questions, _ in passes)
+    with (
+        guard.attach(model, tokenizer) if guard else nullcontext(),
+        _seeded(seed),
+        tqdm(total=total, desc=progress, disable=progress is None, leave=False) as bar,
+    ):
+        greedy, *more = (
+            _answers(model, tokenizer, questions, max_new_tokens, batch_size, bar, options) for questions, options in passes
+        )
+    greedy_texts, sampled_texts = iter(greedy), chain.from_iterable(more)
+    return [_said_fact(fact, greedy_texts, sampled_texts, samples) for fact in facts]
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int,
+    bar: tqdm,
+    options: dict[str, Any],
+) -> list[str]:
+    """An answer to each question. Questions of similar length share a batch, the longest first, so memory runs out at once."""
+    order = sorted(range(len(questions)), key=lambda index: -len(questions[index]))
+    texts: dict[int, str] = {}
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        found = answer(model, tokenizer, [questions[index] for index in batch], max_new_tokens, **options)
+        texts |= zip(batch, found, strict=True)
+        bar.update(len(batch))
+    return [texts[index] for index in range(len(questions))]
+
+
+def _said_fact(fact: KeyedFact, greedy_texts: Iterator[str], sampled_texts: Iterator[str], samples: int) -> SaidFact:
+    """The fact with its answers, the next ones of all texts."""
+    greedy = tuple(islice(greedy_texts, len(fact.wordings)))
+    sampled = tuple(tuple(islice(sampled_texts, samples)) for _ in fact.wordings)
+    return SaidFact(
+        fact,
+        torch.tensor([says(text, fact.keys) for text in greedy]),
+        torch.tensor([[says(text, fact.keys) for text in texts] for texts in sampled], dtype=torch.bool),
+        greedy,
+        sampled,
+    )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random numbers from a seed inside the block, on all devices, and their former states after it."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    devices = range(torch.accelerator.device_count()) if accelerator else ()
+    with torch.random.fork_rng(devices, device_type=accelerator.type if accelerator else "cuda"):
+        torch.manual_seed(seed)
+        yield
+
+
+def said_summary(said: Sequence[SaidFact]) -> dict[str, dict[str, Any]]:
+    """Shares of facts and of answers, by group of facts, with intervals of 95 %.
+
+    Returns:
+        Group → ``{"all": …, "trained": …, "unseen": …}``: over all wordings, those that unlearning sees and the others (left
+        out where no fact has one). Each holds
+
+        - ``facts``: their number;
+        - ``per_fact``: the share of facts that are said at all, greedily or sampled, in one of the wordings;
+        - ``greedy``: the share of facts that a greedy answer says in one of the wordings;
+        - ``per_try``: the share of all answers, greedy and sampled, that say their fact;
+        - ``per_fact_interval``, ``greedy_interval``: Clopper–Pearson, each fact an observation;
+        - ``per_try_interval``: the answers for one fact depend on each other, so they are a group, see
+          :func:`eua.statistics.share_interval`.
+
+    >>> no, yes = torch.tensor([False, False]), torch.tensor([[False], [True]])
+    >>> fact = KeyedFact("capital of France", "forget", ("Paris",), ("Which city?", "Where?"))
+    >>> summary = said_summary([SaidFact(fact, no, yes, ("", ""), (("",), ("Paris",)))])["forget"]
+    >>> summary["all"]["per_fact"], summary["trained"]["per_fact"], summary["unseen"]["per_try"]
+    (1.0, 0.0, 0.5)
+    """
+    groups: dict[str, list[SaidFact]] = {}
+    for one in said:
+        groups.setdefault(one.fact.group, []).append(one)
+    return {group: _summary_of_group(members) for group, members in groups.items()}
+
+
+def _summary_of_group(said: Sequence[SaidFact]) -> dict[str, Any]:
+    parts = {
+        "all": list(said),
+        "trained": [one.of_wordings(slice(one.fact.trained)) for one in said if one.fact.trained],
+        "unseen": [one.of_wordings(slice(one.fact.trained, None)) for one in said if one.fact.trained < len(one.greedy)],
+    }
+    return {name: _shares(part) for name, part in parts.items() if part}
+
+
+def _shares(said: Sequence[SaidFact]) -> Mapping[str, Any]:
+    values = {
+        "per_fact": torch.stack([one.tries.any() for one in said]),
+        "greedy": torch.stack([one.greedy.any() for one in said]),
+        "per_try": torch.cat([one.tries.flatten() for one in said]),
+    }
+    of_fact = [index for index, one in enumerate(said) for _ in range(one.tries.numel())]
+    report: dict[str, Any] = {"facts": len(said)}
+    for name, value in values.items():
+        report[name] = float(value.double().mean())
+        report[f"{name}_interval"] = share_interval(value, of_fact if name == "per_try" else None)
+    return report
