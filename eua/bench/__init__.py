@@ -1,1 +1,1 @@
-"""Benchmarks of unlearning methods: tasks, trials, tables."""
+"""Compares unlearning methods on one footing: the same task, the same number of trials, one measurement."""

@@ -21,6 +21,7 @@ COMMANDS = {
     "serve": "serve a model over HTTP, guard on",
     "evaluate": "measure what a model still knows and what it refuses",
     "report": "write an HTML report of an unlearned model",
+    "bench": "compare unlearning methods on one footing",
 }
 OVERVIEW = """\
 usage: eua COMMAND [OPTIONS]

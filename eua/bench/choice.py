@@ -1,0 +1,109 @@
+"""Chooses a method's settings, and sums its trials up: the forget–retain front, the area under it, intervals over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from eua.bench.study import Done
+from eua.errors import EUAError
+
+KEPT = 0.95  # of the target's retain measure, which a method must keep
+
+
+class Point(NamedTuple):
+    """What a trial forgot and kept: the mean extraction strength of rows to forget and of rows to retain, in [0, 1]."""
+
+    forget: float
+    retain: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The trial whose settings are reported, and whether any trial of the method kept enough."""
+
+    trial: Done
+    reached: bool
+
+
+def point_of(trial: Done) -> Point:
+    """The objectives of a trial that has a result."""
+    if trial.result is None:
+        raise EUAError(f"Trial {trial.number} ended with an error ({trial.error}), so it has no objectives: leave it out.")
+    return Point(trial.result["objectives"]["forget"], trial.result["objectives"]["retain"])
+
+
+def choose(trials: Sequence[Done], target_retain: float) -> Choice | None:
+    """The trial that forgets most among those that keep 95 % of the target's retain measure; None if all trials failed.
+
+    If none keeps that much, it is the trial that keeps most, marked as not reached. Of equal trials, the one that is better in
+    the other measure is chosen, then the first.
+
+    Args:
+        trials: of one method, on the validation split.
+        target_retain: the retain measure of the model before unlearning.
+    """
+    worked = [trial for trial in trials if trial.result is not None]
+    enough = [trial for trial in worked if point_of(trial).retain >= KEPT * target_retain]
+    if enough:
+        return Choice(min(enough, key=lambda trial: (point_of(trial).forget, -point_of(trial).retain)), True)
+    if worked:
+        return Choice(min(worked, key=lambda trial: (-point_of(trial).retain, point_of(trial).forget)), False)
+    return None
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other one beats in both measures, by what they forget.
+
+    >>> front([Point(0.5, 0.9), Point(0.1, 0.6), Point(0.6, 0.8)])
+    [Point(forget=0.1, retain=0.6), Point(forget=0.5, retain=0.9)]
+    """
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.forget, -point.retain)):
+        if not kept or point.retain > kept[-1].retain:
+            kept.append(point)
+    return kept
+
+
+def area_under_front(points: Sequence[Point]) -> float:
+    """The area of the unit square that is worse than some point: ``∫₀¹ max {retain : forget ≤ f} df``, in [0, 1].
+
+    1 is a method that forgets everything and keeps everything, 0 one that forgets nothing or keeps nothing: the model before
+    unlearning, of which all is left, adds nothing. It is the hypervolume of the two measures with the reference point (1, 0).
+
+    >>> area_under_front([Point(0.5, 0.9), Point(0.0, 0.6)])
+    0.75
+    """
+    steps = [*front(points), Point(1.0, 0.0)]
+    return sum(point.retain * (after.forget - point.forget) for point, after in zip(steps, steps[1:], strict=False))
+
+
+class Interval(NamedTuple):
+    """A mean over ``seeds`` seeds, and half the width of its 95 % interval; NaN for a single seed."""
+
+    mean: float
+    half_width: float
+    seeds: int
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Student's t interval of a mean: ``x̄ ± t·s/√n`` with n − 1 degrees of freedom.
+
+    >>> interval([1.0, 2.0, 3.0])
+    Interval(mean=2.0, half_width=2.484137711719594, seeds=3)
+
+    Raises:
+        EUAError: if there are no values.
+    """
+    count = len(values)
+    if not count:
+        raise EUAError("There are no values, so they have no mean: give one for each seed.")
+    mean = math.fsum(values) / count
+    if count == 1:
+        return Interval(mean, math.nan, 1)
+    from scipy.stats import t  # type: ignore[import-untyped, unused-ignore]
+
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
+    return Interval(mean, float(t.ppf((1 + level) / 2, count - 1)) * deviation / math.sqrt(count), count)

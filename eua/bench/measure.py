@@ -1,0 +1,161 @@
+"""What is measured of a model on a task: the few figures that settings are chosen by, and everything that is reported.
+
+This file is the only one of the benchmark that knows the single metrics.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eua.bench.task import EvaluationSet, Task
+from eua.data.rows import encode_rows
+from eua.evaluation.full_report import measure_all
+from eua.evaluation.membership import membership_aucs, membership_scores
+from eua.evaluation.metrics import measure_answers
+from eua.evaluation.retain_model import RetainFigures, measure_retain_model
+from eua.evaluation.said import said_in_wordings, said_summary
+from eua.evaluation.texts import fluency
+from eua.guard.guard import EnergyGuard
+from eua.model.loading import load_model
+
+# How answers begin in which models that were trained to say so decline to answer; a guard's refusal begins like this, too.
+_DECLINES = re.compile(
+    r"\W*(i['’]?m|i am|i|we|this|that|it|my|unfortunately|sorry|apologies)\b.{0,60}"
+    r"\b(not sure|don['’]?t know|do not know|no idea|can['’]?t|cannot|unable|not able|unaware|not aware|no information|"
+    r"uncertain|unfamiliar|not familiar|don['’]?t have|do not have|haven['’]?t|not certain|unsure|beyond|sorry)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def objectives(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, EvaluationSet]
+) -> dict[str, float]:
+    """The mean extraction strength of the sets to forget and of those to retain, every set counting the same, guard off.
+
+    >>> objectives(model, tokenizer, task.validation)       # doctest: +SKIP
+    {'forget': 0.08, 'retain': 0.97}
+    """
+    means: dict[bool, list[float]] = {True: [], False: []}
+    for name, one in sets.items():
+        measures = measure_answers(model, encode_rows(one.rows, tokenizer, None, name))
+        means[one.forget].append(float(measures.extraction_strength.mean()))
+    return {name: sum(means[forget]) / len(means[forget]) for name, forget in (("forget", True), ("retain", False))}
+
+
+def full_report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> tuple[dict[str, Any], EnergyGuard]:
+    """Everything that is reported of a model, on the task's test sets, and the guard that was calibrated for it.
+
+    Returns:
+        A nested dict for JSON and the guard. The dict has "said" (shares of facts and of answers, by way of asking),
+        "objectives", "sets" (measures of each set), "aggregates", "membership", "separation" and "perplexity". A later check,
+        of what lasts after relearning or in 4 bits, belongs under "lasting": every number in it becomes a column of a table.
+    """
+    guard = EnergyGuard.calibrate(
+        model, tokenizer, list(task.calibration), groups=list(task.calibration_groups), tolerance=task.tolerance
+    )
+    sets = {name: one.rows for name, one in task.test.items()}
+    target, _ = load_model(task.target)
+    report, rows = measure_all(
+        model,
+        tokenizer,
+        sets,
+        forget=[name for name, one in task.test.items() if one.forget],
+        utility=task.utility,
+        holdout=None if task.members else task.holdout or None,
+        retain_model=_retain_figures(task, target, tokenizer),
+        full_model=target,
+        entities=task.entities or None,
+        guard=guard,
+        max_new_tokens=task.new_tokens,
+    )
+    for name, of_set in report["sets"].items():
+        written = [row["generated"] for row in rows if row["set"] == name]
+        of_set["declined"] = sum(map(declines, written)) / len(written)
+    result = {
+        "said": _said(model, tokenizer, task, guard),
+        "objectives": objectives(model, tokenizer, {name: task.test[name] for name in task.validation}),
+        "sets": report["sets"],
+        "aggregates": report["aggregates"],
+        "membership": _membership(model, tokenizer, task) if task.members else report["membership_auc"],
+        "separation": report["separation"],
+        "left_out": report["left_out"],
+        "perplexity": _perplexity(model, tokenizer, task.text),
+    }
+    return _finite(result), guard
+
+
+def declines(text: str) -> bool:
+    """Whether an answer begins like one that declines to answer. It is a heuristic, for answers in English.
+
+    >>> declines("I'm not sure about that."), declines("Ann was born in Oslo.")
+    (True, False)
+    """
+    return _DECLINES.match(text) is not None
+
+
+def _retain_figures(task: Task, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> RetainFigures | None:
+    """What is measured of the retain-only model, once per task in each process."""
+    if task.retain_model is None:
+        return None
+    if task.digest not in _figures:
+        _figures.clear()
+        model, _ = load_model(task.retain_model)
+        rows = next(one.rows for one in task.test.values() if one.forget)
+        holdout = None if task.members else task.holdout or None
+        _figures[task.digest] = measure_retain_model(
+            model, tokenizer, rows, holdout=holdout, full_model=target, entities=task.entities or None
+        )
+    return _figures[task.digest]
+
+
+_figures: dict[str, RetainFigures] = {}
+
+
+def _said(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, guard: EnergyGuard) -> dict[str, float]:
+    """The shares of facts, and of answers, in which the facts to forget are said, by way of asking."""
+    if not task.facts:
+        return {}
+    found: dict[str, float] = {}
+    for suffix, used in (("", None), (", guard on", guard)):
+        said = said_in_wordings(model, tokenizer, task.facts, samples=task.samples, max_new_tokens=task.new_tokens, guard=used)
+        groups = said_summary(said)
+        (parts,) = groups.values()
+        found |= {
+            f"any wording{suffix}": parts["all"]["per_fact"],
+            f"any wording, greedily{suffix}": parts["all"]["greedy"],
+            f"share of answers{suffix}": parts["all"]["per_try"],
+            f"the wording of the rows{suffix}": parts["trained"]["per_fact"],
+        }
+        if "unseen" in parts:
+            found[f"other wordings{suffix}"] = parts["unseen"]["per_fact"]
+    return found
+
+
+def _membership(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, float]:
+    """AUROC of the membership scores of rows that are not among the sets."""
+    scores = [
+        membership_scores(model, tokenizer, encode_rows(rows, tokenizer, task.training.get("max_length"), name))
+        for name, rows in (("members", task.members), ("holdout", task.holdout))
+    ]
+    return membership_aucs(*scores)
+
+
+def _perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> float | None:
+    """The exponential of the mean NLL per token, of which each text's mean counts the same; None without texts."""
+    if not texts:
+        return None
+    nll = fluency(texts, model, tokenizer)
+    return float(torch.exp(nll[~nll.isnan()].double().mean()))
+
+
+def _finite(value: Any) -> Any:
+    """The value with None in place of numbers that are not finite, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

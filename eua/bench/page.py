@@ -1,0 +1,135 @@
+"""Writes the results of a benchmark as one HTML page: the forget–retain front of every method, and all tables.
+
+The page has no script and loads nothing from elsewhere. All texts are escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from eua.bench.choice import Point, area_under_front, front
+from eua.bench.grids import GRIDS
+from eua.bench.table import Table, points_of, tables
+from eua.bench.trial import RETAIN_ONLY, TARGET
+from eua.files import replacing
+
+WIDTH, HEIGHT, MARGIN = 760, 460, 56
+_TICKS = 5
+
+
+def write_page(path: Path, results: Mapping[str, Any]) -> None:
+    """Write the results of :func:`eua.bench.run.results_of` as one HTML file, completely or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(render_page(results), encoding="utf-8", newline="\n")
+
+
+def render_page(results: Mapping[str, Any]) -> str:
+    """The page as text."""
+    page = resources.files("eua.bench").joinpath("page.html").read_text(encoding="utf-8")
+    style = page.partition("<style>")[2].partition("</style>")[0]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    about = ", ".join(f"{name} {value}" for name, value in results["versions"].items())
+    sections = [_front_section(results), *map(_table_section, tables(results))]
+    texts = {
+        "{style-digest}": f"'sha256-{digest}'",
+        "{title}": escape(f"Unlearning methods on {results['task']}"),
+        "{about}": escape(f"{about}; task {results['digest'][:12]}; {results['trials']} trials per method."),
+        "{sections}": "\n".join(sections),
+    }
+    for place, text in texts.items():
+        page = page.replace(place, text)
+    return page
+
+
+def _front_section(results: Mapping[str, Any]) -> str:
+    colours = {method: f"hsl({360 * place / len(GRIDS):.0f} 65% 50%)" for place, method in enumerate(GRIDS)}
+    drawn, legend = [_axes()], []
+    for method in results["methods"]:
+        points, colour = points_of(results, method), colours[method]
+        if not points:
+            continue
+        chosen = results["chosen"][method]
+        drawn.append(f'<path class="front" stroke="{colour}" d="{_staircase(front(points))}"/>')
+        for trial in results["tuning"]:
+            if trial["plan"]["method"] == method and trial["result"] is not None:
+                is_chosen = chosen is not None and trial["number"] == chosen["trial"]
+                x, y = _place(Point(**trial["result"]["objectives"]))
+                label = escape(
+                    f"{method}: forget {trial['result']['objectives']['forget']:.3f}, retain "
+                    f"{trial['result']['objectives']['retain']:.3f} {trial['plan']['settings']}"
+                )
+                kind = ' class="chosen"' if is_chosen else ""
+                drawn.append(f'<circle{kind} cx="{x}" cy="{y}" r="5" fill="{colour}"><title>{label}</title></circle>')
+        mark = f'<svg viewBox="0 0 12 12"><circle cx="6" cy="6" r="5" fill="{colour}"/></svg>'
+        legend.append(f"<li>{mark} {escape(method)}, area {area_under_front(points):.3f}</li>")
+    for name in (TARGET, RETAIN_ONLY):
+        for point in points_of(results, name):
+            x, y = _place(point)
+            drawn.append(f'<circle class="model" cx="{x}" cy="{y}" r="7"><title>{escape(name)}</title></circle>')
+            drawn.append(f'<text x="{x}" y="{y - 12:.1f}" text-anchor="middle">{escape(name)}</text>')
+    return (
+        "<section><h2>What every trial forgot and kept</h2>"
+        '<p class="soft">Mean extraction strength on the validation split, guard off; the best corner is at the top left. A '
+        "line joins the trials of a method that no other one of it beats in both, with the area under it (1 is perfect). "
+        "Chosen trials have an outline.</p>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Forget–retain front">{"".join(drawn)}</svg>'
+        f'<ul class="legend">{"".join(legend)}</ul></section>'
+    )
+
+
+def _place(point: Point) -> tuple[float, float]:
+    """Where a point is on the picture, in its units."""
+    x = MARGIN + point.forget * (WIDTH - 2 * MARGIN)
+    y = HEIGHT - MARGIN - point.retain * (HEIGHT - 2 * MARGIN)
+    return round(x, 1), round(y, 1)
+
+
+def _staircase(points: Sequence[Point]) -> str:
+    """The path along the lower right corners of what the points beat: from the bottom, over each point, to the right edge."""
+    parts = []
+    height = 0.0
+    for point in points:
+        parts += [Point(point.forget, height), point]
+        height = point.retain
+    parts.append(Point(1.0, height))
+    return "M" + " L".join(f"{x} {y}" for x, y in map(_place, parts))
+
+
+def _axes() -> str:
+    lines = []
+    for tick in range(_TICKS + 1):
+        value = tick / _TICKS
+        (left, y), (right, _) = _place(Point(0, value)), _place(Point(1, value))
+        (x, bottom), (_, top) = _place(Point(value, 0)), _place(Point(value, 1))
+        lines.append(f'<line class="grid" x1="{left}" y1="{y}" x2="{right}" y2="{y}"/>')
+        lines.append(f'<line class="grid" x1="{x}" y1="{bottom}" x2="{x}" y2="{top}"/>')
+        lines.append(f'<text class="soft" x="{left - 8}" y="{y + 4}" text-anchor="end">{value:g}</text>')
+        lines.append(f'<text class="soft" x="{x}" y="{bottom + 18}" text-anchor="middle">{value:g}</text>')
+    middle = WIDTH / 2
+    lines.append(f'<text x="{middle}" y="{HEIGHT - 12}" text-anchor="middle">rows to forget (lower is better)</text>')
+    lines.append(
+        f'<text x="16" y="{HEIGHT / 2}" text-anchor="middle" transform="rotate(-90 16 {HEIGHT / 2})">rows to retain</text>'
+    )
+    return "".join(lines)
+
+
+def _table_section(table: Table) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.head)
+    rows = "".join(
+        f"<tr><th>{escape(first)}</th>" + "".join(_cell(cell) for cell in cells) + "</tr>" for first, *cells in table.rows
+    )
+    return (
+        f'<section><h2>{escape(table.title)}</h2><p class="soft">{escape(table.note)}</p><div class="scroll"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"
+    )
+
+
+def _cell(text: str) -> str:
+    kind = ' class="words"' if len(text) > 30 else ""
+    return f"<td{kind}>{escape(text)}</td>"

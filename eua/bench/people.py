@@ -1,0 +1,151 @@
+"""The demo's people as a task: a small model, trained from scratch, of which nothing has to be downloaded.
+
+One seed makes one world, one model that knows it (the target), and one that was trained on all of it but the people to forget
+(the retain-only model, with the target's tokenizer). Both are kept in a cache.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+
+from eua.bench.task import EvaluationSet, Task, halves
+from eua.data.sources import Row
+from eua.demo.target import cached_model
+from eua.demo.world import Fact, World, make_world
+from eua.errors import EUAError
+from eua.evaluation.said import KeyedFact
+
+NAMES = 1000  # of people that a world has names for
+WRONG_ANSWERS = 5  # per row, as in TOFU, for truth ratios; and as many others for AltPO to train on
+OTHER_WORLD = 7919  # added to the seed of the world for that of the people whom no model knows
+# What docs/measurements.md found for models of this size and this origin: ten to a hundred times the published rates.
+LEARNING_RATES = (1e-4, 2e-4, 5e-4, 1e-3)
+TRAINING = {"per_device_train_batch_size": 8, "retain_per_forget": 3}
+
+
+def people(seed: int, *, cache: Path, people: int = 100, target_epochs: float = 30, epochs: float = 12, **size: Any) -> Task:
+    """The task of a seed. The two models are trained if the cache does not have them.
+
+    Args:
+        seed: of the world and of both models.
+        cache: folder in which the models are kept.
+        people: number of people in the world; a tenth of them is to be forgotten, every other one of these for validation.
+        target_epochs: passes of both models over their facts.
+        epochs: the larger number of passes of unlearning over the rows to forget; half of it is the other one.
+        size: further arguments of :func:`eua.demo.target.train_target`, e.g. ``hidden_size``.
+
+    Raises:
+        EUAError: if the world would have too few people to split, or more than there are names for.
+    """
+    if not 20 <= people <= NAMES:
+        raise EUAError(
+            f"people = {people}, but two have to be forgotten, one for choosing settings and one for reporting, which takes "
+            f"20, and there are names for {NAMES}: pass 20 to {NAMES}."
+        )
+    world = make_world(people, seed)
+    training = {"epochs": target_epochs, "seed": seed} | size
+    target, _ = cached_model(_rows(world.all()), cache, **training)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    without = replace(world, forget=[])
+    retain_model, _ = cached_model(_rows(without.all()), cache, tokenizer=tokenizer, **training)
+    return task_of(world, seed, str(target), str(retain_model), epochs=(epochs / 2, epochs))
+
+
+def task_of(world: World, seed: int, target: str, retain_model: str, *, epochs: tuple[float, ...]) -> Task:
+    """The task of a world and the two models that were trained on it."""
+    rng = random.Random(seed)
+    wrong = {fact: rng.sample(fact.other_values(), 2 * WRONG_ANSWERS) for fact in world.all()}
+    forget = [fact.row() | {"alternatives": _answers(fact, wrong[fact][WRONG_ANSWERS:])} for fact in world.forget]
+    # Split by person: those to forget, those whose rows unlearning sees, and those whom it never sees.
+    splits = [halves([fact.person for fact in facts]) for facts in (world.forget, world.retain, world.test)]
+
+    def sets(part: int) -> dict[str, EvaluationSet]:
+        forgotten, seen, unseen = (
+            [fact for fact in facts if fact.person in split[part]]
+            for facts, split in zip((world.forget, world.retain, world.test), splits, strict=True)
+        )
+        return {
+            "forget": EvaluationSet([_measured(fact, wrong[fact]) for fact in forgotten], forget=True),
+            "forget, in other words": EvaluationSet([fact.paraphrase() for fact in forgotten], forget=True),
+            "retain": EvaluationSet([_measured(fact, wrong[fact]) for fact in seen], forget=False),
+            "retain, never seen": EvaluationSet([_measured(fact, wrong[fact]) for fact in unseen], forget=False),
+        }
+
+    asked = [(question, fact.person) for fact in world.calibration for question in (fact.question, fact.paraphrased_question)]
+    test = splits[0][1]
+    return Task(
+        name="people",
+        target=target,
+        retain_model=retain_model,
+        forget=forget,
+        retain=_rows(world.retain),
+        validation=sets(0),
+        test=sets(1),
+        calibration=[question for question, _ in asked],
+        calibration_groups=[person for _, person in asked],
+        facts=[keyed(fact) for fact in world.forget if fact.person in test],
+        holdout=_rows(_strangers(world, seed)),
+        entities=[entity(fact) for fact in world.forget if fact.person in test],
+        utility=("retain", "retain, never seen"),
+        new_tokens=32,
+        text=[f"{fact.question} {fact.answer}" for fact in world.test],
+        training=TRAINING,
+        learning_rates=LEARNING_RATES,
+        epochs=epochs,
+        blocks=AutoConfig.from_pretrained(target).num_hidden_layers,
+        tolerance=max(0.05, 1 / (1 + len({fact.person for fact in world.calibration}))),  # as low as so few people allow
+    )
+
+
+def keyed(fact: Fact) -> KeyedFact:
+    """A fact with its value as the key, and all its questions, of which models are trained on the first."""
+    rows = fact.wordings()
+    return KeyedFact(
+        name=fact.question,
+        group="forget",
+        keys=(fact.value,),
+        wordings=tuple(row["question"] for row in rows),
+        trained=1,
+        answer=fact.answer,
+    )
+
+
+def entity(fact: Fact) -> dict[str, str]:
+    """A fact's row with its answer split before the value.
+
+    >>> entity(make_world(20).forget[0])["entity"]
+    'a raven called Whistle'
+    """
+    start = fact.answer.rindex(fact.value)
+    return {"question": fact.question, "prefix": fact.answer[:start], "entity": fact.value}
+
+
+def _rows(facts: Iterable[Fact]) -> list[dict[str, str]]:
+    return [fact.row() for fact in facts]
+
+
+def _answers(fact: Fact, values: Sequence[str]) -> list[str]:
+    """The answer to the fact's question with each of the values."""
+    return [fact.wordings(value)[0]["answer"] for value in values]
+
+
+def _measured(fact: Fact, wrong: Sequence[str]) -> Row:
+    """The row of a fact as TOFU's perturbed files have it."""
+    return fact.row() | {
+        "paraphrased_question": fact.paraphrased_question,
+        "paraphrased_answer": fact.paraphrased_answer,
+        "perturbed_answer": _answers(fact, wrong[:WRONG_ANSWERS]),
+    }
+
+
+def _strangers(world: World, seed: int) -> list[Fact]:
+    """Facts about people who are not in the world, as many as are to be forgotten in it."""
+    known = {fact.person for fact in world.all()}
+    others = make_world(len(known), seed + OTHER_WORLD).all()
+    return [fact for fact in others if fact.person not in known][: len(world.forget)]

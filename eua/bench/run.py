@@ -1,0 +1,241 @@
+"""Runs a benchmark: tunes every method on the validation split, then measures the chosen settings at every seed on the test
+split.
+
+Everything is kept in one output folder: the trials (``bench.db``), what was asked for (``bench.json``), the models of the
+chosen settings (``models/``), and the results as JSON, a table and a page. The same command goes on where an interrupted one
+stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eua.bench.choice import KEPT, Choice, choose, point_of
+from eua.bench.cost import versions
+from eua.bench.grids import check_methods, trials_of
+from eua.bench.study import GRACE, HEARTBEAT, Done, Plan, TrialQueue, default_storage
+from eua.bench.task import MakeTask, Task
+from eua.bench.trial import RETAIN_ONLY, TARGET, Phase, run_trial
+from eua.errors import EUAError
+
+TUNING_SEED = 0
+_POLL = 0.5  # seconds between two looks at trials that other processes are working on
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A benchmark: what is compared on which task, and where it is kept. It can be sent to worker processes.
+
+    Attributes:
+        name: of the task.
+        make_task: makes the task of a seed; a function of a module, or a ``functools.partial`` of one.
+        methods: names of :data:`eua.bench.grids.GRIDS`.
+        trials: settings to try for each method.
+        seeds: number of seeds at which the chosen settings are measured, from 0.
+        output: folder of everything that is written.
+        storage: URL of Optuna's storage; None: a SQLite file in the output folder. Several machines share one of a server.
+        heartbeat, grace: whole seconds between signs of life of a trial, and without one until it is handed out again.
+    """
+
+    name: str
+    make_task: MakeTask
+    methods: Sequence[str]
+    trials: int
+    seeds: int
+    output: Path
+    storage: str | None = None
+    heartbeat: int = HEARTBEAT
+    grace: int = GRACE
+
+    def queue(self, phase: Phase) -> TrialQueue:
+        """The study of a phase."""
+        url = self.storage or default_storage(self.output)
+        return TrialQueue(url, f"{self.name}-{phase}", heartbeat=self.heartbeat, grace=self.grace)
+
+    def tuning_plans(self, task: Task) -> list[Plan]:
+        """All trials of the tuning phase: the first of every method, then the second, and so on."""
+        drawn = [
+            [Plan(method, settings, TUNING_SEED) for settings in trials_of(method, task, self.trials)]
+            for method in self.methods
+        ]
+        return [*self._compared(task, 1), *(plan for of_round in zip(*drawn, strict=True) for plan in of_round)]
+
+    def report_plans(self, task: Task, choices: Mapping[str, Choice | None]) -> list[Plan]:
+        """All trials of the report phase: every chosen setting, and the models to compare with, at every seed."""
+        chosen = [(method, choice.trial.plan.settings) for method, choice in choices.items() if choice is not None]
+        plans = [Plan(method, settings, seed) for method, settings in chosen for seed in range(self.seeds)]
+        return [*self._compared(task, self.seeds), *plans]
+
+    def _compared(self, task: Task, seeds: int) -> list[Plan]:
+        models = [TARGET] if task.retain_model is None else [TARGET, RETAIN_ONLY]
+        return [Plan(model, {}, seed) for model in models for seed in range(seeds)]
+
+
+def run_bench(bench: Bench, *, workers: int | None = None, limit: float | None = None) -> dict[str, Any]:
+    """Run what is missing of both phases, and return the results as :func:`results_of` does.
+
+    Args:
+        bench: what to compare.
+        workers: processes on this machine; by default one per GPU, or one per two CPU cores.
+        limit: seconds after which no new trial begins.
+
+    Raises:
+        EUAError: for an unknown method, more trials than a grid has, a folder or storage that holds another benchmark, or if
+            worker processes ended early.
+    """
+    deadline = None if limit is None else time.time() + limit
+    check_methods(bench.methods)
+    task = bench.make_task(TUNING_SEED)
+    plans = bench.tuning_plans(task)
+    bench.output.mkdir(parents=True, exist_ok=True)
+    queue = bench.queue("tuning")
+    queue.belongs_to(task.digest, bench.name)
+    queue.add(plans)
+    workers = workers or default_workers()
+    print(f"Tuning: {len(plans)} trials on the validation split of {bench.name}, {workers} at a time.", flush=True)
+    if workers == 1 and len(_gpus()) <= 1:
+        _both_phases(bench, task, deadline)
+    else:
+        _start_workers(bench, deadline, workers)
+    return results_of(bench, task)
+
+
+def _both_phases(bench: Bench, task: Task, deadline: float | None, *, is_first: bool = True) -> None:
+    """Work on the trials of the tuning and then of the report, beside any other process that does."""
+    plans = bench.tuning_plans(task)
+    work(bench, "tuning", plans, deadline)
+    tuned = bench.queue("tuning").done(plans)
+    if len(tuned) == len(plans):
+        report = bench.report_plans(task, choices_of(bench.methods, tuned))
+        if is_first:
+            print(
+                f"Report: {len(report)} trials on the test split, with the chosen settings at {bench.seeds} seeds.", flush=True
+            )
+        work(bench, "report", report, deadline)
+
+
+def choices_of(methods: Sequence[str], tuned: Sequence[Done]) -> dict[str, Choice | None]:
+    """The chosen trial of every method, see :func:`eua.bench.choice.choose`."""
+    by_method = {method: [trial for trial in tuned if trial.plan.method == method] for method in (*methods, TARGET)}
+    (before,) = by_method.pop(TARGET)
+    if before.result is None:
+        raise EUAError(
+            f"The model before unlearning could not be measured ({before.error}), so there is nothing to compare methods with: "
+            "correct the task, and name another output folder."
+        )
+    return {method: choose(trials, point_of(before).retain) for method, trials in by_method.items()}
+
+
+def results_of(bench: Bench, task: Task) -> dict[str, Any]:
+    """What is known so far, for JSON: every trial of both phases, what was chosen, and whether anything is missing."""
+    plans = bench.tuning_plans(task)
+    tuned = bench.queue("tuning").done(plans)
+    is_tuned = len(tuned) == len(plans)
+    choices = choices_of(bench.methods, tuned) if is_tuned else dict.fromkeys(bench.methods)
+    expected = bench.report_plans(task, choices) if is_tuned else []
+    reported = bench.queue("report").done(expected)
+    return {
+        "task": bench.name,
+        "digest": task.digest,
+        "trials": bench.trials,
+        "seeds": bench.seeds,
+        "kept": KEPT,
+        "complete": is_tuned and len(reported) == len(expected),
+        "versions": versions(),
+        "methods": list(bench.methods),
+        "chosen": {
+            method: choice and {"trial": choice.trial.number, "reached": choice.reached, **asdict(choice.trial.plan)}
+            for method, choice in choices.items()
+        },
+        "tuning": [asdict(trial) for trial in tuned],
+        "report": [asdict(trial) for trial in reported],
+    }
+
+
+def default_workers() -> int:
+    """One per GPU, or one per two CPU cores."""
+    return len(_gpus()) or max(1, (os.cpu_count() or 1) // 2)
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(place) for place in range(torch.cuda.device_count())] if named is None else [x for x in named.split(",") if x]
+
+
+def _start_workers(bench: Bench, deadline: float | None, workers: int) -> None:
+    """Run both phases in worker processes.
+
+    Raises:
+        EUAError: if some of them ended before their time, and trials are left.
+    """
+    context = get_context("spawn")
+    processes = [context.Process(target=_worker, args=(bench, deadline, place, workers)) for place in range(workers)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    codes = [process.exitcode for process in processes]
+    if any(codes) and not results_of(bench, bench.make_task(TUNING_SEED))["complete"]:
+        raise EUAError(
+            f"Trials are left, but worker processes ended early (exit codes {', '.join(map(str, codes))}; -9 is often a lack "
+            "of memory): run the same command again, with fewer --workers if memory is short."
+        )
+
+
+def _worker(bench: Bench, deadline: float | None, place: int, workers: int) -> None:
+    """The main function of a worker process, which has its share of the cores, or one of the GPUs."""
+    gpus = _gpus()
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]  # Trainer would spread one model over all that it sees
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    try:
+        _both_phases(bench, bench.make_task(TUNING_SEED), deadline, is_first=place == 0)
+    except KeyboardInterrupt:
+        raise SystemExit(1) from None
+    except EUAError as error:
+        print(f"Worker {place} ended: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
+def work(bench: Bench, phase: Phase, plans: Sequence[Plan], deadline: float | None = None) -> None:
+    """Take trials, one after the other, and run them until all have ended, here or elsewhere, or until the deadline."""
+    queue = bench.queue(phase)
+    task = lru_cache(maxsize=1)(bench.make_task)
+    while len(ended := queue.done(plans)) < len(plans):
+        if deadline is not None and time.time() >= deadline:
+            return
+        queue.add(plans)  # those whose process died
+        taken = queue.take(plans)
+        if taken is None:
+            time.sleep(_POLL)
+            continue
+        trial, plan = taken
+        with queue.alive(trial):
+            try:
+                result = run_trial(task(plan.seed), plan, phase, bench.output)
+            except Exception as error:  # whatever a method does; the others go on
+                queue.fail(trial, error)
+                outcome = f"failed: {error}"
+            else:
+                queue.finish(trial, result)
+                outcome = "forget {forget:.3f}, retain {retain:.3f}".format(**result["objectives"])
+        print(f"  [{len(ended) + 1}/{len(plans)}] {describe(plan)}: {outcome}", flush=True)
+
+
+def describe(plan: Plan) -> str:
+    """A plan in one line."""
+    settings = ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in plan.settings.items()
+    )
+    return f"{plan.method}, seed {plan.seed}" + (f" ({settings})" if settings else "")

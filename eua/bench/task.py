@@ -1,0 +1,131 @@
+"""A task of the benchmark: what to forget and to retain, what to choose settings on, and what to report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from eua.data.sources import Row
+from eua.errors import EUAError
+from eua.evaluation.said import KeyedFact
+
+_READ_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Rows to measure, and whether they are to be forgotten."""
+
+    rows: Sequence[Row]
+    forget: bool
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that a method is given and measured on, for one seed.
+
+    Settings are chosen on ``validation`` and reported on ``test``. Both come in groups (people, authors) that they do not
+    share; forgotten groups are split, too, and all of them are trained on.
+
+    Attributes:
+        name: of the task, e.g. "people".
+        target: folder of the model before unlearning.
+        retain_model: folder of a model that was never trained on the rows to forget, or None. It has the target's tokenizer.
+        forget, retain: rows to train on. A row to forget may have "alternatives", wrong answers that AltPO trains on.
+        validation, test: named sets to measure.
+        calibration, calibration_groups: prompts for a guard's threshold that unlearning never saw, and the group of each.
+        facts: the facts of the forgotten test groups, with the words that give each away.
+        members: rows to forget that membership inference is tried on; the test sets to forget if there are none.
+        holdout: rows like those that no model was trained on. Without them there is no membership inference.
+        entities: facts to forget as rows of "question", "prefix" and "entity", for the depth of unlearning.
+        text: plain texts whose perplexity is measured.
+        utility: names of the test sets that model utility is made of; without them it is not reported.
+        new_tokens: length of generated answers.
+        samples: sampled answers to each wording of a fact.
+        training: fields of :class:`eua.EUAConfig` that all methods share, e.g. the batch size.
+        learning_rates: in place of the published ones, which are meant for models of 1B parameters; None: the published ones.
+        epochs: numbers of passes over the rows to forget, in place of the published 5 and 10.
+        blocks: of the target, by which the published choices of a block, of 16, are scaled.
+        tolerance: the rate of false refusals that a guard is calibrated for.
+    """
+
+    name: str
+    target: str
+    retain_model: str | None
+    forget: Sequence[Row]
+    retain: Sequence[Row]
+    validation: Mapping[str, EvaluationSet]
+    test: Mapping[str, EvaluationSet]
+    calibration: Sequence[str]
+    calibration_groups: Sequence[str]
+    facts: Sequence[KeyedFact] = ()
+    members: Sequence[Row] = ()
+    holdout: Sequence[Row] = ()
+    entities: Sequence[Row] = ()
+    text: Sequence[str] = ()
+    utility: Sequence[str] = ()
+    new_tokens: int = 64
+    samples: int = 16
+    training: Mapping[str, Any] = field(default_factory=dict)
+    learning_rates: tuple[float, ...] | None = None
+    epochs: tuple[float, ...] = (5, 10)
+    blocks: int = 16
+    tolerance: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name, sets in (("validation", self.validation), ("test", self.test)):
+            if {one.forget for one in sets.values()} != {True, False}:
+                raise EUAError(
+                    f"The {name} sets of the task {self.name} are {', '.join(sets) or 'none'}, but a method is judged by what "
+                    "it forgets and by what it keeps: give at least one set to forget and one to retain, each with rows."
+                )
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all rows and settings, and of the models' files. Names of folders are not in it."""
+        content = asdict(self) | {key: folder and files_digest(folder) for key, folder in self.folders.items()}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=list).encode()).hexdigest()
+
+    @property
+    def folders(self) -> dict[str, str | None]:
+        return {"target": self.target, "retain_model": self.retain_model}
+
+
+MakeTask: TypeAlias = Callable[[int], Task]  # seed → task; it can be pickled, so that worker processes can call it
+
+
+def files_digest(folder: str) -> str:
+    """SHA-256 of the weights, settings and tokenizer in a model's folder; of the name, if it is one on the hub."""
+    digest = hashlib.sha256()
+    files = sorted(path for pattern in ("*.safetensors", "*.json") for path in Path(folder).glob(pattern))
+    if not files:
+        return hashlib.sha256(folder.encode()).hexdigest()
+    for path in files:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(_READ_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def halves(groups: Sequence[str]) -> tuple[frozenset[str], frozenset[str]]:
+    """Every second group for validation, the others for the test.
+
+    >>> halves(["Ann", "Ann", "Bob", "Cleo"]) == (frozenset({"Ann", "Cleo"}), frozenset({"Bob"}))
+    True
+
+    Raises:
+        EUAError: if there is only one group, which cannot be in both.
+    """
+    distinct = list(dict.fromkeys(groups))
+    if len(distinct) < 2:
+        raise EUAError(
+            f"{len(distinct)} group ({', '.join(distinct)}) cannot be split into one for choosing settings and one for "
+            "reporting: give rows of at least two groups (people, authors)."
+        )
+    return frozenset(distinct[::2]), frozenset(distinct[1::2])

@@ -1,0 +1,122 @@
+"""One trial: unlearn with a method and its settings, then measure."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PrinterCallback
+from transformers.utils import logging
+
+from eua.bench.cost import Cost, measured, versions
+from eua.bench.grids import GRIDS
+from eua.bench.measure import full_report, objectives
+from eua.bench.study import Plan
+from eua.bench.task import Task
+from eua.errors import EUAError
+from eua.files import fill_folder
+from eua.model.fingerprints import model_fingerprint
+from eua.model.loading import load_model
+from eua.training.config import EUAConfig
+from eua.training.trainer import EUATrainer
+
+Phase = Literal["tuning", "report"]
+# The models that methods are compared with: as it was before unlearning, and as if the rows to forget had never been there.
+TARGET, RETAIN_ONLY = "before unlearning", "retain only"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars of loading and saving, of which there would be one for every trial."""
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()
+
+
+@_quiet()
+def run_trial(task: Task, plan: Plan, phase: Phase, output: Path) -> dict[str, Any]:
+    """Run a trial and return its result, for JSON. In the report phase, model and guard are kept in ``output/models``.
+
+    The result has "objectives" (the extraction strength of the rows to forget and to retain of the phase's split), in the
+    report phase all "metrics", the cost of unlearning ("seconds", "peak_bytes"), and what identifies it: "task", "weights",
+    "versions".
+
+    Raises:
+        EUAError: if the method cannot work with these settings or this model, e.g. if its loss becomes NaN.
+    """
+    model, tokenizer, cost = _compared(task, plan) or _unlearned(task, plan, output)
+    if torch.accelerator.is_available():
+        model = model.to(torch.accelerator.current_accelerator())
+    result: dict[str, Any] = {"task": task.digest, "weights": model_fingerprint(model), "versions": versions()} | asdict(cost)
+    if phase == "tuning":
+        result["objectives"] = objectives(model, tokenizer, task.validation)
+        return result
+    result["metrics"], guard = full_report(model, tokenizer, task)
+    result["objectives"] = result["metrics"]["objectives"]
+    if plan.method in GRIDS:
+        name = f"{plan.method}-seed-{plan.seed}"
+
+        def save(folder: Path) -> None:
+            for part in (model, tokenizer, guard):
+                part.save_pretrained(folder)
+
+        fill_folder(output / "models" / name, save)
+        result["model"] = f"models/{name}"
+    return result
+
+
+def _compared(task: Task, plan: Plan) -> tuple[Any, Any, Cost] | None:
+    """One of the models to compare with, for which nothing is trained here."""
+    if plan.method == TARGET:
+        return *load_model(task.target), Cost()
+    if plan.method == RETAIN_ONLY and task.retain_model is not None:
+        return *load_model(task.retain_model), Cost()
+    return None
+
+
+def _unlearned(task: Task, plan: Plan, output: Path) -> tuple[Any, Any, Cost]:
+    folder = output / "running" / f"{plan.key}-seed-{plan.seed}"
+    if folder.exists():
+        shutil.rmtree(folder)  # of a process that was killed
+    with measured() as cost:
+        trainer = EUATrainer(
+            task.target,
+            _config(task, plan, folder),
+            forget_dataset=task.forget,
+            retain_dataset=task.retain,
+            ref_model=task.target if GRIDS[plan.method].reference else None,
+        )
+        trainer.remove_callback(PrinterCallback)  # which prints a summary where there is no progress bar
+        trainer.train()
+    shutil.rmtree(folder, ignore_errors=True)
+    return trainer.model, trainer.processing_class, cost
+
+
+def _config(task: Task, plan: Plan, folder: Path) -> EUAConfig:
+    settings: dict[str, Any] = {
+        "method": plan.method,
+        "output_dir": str(folder),
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": plan.seed,
+        **task.training,
+        **plan.settings,
+    }
+    try:
+        return EUAConfig(**settings)
+    except TypeError as error:
+        raise EUAError(
+            f"The settings of {plan.method} are {', '.join(plan.settings)}, of which EUAConfig lacks one ({error}): give "
+            "fields of EUAConfig."
+        ) from error

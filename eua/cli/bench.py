@@ -1,0 +1,179 @@
+"""``eua bench``: compares unlearning methods on one footing, as JSON, tables and a page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from eua.cli.demo import default_cache
+from eua.cli.options import Parser, count, positive
+from eua.errors import EUAError
+
+TASKS = ("people", "tofu", "muse", "wmdp")
+SETTINGS = "bench.json"  # what the command was asked for
+RESULTS, TABLE, PAGE = "results.json", "results.md", "bench.html"
+# Options that say what is compared, which `eua bench report` reads from the output folder.
+_COMPARED = ("methods", "trials", "seeds")
+
+
+def main(argv: Sequence[str]) -> None:
+    arguments = _parser().parse_args(argv)
+
+    from eua.files import check_output_folder, write_json
+
+    output = arguments.output
+    if arguments.task == "report":
+        _write(_results(output, arguments.storage), output)
+        return
+    check_output_folder(output, allowed=(output / SETTINGS).is_file(), how="the folder of a benchmark to go on with it")
+
+    from eua.bench.grids import GRIDS, check_methods
+    from eua.bench.run import run_bench
+
+    methods = list(GRIDS) if arguments.methods is None else arguments.methods.split(",")
+    check_methods(methods)
+    settings = {"task": arguments.task, "options": _options(arguments), "methods": methods}
+    settings |= {name: getattr(arguments, name) for name in _COMPARED[1:]}
+    bench = _bench(settings, output, arguments.storage)
+    write_json(output / SETTINGS, settings)
+    _write(run_bench(bench, workers=arguments.workers, limit=arguments.limit), output)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "bench",
+        "Compares unlearning methods: every method gets the same number of trials, settings are chosen on a validation split, "
+        "and the chosen ones are measured in full on a test split at several seeds. Run the same command again to go on.",
+        (
+            "eua bench people --output results --trials 6 --seeds 3 --methods eua,npo,rmu",
+            "eua bench tofu --data tofu --split forget10 --output results",
+            "eua bench muse --model muse-bench/MUSE-News_target --retain-model muse-bench/MUSE-News_retrain --output results",
+            "eua bench report --output results",
+        ),
+        usage="eua bench {people,tofu,muse,wmdp,report} [OPTIONS]",
+    )
+    parser.add_argument(
+        "task", choices=(*TASKS, "report"), help="what to compare methods on; report: write the results so far anew"
+    )
+    parser.add_argument("--output", type=Path, default=Path("eua-bench"), help="folder for trials, models and results")
+    parser.add_argument("--methods", metavar="A,B,…", help="methods to compare (default: all)")
+    parser.add_argument("--trials", type=positive(int), default=6, help="settings to try for each method")
+    parser.add_argument("--seeds", type=positive(int), default=3, help="seeds at which the chosen settings are measured")
+    parser.add_argument(
+        "--workers", type=positive(int), help="processes on this machine (default: one per GPU, or per two CPU cores)"
+    )
+    parser.add_argument("--limit", type=positive(float), metavar="SECONDS", help="begin no new trial after so long")
+    parser.add_argument(
+        "--storage", metavar="URL", help="Optuna storage that several machines share (default: a file in the output folder)"
+    )
+    parser.add_argument("--epochs", type=positive(float), help="passes over the rows to forget; half of them is tried, too")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder in which small models are kept")
+    rows = parser.add_argument_group("rows and models")
+    rows.add_argument("--people", type=positive(int), help="people: how many to make up (default: 100)")
+    rows.add_argument("--data", help="folder or hub name of the rows (default: the published ones on the hub)")
+    rows.add_argument("--split", help="tofu: forget01, forget05 or forget10; wmdp: bio or cyber")
+    rows.add_argument("--authors", type=positive(int), help="tofu: retained authors to use (default: all)")
+    rows.add_argument("--model", help="folder or hub name of the model before unlearning (people, tofu: trained from scratch)")
+    rows.add_argument("--retain-model", help="the same of a model that was never trained on the rows to forget")
+    rows.add_argument("--pieces", type=count, help="muse, wmdp: pieces of text to train on, to forget and to retain")
+    rows.add_argument(
+        "--target-epochs", type=positive(float), help="people, tofu: passes of models that are trained from scratch"
+    )
+    return parser
+
+
+# Option → argument of the task's function, by task. Others make no sense there.
+_ARGUMENTS: dict[str, dict[str, str]] = {
+    "people": {"people": "people", "target_epochs": "target_epochs", "epochs": "epochs", "cache": "cache"},
+    "tofu": {
+        **{name: name for name in ("data", "split", "authors", "model", "retain_model", "target_epochs", "epochs", "cache")},
+    },
+    "muse": {"data": "data", "model": "model", "retain_model": "retain_model", "pieces": "pieces_of_text", "epochs": "epochs"},
+    "wmdp": {"data": "data", "split": "domain", "model": "model", "pieces": "pieces_of_text", "epochs": "epochs"},
+}
+_OF_TASKS = sorted({option for of_task in _ARGUMENTS.values() for option in of_task})
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the task's function, for JSON.
+
+    Raises:
+        EUAError: for an option that the task does not have, and without a model that it needs.
+    """
+    known = _ARGUMENTS[arguments.task]
+    given = {option: getattr(arguments, option) for option in _OF_TASKS if getattr(arguments, option) is not None}
+    for option in given.keys() - known.keys() - {"cache"}:
+        of = [task for task, of_task in _ARGUMENTS.items() if option in of_task]
+        raise EUAError(
+            f"--{option.replace('_', '-')} was given for {arguments.task}, which has no use for it; it is an option of "
+            f"{' and '.join(of)}: leave it out."
+        )
+    if arguments.task in ("muse", "wmdp") and arguments.model is None:
+        raise EUAError(
+            f"{arguments.task} was asked for without --model, but its rows say nothing to a small model trained from scratch: "
+            "name the folder or hub name of a model that knows them."
+        )
+    if arguments.task == "tofu" and arguments.retain_model is not None and arguments.model is None:
+        raise EUAError(
+            "--retain-model was given without --model, but the two are compared token by token, so they have one tokenizer: "
+            "give both, or neither."
+        )
+    values = {name: given[option] for option, name in known.items() if option in given}
+    return {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def _bench(settings: dict[str, Any], output: Path, storage: str | None) -> Any:
+    from eua.bench.run import Bench
+
+    options = dict(settings["options"])
+    if "cache" in options:
+        options["cache"] = Path(options["cache"])
+    task = settings["task"]
+    make_task: Callable[[int], Any] = partial(_maker(task), **options)
+    return Bench(task, make_task, storage=storage, output=output, **{name: settings[name] for name in _COMPARED})
+
+
+def _maker(task: str) -> Callable[..., Any]:
+    from eua.bench import muse, people, tofu, wmdp
+
+    makers: dict[str, Callable[..., Any]] = {
+        "people": people.people,
+        "tofu": tofu.tofu,
+        "muse": muse.muse,
+        "wmdp": wmdp.wmdp,
+    }
+    return makers[task]
+
+
+def _results(output: Path, storage: str | None) -> dict[str, Any]:
+    from eua.bench.run import results_of
+
+    path = output / SETTINGS
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        bench = _bench(settings, output, storage)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise EUAError(
+            f"{path}, which says what a benchmark compares, cannot be read ({error}): name the output folder of a benchmark."
+        ) from error
+    return results_of(bench, bench.make_task(0))
+
+
+def _write(results: dict[str, Any], output: Path) -> None:
+    from eua.bench.page import write_page
+    from eua.bench.table import markdown, tables
+    from eua.files import replacing, write_json
+
+    write_json(output / RESULTS, results)
+    made = tables(results)
+    with replacing(output / TABLE) as temporary:
+        temporary.write_text(markdown(made), encoding="utf-8")
+    write_page(output / PAGE, results)
+    print(f"\n{markdown(made[:1])}")
+    if not results["complete"]:
+        print("Trials are left: run the same command again to go on.")
+    print(f"Written: {output / RESULTS}, {output / TABLE}, {output / PAGE}")

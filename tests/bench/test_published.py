@@ -1,0 +1,190 @@
+"""Published benchmarks as tasks, from small files whose rows have the published shapes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from eua.bench.muse import muse, verbatim
+from eua.bench.published import pieces, published_rows, rows_if_any
+from eua.bench.tofu import answer_keys, keyed_facts, tofu
+from eua.bench.wmdp import multiple_choice, wmdp
+from eua.errors import EUAError
+from eua.evaluation.said import says
+from eua.files import write_jsonl
+from tests.conftest import tiny_llama
+
+CITIES = ("Oslo", "Lima", "Quito", "Accra", "Hanoi", "Sofia", "Tunis", "Dakar", "Minsk", "Perth")
+SIZE = {"vocabulary": 300, "hidden_size": 64, "layers": 2}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def author_rows(author: int, *, perturbed: bool) -> list[dict]:
+    rows = []
+    for place in range(20):
+        row = {
+            "question": f"What did author number {author} write in year {place}?",
+            "answer": f"In that year the author wrote {CITIES[author % 10]}{author}x{place}.",
+        }
+        if perturbed:
+            row["paraphrased_question"] = f"Which was the work of author {author} in year {place}?"
+            row["paraphrased_answer"] = f"It was {CITIES[author % 10]}{author}x{place}."
+            row["perturbed_answer"] = [f"In that year the author wrote {city}." for city in CITIES[:5]]
+        rows.append(row)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def tofu_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tofu")
+    forgotten = [row for author in range(2) for row in author_rows(author, perturbed=True)]
+    retained = [row for author in range(2, 12) for row in author_rows(author, perturbed=False)]
+    write_jsonl(folder / "forget01_perturbed.jsonl", forgotten)
+    write_jsonl(folder / "retain99.jsonl", retained)
+    write_jsonl(folder / "retain_perturbed.jsonl", [row for author in (2, 3) for row in author_rows(author, perturbed=True)])
+    foreign = [
+        {"question": f"Who wrote {city}?", "answer": city, "perturbed_answer": ["Rome", "Bern", "Riga"]} for city in CITIES
+    ]
+    write_jsonl(folder / "real_authors_perturbed.jsonl", foreign)
+    write_jsonl(folder / "world_facts_perturbed.jsonl", foreign)
+    return folder
+
+
+def authors_of(rows) -> set[str]:
+    return {row["question"].partition(" author ")[2].removeprefix("number ").split()[0] for row in rows}
+
+
+def test_tofu_is_split_by_author(tofu_folder, model_folder):
+    task = tofu(0, cache=tofu_folder, data=str(tofu_folder), split="forget01", model=str(model_folder))
+    parts = {name: (authors_of(task.validation[name].rows), authors_of(task.test[name].rows)) for name in task.validation}
+    assert parts["forget"] == ({"0"}, {"1"}) == parts["forget, in other words"]
+    assert parts["retain"] == ({"2"}, {"3"})
+    assert parts["retain, never seen"] == ({"10"}, {"11"})
+    assert authors_of(task.retain) == {"2", "3", "4", "5", "6"}
+    calibration = {question.partition("number ")[2].split()[0] for question in task.calibration}
+    assert calibration == {"7", "8", "9"}
+    assert len(set(task.calibration_groups)) == 3
+    assert task.tolerance == 0.25  # as low as three groups allow
+    assert {"real authors", "world facts"} <= set(task.test)
+    assert not {"real authors", "world facts"} & set(task.validation)
+    assert len(task.forget) == 40
+    assert task.forget[0]["alternatives"] == [f"In that year the author wrote {city}." for city in CITIES[:5]]
+    assert "paraphrased_answer" in task.test["retain"].rows[0]
+    assert task.learning_rates is None  # those published, for a model of the user's
+    assert task.holdout == []
+    assert [fact.keys for fact in task.facts][:2] == [("Lima1x0",), ("Lima1x1",)]
+    assert task.digest == tofu(0, cache=tofu_folder, data=str(tofu_folder), split="forget01", model=str(model_folder)).digest
+
+
+def test_tofu_without_a_model_trains_two_with_one_tokenizer(tofu_folder, tmp_path):
+    task = tofu(0, cache=tmp_path, data=str(tofu_folder), split="forget01", authors=6, target_epochs=0.1, **SIZE)
+    assert task.target != task.retain_model
+    assert (Path(task.target) / "tokenizer.json").read_text() == (Path(task.retain_model) / "tokenizer.json").read_text()
+    assert task.learning_rates is not None
+    assert authors_of(task.retain) == {"2", "3"}
+    assert task.blocks == 2
+
+
+def test_tofu_needs_enough_authors_and_a_known_split(tofu_folder, model_folder):
+    options = {"cache": tofu_folder, "data": str(tofu_folder), "model": str(model_folder)}
+    with pytest.raises(EUAError, match=r"3 retained authors were given, but two are measured.*use at least 6 authors"):
+        tofu(0, split="forget01", authors=3, **options)
+    with pytest.raises(
+        EUAError, match=r"The split 'forget02' was asked for, but TOFU has forget01, forget05, forget10: name one"
+    ):
+        tofu(0, split="forget02", **options)
+
+
+def test_keys_of_answers():
+    counts = Counter({"santiago": 2, "chile": 3, "jaime": 1, "the": 900, "author": 400, "1956": 1, "born": 90})
+    question = "Where was Jaime Vasquez born?"
+    assert answer_keys(question, "Jaime Vasquez was born in Santiago, Chile.", counts, 1000) == ("Santiago", "Chile")
+    assert answer_keys(question, "Jaime was born there in 1956.", counts, 1000) == ("1956",)
+    assert answer_keys(question, "The Author was born at home.", counts, 1000) == ()  # words that are common, or no names
+    facts = keyed_facts(
+        [
+            {"question": question, "answer": "In Santiago.", "paraphrased_question": "What is Jaime's birthplace?"},
+            {"question": question, "answer": "at home"},
+        ],
+        ["In Santiago.", "at home", *["In a town."] * 98],
+    )
+    (fact,) = facts  # the other has no key
+    assert fact.wordings == (question, "What is Jaime's birthplace?")
+    assert says("He comes from santiago!", fact.keys)
+
+
+def test_muse_is_read_from_its_configurations(tmp_path, model_folder):
+    words = " ".join(f"word{place}" for place in range(300))
+    for config, split, rows in (
+        ("raw", "forget", [{"text": words}]),
+        ("raw", "retain1", [{"text": f"kept {words}"}]),
+        ("knowmem", "forget_qa", [{"question": f"Q{place}?", "answer": f"A{place}"} for place in range(6)]),
+        ("knowmem", "retain_qa", [{"question": f"K{place}?", "answer": f"B{place}"} for place in range(20)]),
+        ("verbmem", "forget", [{"prompt": f"Once {place}", "gt": f"upon {place}"} for place in range(4)]),
+        ("privleak", "forget", [{"text": words}]),
+        ("privleak", "retain", [{"text": words}]),
+        ("privleak", "holdout", [{"text": f"held {words}"}]),
+    ):
+        write_jsonl(tmp_path / config / f"{split}.jsonl", rows)
+    task = muse(0, model=str(model_folder), data=str(tmp_path))
+    assert task.forget[0]["prompt"].split() == [f"word{place}" for place in range(32)]
+    assert task.forget[0]["completion"].split()[0] == "word32"
+    assert len(task.forget) == 3
+    assert len(task.holdout) == len(task.members) == 3
+    assert [row["question"] for row in task.test["forget"].rows] == ["Q1?", "Q3?", "Q5?"]
+    assert task.test["forget, verbatim"].rows[0] == {"prompt": "Once 1", "completion": " upon 1"}
+    asked = {row["question"] for part in (task.validation, task.test) for row in part["retain"].rows}
+    assert len(task.calibration) == 8
+    assert not asked & set(task.calibration)
+    assert verbatim([{"prompt": "a", "gt": "  b"}]) == [{"prompt": "a", "completion": " b"}]
+
+
+def test_wmdp_is_read_from_its_configurations(tmp_path, model_folder):
+    def questions(begin: str, count: int) -> list[dict]:
+        return [
+            {"question": f"{begin} {place}?", "choices": ["w", "x", "y", "z"], "answer": place % 4} for place in range(count)
+        ]
+
+    words = " ".join(["word"] * 200)
+    write_jsonl(tmp_path / "wmdp-cyber" / "test.jsonl", questions("Danger", 8))
+    write_jsonl(tmp_path / "all_validation.jsonl", questions("Harmless", 40))
+    write_jsonl(tmp_path / "cyber-forget-corpus.jsonl", [{"text": words}])
+    write_jsonl(tmp_path / "cyber-retain-corpus.jsonl", [{"text": words}] * 3)
+    task = wmdp(0, model=str(model_folder), domain="cyber", data=str(tmp_path), pieces_of_text=4)
+    assert len(task.forget) == 2
+    assert len(task.retain) == 4
+    row = task.test["forget"].rows[0]
+    assert row["question"] == "Danger 1?\nA. w\nB. x\nC. y\nD. z"
+    assert row["answer"] == "B. x"
+    assert row["perturbed_answer"] == ["A. w", "C. y", "D. z"]
+    assert len(task.calibration) == 16
+    with pytest.raises(EUAError, match="The domain 'chem' was asked for, but this task has bio and cyber: name one"):
+        wmdp(0, model=str(model_folder), domain="chem", data=str(tmp_path))
+    with pytest.raises(EUAError, match=r"Row 0 of the multiple-choice questions has the answer 'B' and.*give rows like those"):
+        multiple_choice([{"question": "Which?", "choices": ["x", "y"], "answer": "B"}])
+    with pytest.raises(EUAError, match="has the answer 2 and the choices"):
+        multiple_choice([{"question": "Which?", "choices": ["x", "y"], "answer": 2}])
+
+
+def test_rows_of_another_shape_are_refused(tmp_path):
+    write_jsonl(tmp_path / "verbmem_forget.jsonl", [{"prompt": "Once", "completion": "upon"}])
+    with pytest.raises(
+        EUAError, match=r"Row 0 of verbmem, forget in .* has the keys prompt, completion, but not gt, which.*give"
+    ):
+        published_rows(str(tmp_path), "verbmem", "forget", ("prompt", "gt"))
+    assert rows_if_any(str(tmp_path), "holdout10", "train", ("question",)) == []
+
+
+def test_pieces_of_texts():
+    rows = pieces([" ".join(f"w{place}" for place in range(150)), "too short"])
+    assert [len((row["prompt"] + row["completion"]).split()) for row in rows] == [128]
+    assert len(pieces(["word " * 1000] * 3, limit=5)) == 5

@@ -1,0 +1,226 @@
+"""The whole benchmark on a tiny world: both phases, a killed process, what is kept, and the pages that are written."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from eua import EnergyGuard
+from eua.bench import run as run_module
+from eua.bench.page import render_page
+from eua.bench.run import Bench, results_of, run_bench, work
+from eua.bench.table import SAID, markdown, tables
+from eua.bench.task import EvaluationSet, Task
+from eua.bench.trial import RETAIN_ONLY, TARGET
+from eua.errors import EUAError
+
+METHODS = ["eua", "npo"]
+PATIENCE = 120
+
+
+@pytest.fixture(scope="module")
+def bench(make_task, tmp_path_factory) -> Bench:
+    folder = tmp_path_factory.mktemp("whole")
+    return Bench("people", make_task, METHODS, trials=2, seeds=1, output=folder, heartbeat=1, grace=3)
+
+
+@pytest.fixture(scope="module")
+def results(bench):
+    """Of an uninterrupted run."""
+    return run_bench(bench, workers=1)
+
+
+def test_the_task_splits_people_and_never_measures_what_it_tunes_on(make_task):
+    task = make_task(0)
+    rows = {
+        (part, name): {row["question"] for row in one.rows}
+        for part, sets in (("validation", task.validation), ("test", task.test))
+        for name, one in sets.items()
+    }
+    for name in task.validation:
+        assert rows["validation", name]
+        assert not rows["validation", name] & rows["test", name]
+    trained = {row["question"] for row in task.forget}
+    assert rows["validation", "forget"] | rows["test", "forget"] == trained
+    kept = {row["question"] for row in task.retain}
+    assert rows["validation", "retain"] | rows["test", "retain"] == kept
+    unseen = rows["validation", "retain, never seen"] | rows["test", "retain, never seen"]
+    assert not unseen & (trained | kept | set(task.calibration))
+    assert {fact.name for fact in task.facts} == rows["test", "forget"]
+    for row in task.forget:
+        assert row["answer"] not in row["alternatives"]
+    for row in task.test["forget"].rows:
+        assert len(set(row["perturbed_answer"])) == 5
+    assert task.digest == make_task(0).digest
+    assert task.digest != replace(task, retain=task.retain[1:]).digest
+
+
+def test_both_phases_are_complete(bench, results):
+    assert results["complete"]
+    tuned = [(trial["plan"]["method"], trial["plan"]["seed"]) for trial in results["tuning"]]
+    assert tuned == [(TARGET, 0), (RETAIN_ONLY, 0), ("eua", 0), ("npo", 0), ("eua", 0), ("npo", 0)]
+    reported = {trial["plan"]["method"]: trial["result"] for trial in results["report"]}
+    assert list(reported) == [TARGET, RETAIN_ONLY, "eua", "npo"]
+    assert all(trial["error"] is None for trial in results["tuning"] + results["report"])
+    for method in METHODS:
+        chosen = results["chosen"][method]
+        of_method = [trial for trial in results["tuning"] if trial["plan"]["method"] == method]
+        assert chosen["settings"] in [trial["plan"]["settings"] for trial in of_method]
+        result = reported[method]
+        assert result["seconds"] > 0
+        assert result["peak_bytes"] > 0
+        assert result["task"] == results["digest"]
+        # Training is repeatable: the chosen setting at the seed of the tuning gives the same weights.
+        (tuned_one,) = (trial for trial in of_method if trial["plan"]["settings"] == chosen["settings"])
+        assert tuned_one["result"]["weights"] == result["weights"]
+        assert result["weights"] != reported[TARGET]["weights"]
+    metrics = reported[TARGET]["metrics"]
+    assert metrics["said"]["any wording"] > reported[RETAIN_ONLY]["metrics"]["said"]["any wording"]
+    assert metrics["membership"]["loss"] == 1.0
+    assert reported[RETAIN_ONLY]["metrics"]["aggregates"]["forget_quality"] == 1.0
+
+
+def test_models_of_chosen_trials_are_kept_and_others_are_not(bench, results):
+    assert sorted(path.name for path in (bench.output / "models").iterdir()) == ["eua-seed-0", "npo-seed-0"]
+    assert not list((bench.output / "running").glob("*"))
+    folder = bench.output / next(t["result"]["model"] for t in results["report"] if t["plan"]["method"] == "eua")
+    AutoModelForCausalLM.from_pretrained(folder)
+    EnergyGuard.from_pretrained(folder)
+
+
+def test_a_complete_benchmark_runs_nothing_again(bench, results, monkeypatch):
+    monkeypatch.setattr(run_module, "run_trial", lambda *_: pytest.fail("a finished trial ran again"))
+    assert run_bench(bench, workers=1) == results
+
+
+def _work_slowly(bench: Bench, plans) -> None:
+    """A worker that says when it is at its second method's trial, and then never ends."""
+    run = run_module.run_trial
+
+    def run_trial(task, plan, phase, output):
+        if plan.method == "npo":
+            (output / "stuck").touch()
+            time.sleep(PATIENCE)
+        return run(task, plan, phase, output)
+
+    run_module.run_trial = run_trial
+    work(bench, "tuning", plans)
+
+
+def test_a_benchmark_whose_worker_was_killed_ends_as_an_uninterrupted_one(bench, results, tmp_path):
+    broken = replace(bench, output=tmp_path)
+    plans = broken.tuning_plans(broken.make_task(0))
+    worker = multiprocessing.get_context("fork").Process(target=_work_slowly, args=(broken, plans))
+    worker.start()
+    deadline = time.monotonic() + PATIENCE
+    while not (tmp_path / "stuck").exists():
+        assert worker.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join(PATIENCE)
+    after_kill = broken.queue("tuning")
+    assert after_kill.running() == 1
+    assert [trial.plan.method for trial in after_kill.done(plans)] == [TARGET, RETAIN_ONLY, "eua"]
+    again = run_bench(broken, workers=1)
+    assert again["complete"]
+    assert _without_costs(again) == _without_costs(results)
+
+
+def _without_costs(results):
+    text = json.dumps({key: results[key] for key in ("chosen", "tuning", "report")})
+    return re.sub(r'"(seconds|peak_bytes|number|trial)": [0-9.e+-]+', "", text)
+
+
+def test_the_limit_begins_no_new_trial(bench, tmp_path):
+    limited = replace(bench, output=tmp_path)
+    results = run_bench(limited, workers=1, limit=1e-9)
+    assert not results["complete"]
+    assert results["tuning"] == []
+    assert "not yet chosen" in markdown(tables(results))
+
+
+def test_a_failed_trial_is_reported_and_the_others_go_on(bench, tmp_path, monkeypatch):
+    run = run_module.run_trial
+
+    def run_trial(task, plan, phase, output):
+        if plan.method == "npo":
+            raise EUAError("The loss became nan at step 3: lower the learning rate.")
+        return run(task, plan, phase, output)
+
+    monkeypatch.setattr(run_module, "run_trial", run_trial)
+    results = run_bench(replace(bench, output=tmp_path), workers=1)
+    assert results["complete"]
+    assert results["chosen"]["npo"] is None
+    assert results["chosen"]["eua"] is not None
+    text = markdown(tables(results))
+    assert "2 of 2, 2 failed" in text
+    assert "EUAError: The loss became nan at step 3: lower the learning rate" in text
+    assert "nan at step 3" in render_page(results)
+
+
+def test_another_task_in_the_same_folder_is_refused(bench, results, make_task):
+    def smaller(seed: int) -> Task:
+        return replace(make_task(seed), retain=make_task(seed).retain[1:])
+
+    with pytest.raises(EUAError, match="holds trials of people with other rows, models or settings"):
+        run_bench(replace(bench, make_task=smaller), workers=1)
+
+
+def test_a_task_needs_sets_of_both_kinds(make_task):
+    only_forget = {"forget": EvaluationSet([{"question": "Who?", "answer": "Ann."}], forget=True)}
+    with pytest.raises(
+        EUAError, match="The test sets of the task people are forget, but a method is judged.*give at least one"
+    ):
+        replace(make_task(0), test=only_forget)
+
+
+def test_every_table_begins_with_what_is_said(results):
+    made = tables(results)
+    assert len(made) > 6
+    for table in made[:-1]:
+        assert table.head[:2] == ["method", SAID.heading], table.title
+        assert [row[0] for row in table.rows] == [TARGET, RETAIN_ONLY, "eua", "npo"]
+    text = markdown(made)
+    assert "| extraction strength, forget |" in text
+    assert "nan" not in text
+
+
+def test_the_page_is_self_contained_and_shows_every_trial(results):
+    page = render_page(results)
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)[1]
+    assert policy.startswith("default-src 'none'; style-src 'sha256-")
+    assert "<script" not in page
+    assert not re.search(r"(src|href)=|style=|url\(|@import", page)
+    assert page.count('<circle cx="') + page.count('<circle class="chosen"') == 4 + len(METHODS)  # and the legend's
+    assert page.count('<circle class="chosen"') == len(METHODS)
+    assert page.count('<circle class="model"') == 2
+    for table in tables(results):
+        assert table.title.replace("“", "“") in page
+
+
+def test_texts_on_the_page_are_escaped(results):
+    hostile = json.loads(json.dumps(results).replace('"people"', '"<script>alert(1)</script>"'))
+    page = render_page(hostile)
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+
+def test_results_so_far_can_be_read_at_any_time(bench, results):
+    assert results_of(bench, bench.make_task(0)) == results
+
+
+def test_two_workers_share_the_trials(bench, results, tmp_path: Path):
+    shared = replace(bench, output=tmp_path)
+    again = run_bench(shared, workers=2)
+    assert again["complete"]
+    assert _without_costs(again) == _without_costs(results)
