@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eua.data.rows import EncodedRow
-from eua.data.sources import Row, Source
+from eua.data.sources import Row, Source, read_rows
 from eua.errors import EUAError
 from eua.evaluation.depth import unlearning_depth_score, unlearning_depths
 from eua.evaluation.membership import gradient_norms, membership_aucs, privacy_leakage, privacy_score
@@ -109,6 +109,7 @@ def measure_all(
             measured, or if a library is not installed.
     """
     rows_of = read_sets(_with_holdout(sets, holdout))
+    entities = None if entities is None else read_rows(entities, "entity rows")
     forgotten = forgotten_names(forget, rows_of)
     encoded = encode_sets(model, tokenizer, rows_of)
     temperature = guard.temperature if guard else temperature
@@ -147,7 +148,7 @@ def measure_all(
         report["sets"][name] |= _means(of_set)
         columns[name] = of_set | {"energies": texts.energies(rows)}
 
-    if isinstance(retain_model, PreTrainedModel):
+    if retain_model is not None and not isinstance(retain_model, RetainFigures):
         retain_model = measure_retain_model(
             retain_model,
             tokenizer,
@@ -251,7 +252,7 @@ def _means(columns: Columns) -> dict[str, float]:
     present = {name: columns[name][~columns[name].isnan()] for name in _MEANS if name in columns}
     means = {name: float(values.double().mean()) for name, values in present.items() if len(values)}
     if "fluency_nll" in means:
-        means["perplexity"] = float(torch.tensor(means["fluency_nll"]).exp())
+        means["perplexity"] = float(torch.tensor(means["fluency_nll"], dtype=torch.float64).exp())
     return means
 
 
