@@ -158,7 +158,15 @@ def unlearning_depths(
     Args:
         retain_changes, unlearned_changes: from :func:`patching_changes`, with the retain model and the unlearned one as source.
         threshold: τ, in nats.
+
+    Raises:
+        EUAError: if the two are not of the same rows and blocks.
     """
+    if retain_changes.shape != unlearned_changes.shape:
+        raise EUAError(
+            f"The changes by the retain model are of shape {tuple(retain_changes.shape)}, and those by the unlearned model of "
+            f"shape {tuple(unlearned_changes.shape)}, but they are compared row by row: measure both with the same rows."
+        )
     counted = torch.where(retain_changes > threshold, retain_changes, 0.0)
     kept = torch.minimum(unlearned_changes.clamp(min=0), counted)  # Δ^retain · clip(Δ^unlearned/Δ^retain, 0, 1)
     return kept.sum(dim=-1) / counted.sum(dim=-1)

@@ -34,6 +34,8 @@ def test_depths_are_their_definition():
     assert unlearning_depth_score(depths) == pytest.approx((0.916667 + 0.416667) / 2, abs=1e-6)
     assert unlearning_depth_score(depths[2:]) == 0
     assert unlearning_depths(retain[:1], unlearned[:1], threshold=0.0).item() == pytest.approx((0.01 + 0.1 + 1) / 1.21)
+    with pytest.raises(EUAError, match=r"of shape \(3, 3\), .* of shape \(1, 3\), .*: measure both with the same rows"):
+        unlearning_depths(retain, unlearned[:1])
 
 
 def test_full_and_retain_models_are_the_ends_of_the_scale(known: LlamaForCausalLM, tokenizer, rows):
