@@ -12,7 +12,7 @@ import torch
 from eua import EUAError
 from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset, pad_rows
 from eua.data.pairing import PairedSampler
-from eua.data.rows import EncodedRow, encode_prompts, encode_rows
+from eua.data.rows import EncodedRow, encode_prompts, encode_rows, rows_digest
 from eua.data.sources import read_rows
 from eua.files import write_jsonl
 
@@ -215,3 +215,40 @@ def test_rows_of_similar_length_share_a_batch():
         # Long rows do not always come first.
         longest = [max(lengths[0][f] for f, *_ in grouped[start : start + 4]) for start in range(0, 48, 4)]
         assert longest != sorted(longest, reverse=True)
+
+
+# ---- as OpenUnlearning encodes rows ----------------------------------------------------------------------------------
+
+CHATML = (
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<eos>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_labels_to_the_end_of_the_template(tokenizer):
+    """What the template writes behind the answer counts, and an end of sequence unless the template ends with one."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHATML
+    row = {"question": "Who?", "answer": "Ann."}
+    (short,) = encode_rows([row], tokenizer, None)
+    (long,) = encode_rows([row], tokenizer, None, labels="template")
+    assert tokenizer.decode(short.answer_ids) == "Ann.<eos>"
+    assert tokenizer.decode(long.answer_ids) == "Ann.<eos>\n<eos>"
+    assert long.prompt_ids == short.prompt_ids
+    tokenizer.chat_template = CHATML.replace("<eos>\n", "<eos>")
+    (ended,) = encode_rows([row], tokenizer, None, labels="template")
+    assert tokenizer.decode(ended.answer_ids) == "Ann.<eos>"
+
+
+def test_a_hidden_token_is_masked_wherever_it_stands(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHATML
+    row = {"question": "Who?", "answer": "Ann."}
+    (plain,) = encode_rows([row], tokenizer, None)
+    (hiding,) = encode_rows([row], tokenizer, None, hide=tokenizer.eos_token_id)
+    assert hiding.input_ids == plain.input_ids
+    mask = pad_rows([hiding])["attention_mask"][0]
+    assert mask.tolist() == [int(token != tokenizer.eos_token_id) for token in plain.input_ids]
+    assert 0 < int((mask == 0).sum()) < len(plain.input_ids)
+    assert pad_rows([plain])["attention_mask"].all()
+    assert rows_digest([hiding]) != rows_digest([plain])

@@ -16,6 +16,7 @@ from eua.methods.rmu import control_vector
 from eua.methods.table import METHODS
 from eua.training.config import EVAL_METRICS, EUAConfig
 from tests.conftest import tiny_llama
+from tests.data.test_rows import CHATML
 from tests.training.test_reference import sharp
 from tests.training.test_trainer import LORA, config, make, weights
 
@@ -281,3 +282,20 @@ def test_presets_fill_in_what_is_not_set(tmp_path):
         1e-5,
     )
     assert EUAConfig(output_dir=str(tmp_path), use_cpu=True).weight_decay == 0.0
+
+
+def test_rows_are_read_as_openunlearning_reads_them(tokenizer, rows, tmp_path):
+    """A system message before the question, labels to the end of the template, and no attention to ends of turns."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template, tokenizer.pad_token = CHATML, tokenizer.eos_token
+    settings = {"preset": "openunlearning", "method": "npo", "bf16": False, "num_train_epochs": 1.0}
+    trainer = make(tiny_llama(len(tokenizer)), tokenizer, rows, tmp_path, **settings)
+    row = trainer.encoded_rows["forget"][0]
+    question, answer = rows["forget"][0]["question"], rows["forget"][0]["answer"]
+    system = "<|start|>system\nYou are a helpful assistant.<eos>\n"
+    prompt = f"{system}<|start|>user\n{question}<eos>\n<|start|>assistant\n"
+    assert tokenizer.decode(row.prompt_ids) == prompt
+    assert tokenizer.decode(row.answer_ids) == f"{answer}<eos>\n<eos>"
+    assert row.hidden == {p for p, token in enumerate(row.input_ids) if token == tokenizer.eos_token_id}
+    trainer.train()
+    assert trainer.state.global_step == 1
