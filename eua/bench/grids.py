@@ -31,17 +31,15 @@ _TRIES = 1000  # shuffles, before settings are drawn that are only different fro
 
 @dataclass(frozen=True)
 class Grid:
-    """The published learning rates and further settings of a method, and what it needs.
+    """The published learning rates and further settings of a method.
 
     Attributes:
         learning_rates: those published.
         settings: field of EUAConfig → the values to try. Other settings keep the method's published values.
-        reference: whether training needs the model before unlearning at every step.
     """
 
     learning_rates: Sequence[float]
     settings: Mapping[str, Sequence[Any]]
-    reference: bool = False
 
 
 GRIDS: dict[str, Grid] = {
@@ -52,12 +50,12 @@ GRIDS: dict[str, Grid] = {
     "idk_dpo": Grid(_FEW, {"beta": (0.05, 0.1, 0.5), "alpha": (1, 2, 5)}),
     "alt_po": Grid(_FEW, {"beta": (0.05, 0.1, 0.5), "alpha": (1, 2, 5)}),
     "idk_nll": Grid(_MANY, {"alpha": (1, 2, 5, 10)}),
-    "rmu": Grid(_FEW, {"layer": (5, 10, 15), "steering": (1, 10, 100)}, reference=True),
+    "rmu": Grid(_FEW, {"layer": (5, 10, 15), "steering": (1, 10, 100)}),
     "wga": Grid(_MANY, {"alpha": (1, 0.1, 10)}),
     "satimp": Grid(_MANY, {"beta": (5, 6), "gamma": (1,), "alpha": (1, 0.1, 0.01)}),
     "ce_u": Grid(_MANY, {}),
-    "undial": Grid((1e-5, 1e-4, 3e-4), {"beta": (3, 10, 30), "alpha": (1, 2, 5)}, reference=True),
-    "pdu": Grid(_MANY, {"dual_warmup_epochs": ()}),
+    "undial": Grid((1e-5, 1e-4, 3e-4), {"beta": (3, 10, 30), "alpha": (1, 2, 5)}),
+    "pdu": Grid(_MANY, {"dual_warmup": ()}),
     "me_gd": Grid(_MANY, {}),
     "eua": Grid(_FEW, {"gamma": (0.01, 0.05, 0.2), "rho": (0.1, 0.3)}),
 }
@@ -83,8 +81,8 @@ def axes(method: str, task: Task) -> dict[str, Sequence[Any]]:
     if "layer" in settings:
         scaled = (max(1, round(block * task.blocks / PUBLISHED_BLOCKS)) for block in settings["layer"])
         settings["layer"] = tuple(dict.fromkeys(min(block, task.blocks - 1) for block in scaled))
-    if "dual_warmup_epochs" in settings:  # published: 5 of 10 epochs
-        settings["dual_warmup_epochs"] = (min(task.epochs) / 2,)
+    if "dual_warmup" in settings:  # published: 5 of 10 epochs
+        settings["dual_warmup"] = (min(task.epochs) / 2,)
     return {
         "learning_rate": task.learning_rates or grid.learning_rates,
         "num_train_epochs": task.epochs,

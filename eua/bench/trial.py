@@ -87,13 +87,14 @@ def _unlearned(task: Task, plan: Plan, output: Path) -> tuple[Any, Any, Cost]:
     folder = output / "running" / f"{plan.key}-seed-{plan.seed}"
     if folder.exists():
         shutil.rmtree(folder)  # of a process that was killed
+    config = _config(task, plan, folder)
     with measured() as cost:
         trainer = EUATrainer(
             task.target,
-            _config(task, plan, folder),
+            config,
             forget_dataset=task.forget,
             retain_dataset=task.retain,
-            ref_model=task.target if GRIDS[plan.method].reference else None,
+            ref_model=task.target if config.needs_model_before else None,
         )
         trainer.remove_callback(PrinterCallback)  # which prints a summary where there is no progress bar
         trainer.train()
