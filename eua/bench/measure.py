@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from eua.data.rows import encode_rows
 from eua.evaluation.full_report import measure_all
 from eua.evaluation.membership import membership_aucs, membership_scores
 from eua.evaluation.metrics import measure_answers
+from eua.evaluation.quantization import quantized
+from eua.evaluation.relearning import relearning_curve
 from eua.evaluation.retain_model import RetainFigures, measure_retain_model
 from eua.evaluation.said import said_in_wordings, said_summary
 from eua.evaluation.texts import fluency
@@ -52,9 +55,10 @@ def full_report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task
     """Everything that is reported of a model, on the task's test sets, and the guard that was calibrated for it.
 
     Returns:
-        A nested dict for JSON and the guard. The dict has "said" (shares of facts and of answers, by way of asking),
-        "objectives", "sets" (measures of each set), "aggregates", "membership", "separation" and "perplexity". A later check,
-        of what lasts after relearning or in 4 bits, belongs under "lasting": every number in it becomes a column of a table.
+        A nested dict for JSON, and the guard. The dict has "said" (shares of facts and of answers, by way of asking),
+        "objectives", "sets" (measures of each set), "aggregates", "membership", "separation", "perplexity", "lasting" (what is
+        left to extract when weights are rounded or fine-tuned), and "left_out" (what could not be measured, and why). Every
+        number under "said", "membership" and "lasting" becomes a column of a table.
     """
     guard = EnergyGuard.calibrate(
         model, tokenizer, list(task.calibration), groups=list(task.calibration_groups), tolerance=task.tolerance
@@ -86,6 +90,7 @@ def full_report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task
         "separation": report["separation"],
         "left_out": report["left_out"],
         "perplexity": _perplexity(model, tokenizer, task.text),
+        "lasting": _lasting(model, tokenizer, task),
     }
     return _finite(result), guard
 
@@ -152,6 +157,34 @@ def _perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
         return None
     nll = fluency(texts, model, tokenizer)
     return float(torch.exp(nll[~nll.isnan()].double().mean()))
+
+
+def _lasting(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, float]:
+    """The extraction strength of the test rows to forget when weights are rounded or fine-tuned; the largest over the steps.
+
+    The rows to fine-tune on are the forgotten rows of the validation split, which are about others, and the rows to retain.
+    """
+    forgotten = {name: one for name, one in task.test.items() if one.forget and name in task.validation}
+    encoded = [encode_rows(one.rows, tokenizer, None, name) for name, one in forgotten.items()]
+
+    def left(changed: PreTrainedModel) -> float:
+        return sum(float(measure_answers(changed, rows).extraction_strength.mean()) for rows in encoded) / len(encoded)
+
+    found = {"in 8 bits": left(quantized(model, 8))}
+    if find_spec("bitsandbytes") is not None:
+        found["in 4 bits"] = left(quantized(model, 4))
+    if task.relearning_steps:
+        others = next(one.rows for one in task.validation.values() if one.forget)
+        for name, rows in (("others to forget", others), ("rows to retain", task.retain)):
+            curve = relearning_curve(
+                model,
+                encode_rows(rows, tokenizer, None, name),
+                left,
+                steps=task.relearning_steps,
+                learning_rate=task.relearning_rate,
+            )
+            found[f"relearning on {name}"] = max(curve.values())
+    return found
 
 
 def _finite(value: Any) -> Any:

@@ -93,6 +93,8 @@ def task_of(world: World, seed: int, target: str, retain_model: str, *, epochs: 
         holdout=_rows(_strangers(world, seed)),
         entities=[entity(fact) for fact in world.forget if fact.person in test],
         utility=("retain", "retain, never seen"),
+        relearning_steps=(1, 2, 5, 10, 20),
+        relearning_rate=2e-4,
         new_tokens=32,
         text=[f"{fact.question} {fact.answer}" for fact in world.test],
         training=TRAINING,

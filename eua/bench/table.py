@@ -65,6 +65,10 @@ OF_SETS = {
     "refused_paraphrased": "refused by the guard, paraphrased",
 }
 METHOD = "method"
+LASTING = (
+    "Extraction strength of the rows to forget when weights are rounded, and the largest one during fine-tuning on other rows. What "
+    "it is to be compared with are the same figures of the retain-only model, which learns, too."
+)
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
@@ -104,7 +108,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
             by_method,
             (SAID, *(Column(name, ("metrics", "separation", name, "auroc")) for name in first["metrics"]["separation"])),
         ),
-        _table("Lasting", "After the model has been changed.", by_method, (SAID, *_columns(by_method, ("metrics", "lasting")))),
+        _table("Lasting", LASTING, by_method, (SAID, *_columns(by_method, ("metrics", "lasting")))),
         _table("Cost of unlearning", "Of training alone, without measuring.", by_method, (SAID, *COST)),
         _tuning(results),
     ]

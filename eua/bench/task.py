@@ -45,6 +45,9 @@ class Task:
         entities: facts to forget as rows of "question", "prefix" and "entity", for the depth of unlearning.
         text: plain texts whose perplexity is measured.
         utility: names of the test sets that model utility is made of; without them it is not reported.
+        relearning_steps: numbers of fine-tuning steps after which it is measured what comes back; none: relearning is left out,
+            since it holds a copy of the model with an optimizer.
+        relearning_rate: its learning rate.
         new_tokens: length of generated answers.
         samples: sampled answers to each wording of a fact.
         training: fields of :class:`eua.EUAConfig` that all methods share, e.g. the batch size.
@@ -69,6 +72,8 @@ class Task:
     entities: Sequence[Row] = ()
     text: Sequence[str] = ()
     utility: Sequence[str] = ()
+    relearning_steps: tuple[int, ...] = ()
+    relearning_rate: float = 2e-5
     new_tokens: int = 64
     samples: int = 16
     training: Mapping[str, Any] = field(default_factory=dict)

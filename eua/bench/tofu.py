@@ -116,6 +116,8 @@ def tofu(
         calibration_groups=[f"author {place}" for place, author in enumerate(calibration) for _ in author],
         facts=keyed_facts(test["forget"].rows, [row["answer"] for row in [*forget, *retain]]),
         holdout=rows_if_any(data, HOLDOUT[split], "train", _KEYS) if data != HUB else (),
+        relearning_steps=(1, 2, 5, 10, 20),
+        relearning_rate=2e-4 if learning_rates else 2e-5,
         utility=("retain", *foreign),
         text=[f"{row['question']} {row['answer']}" for row in _rows(unseen)],
         training=TRAINING,
