@@ -139,9 +139,8 @@ def standardized_log_likelihoods(head: Head, hidden: Tensor, targets: Tensor) ->
     for states, of_tile in zip(hidden.split(tile), targets.split(tile), strict=True):
         logs = head.logits(states).log_softmax(dim=-1)
         p = logs.exp()
-        # The log of a probability that is 0 in float32 may be infinite.
-        mean = (p * logs).nan_to_num().sum(dim=-1, keepdim=True)
-        variance = (p * (logs - mean).square()).nan_to_num().sum(dim=-1)
+        mean = (p * logs).sum(dim=-1, keepdim=True)
+        variance = (p * (logs - mean).square()).sum(dim=-1)
         likelihood = logs.gather(1, of_tile[:, None])[:, 0]
         parts.append((likelihood - mean[:, 0]) / variance.clamp(min=LOWEST_VARIANCE).sqrt())
     standardized = torch.cat(parts).float().cpu()
