@@ -18,7 +18,6 @@ from eua.model.forward import check_finite
 from eua.model.head import Head, output_head
 from eua.model.shared_prompts import eval_answer_states
 
-GREEDY_BLOCK_BYTES = 64 * 2**20  # of logits in memory during the search for the most likely tokens
 LARGEST_RATIO = torch.finfo(torch.float32).max  # so that means of ratios are finite
 OPENUNLEARNING_FLOOR = 1e-10  # which OpenUnlearning adds to denominators
 
@@ -147,7 +146,7 @@ def measure_tokens(head: Head, states: Tensor, targets: Tensor, temperature: flo
     check_finite(states, "the hidden states of answers")
     energy, nll = head.energy_and_nll(states, targets, temperature)
     check_finite(energy, "the energies of answers")
-    right = greedy_tokens(head, states) == targets
+    right = head.most_likely(states) == targets
     return TokenMeasures(*torch.stack([right, nll, energy]).float().cpu())
 
 
@@ -186,12 +185,6 @@ def _check_encoded(rows: Sequence[EncodedRow]) -> None:
             f"measure_answers() got {wrong!r}, which is not an encoded row, and has no tokenizer to encode it: pass "
             "encode_rows(rows, tokenizer, None) of eua.data.rows, or call eua.evaluation.evaluate()."
         )
-
-
-def greedy_tokens(head: Head, hidden: Tensor) -> Tensor:
-    """The most likely next token at each position: (N, H) → (N,), in blocks of limited size."""
-    block = max(1, GREEDY_BLOCK_BYTES // (4 * head.vocabulary))
-    return torch.cat([head.logits(part).argmax(dim=-1) for part in hidden.split(block)])
 
 
 def truth_ratios(
