@@ -19,7 +19,7 @@ LAYERS: list[dict[str, set[str]]] = [
     {"eua.cli": {"accelerate", "peft"}},
     {"eua.demo": {"tokenizers", "torch", "transformers"}},
     {
-        "eua.evaluation": {"bitsandbytes", "matplotlib", "torch", "tqdm", "transformers"},
+        "eua.evaluation": {"bitsandbytes", "matplotlib", "pyarrow", "rouge_score", "scipy", "torch", "tqdm", "transformers"},
         "eua.serving": {"prometheus_client", "starlette", "torch", "transformers", "uvicorn"},
         "eua.vllm": {"torch", "vllm"},
     },
