@@ -16,10 +16,11 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 PACKAGES = ("eua", "fused_energy")
 # Imported if they are installed, and explained if not.
-OPTIONAL = {"bitsandbytes", "deepspeed", "optuna", "rouge_score", "scipy", "sqlalchemy", "triton", "vllm"}
-EXTRAS = {"serve": "eua/serving"}  # extra → the only folder that imports its packages
+OPTIONAL = {"bitsandbytes", "deepspeed", "triton", "vllm"}
+# extra → the only folders that import its packages
+EXTRAS = {"bench": ("eua/bench", "eua/evaluation"), "serve": ("eua/serving",)}
 IMPORTED_AS = {"yaml": "pyyaml"}
-COMES_WITH = {"pyarrow": "datasets"}  # imported package → the requirement that installs it
+COMES_WITH = {"pyarrow": "datasets", "sqlalchemy": "optuna"}  # imported package → the requirement that installs it
 
 
 def name_of(requirement: str) -> str:
@@ -57,13 +58,17 @@ EXTRA = {extra: lower_bounds(PROJECT["optional-dependencies"][extra]) for extra 
 
 def test_what_is_imported_is_required():
     extras = {name for bounds in EXTRA.values() for name in bounds}
-    assert REQUIRED.keys() >= set(COMES_WITH.values())
+    assert REQUIRED.keys() | extras >= set(COMES_WITH.values())
     assert set().union(*map(imports, PACKAGES)) - extras - COMES_WITH.keys() == REQUIRED.keys()
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_what_one_folder_imports_is_an_extra(extra):
-    assert imports(EXTRAS[extra]) - REQUIRED.keys() == EXTRA[extra].keys()
+    imported = set().union(*map(imports, EXTRAS[extra]))
+    assert imported - REQUIRED.keys() - COMES_WITH.keys() == EXTRA[extra].keys()
+    others = [path for package in PACKAGES for path in (ROOT / package).iterdir() if path.is_dir()]
+    outside = [str(path.relative_to(ROOT)) for path in others if str(path.relative_to(ROOT)) not in EXTRAS[extra]]
+    assert not set().union(*map(imports, outside)) & EXTRA[extra].keys()
 
 
 def test_the_lowest_versions_that_are_tested_are_the_ones_required():

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from eua import EnergyGuard, EUAError
+from eua.data.sources import read_rows
 from eua.evaluation import evaluate, measure_all, measure_retain_model, read_results, truth_ratios, write_results
 from tests.evaluation.test_depth import split_rows
 
@@ -230,8 +231,6 @@ def test_a_guards_temperature_is_that_of_the_energies(known, tokenizer, rows):
 
 @pytest.mark.skipif(not TOFU.is_dir(), reason="TOFU's files are not next to the checkout")
 def test_tofu_has_its_model_utility(model, tokenizer):
-    from eua.data.sources import read_rows
-
     files = {"forget": "forget01", "retain": "retain", "real_authors": "real_authors", "world_facts": "world_facts"}
     sets = {name: read_rows(TOFU / f"{file}_perturbed.jsonl")[:3] for name, file in files.items()}
     model.config.max_position_embeddings = 4096
