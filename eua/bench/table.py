@@ -66,8 +66,8 @@ OF_SETS = {
 }
 METHOD = "method"
 LASTING = (
-    "Extraction strength of the rows to forget when weights are rounded, and the largest one during fine-tuning on other rows. What "
-    "it is to be compared with are the same figures of the retain-only model, which learns, too."
+    "Extraction strength of the rows to forget when weights are rounded, and the largest one during fine-tuning on other rows. "
+    "Compare them with those of the retain-only model, which learns, too."
 )
 
 

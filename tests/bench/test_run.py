@@ -86,6 +86,9 @@ def test_both_phases_are_complete(bench, results):
     metrics = reported[TARGET]["metrics"]
     assert metrics["said"]["any wording"] > reported[RETAIN_ONLY]["metrics"]["said"]["any wording"]
     assert metrics["membership"]["loss"] == 1.0
+    lasting = reported["npo"]["metrics"]["lasting"]
+    assert lasting["relearning on others to forget"] >= reported["npo"]["objectives"]["forget"]  # step 0 is among the steps
+    assert lasting["in 8 bits"] == pytest.approx(reported["npo"]["objectives"]["forget"], abs=0.1)
     assert reported[RETAIN_ONLY]["metrics"]["aggregates"]["forget_quality"] == 1.0
 
 
