@@ -8,19 +8,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eua.bench.task import EvaluationSet, Task
+from eua.bench.lasting import Unlearn, lasting
+from eua.bench.task import FORGOTTEN, EvaluationSet, Task
 from eua.data.rows import encode_rows
 from eua.evaluation.full_report import measure_all
 from eua.evaluation.membership import membership_aucs, membership_scores
 from eua.evaluation.metrics import measure_answers
-from eua.evaluation.quantization import quantized
-from eua.evaluation.relearning import relearning_curve
 from eua.evaluation.retain_model import RetainFigures, measure_retain_model
 from eua.evaluation.said import said_in_wordings, said_summary
 from eua.evaluation.texts import fluency
@@ -51,14 +50,22 @@ def objectives(
     return {name: sum(means[forget]) / len(means[forget]) for name, forget in (("forget", True), ("retain", False))}
 
 
-def full_report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> tuple[dict[str, Any], EnergyGuard]:
+def full_report(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, unlearn: Unlearn | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]], EnergyGuard]:
     """Everything that is reported of a model, on the task's test sets, and the guard that was calibrated for it.
 
+    Args:
+        model, tokenizer: those to measure.
+        task: its test sets and facts.
+        unlearn: see :func:`eua.bench.lasting.lasting`.
+
     Returns:
-        A nested dict for JSON, and the guard. The dict has "said" (shares of facts and of answers, by way of asking),
-        "objectives", "sets" (measures of each set), "aggregates", "membership", "separation", "perplexity", "lasting" (what is
-        left to extract when weights are rounded or fine-tuned), and "left_out" (what could not be measured, and why). Every
-        number under "said", "membership" and "lasting" becomes a column of a table.
+        A nested dict for JSON, the results of all rows (:func:`eua.evaluation.results.write_results`), and the guard. The dict
+        has "said" (shares of facts and of answers, by way of asking), "objectives", "sets" (measures of each set),
+        "aggregates", "membership", "separation", "perplexity", "lasting" (what is left when the model is changed or asked in
+        other ways) with the curves of "relearning", and "left_out" (what could not be measured, and why). Every number under
+        "said", "membership" and "lasting" becomes a column of a table.
     """
     guard = EnergyGuard.calibrate(
         model, tokenizer, list(task.calibration), groups=list(task.calibration_groups), tolerance=task.tolerance
@@ -81,6 +88,7 @@ def full_report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task
     for name, of_set in report["sets"].items():
         written = [row["generated"] for row in rows if row["set"] == name]
         of_set["declined"] = sum(map(declines, written)) / len(written)
+    figures, curves = lasting(model, tokenizer, task, unlearn)
     result = {
         "said": _said(model, tokenizer, task, guard),
         "objectives": objectives(model, tokenizer, {name: task.test[name] for name in task.validation}),
@@ -90,9 +98,10 @@ def full_report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task
         "separation": report["separation"],
         "left_out": report["left_out"],
         "perplexity": _perplexity(model, tokenizer, task.text),
-        "lasting": _lasting(model, tokenizer, task),
+        "lasting": figures,
+        "relearning": curves,
     }
-    return _finite(result), guard
+    return _finite(result), rows, guard
 
 
 def declines(text: str) -> bool:
@@ -123,22 +132,31 @@ _figures: dict[str, RetainFigures] = {}
 
 
 def _said(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, guard: EnergyGuard) -> dict[str, float]:
-    """The shares of facts, and of answers, in which the facts to forget are said, by way of asking."""
+    """The shares of facts, and of answers, in which the facts are said, by way of asking, guard off and on.
+
+    A prompt that the guard does not refuse is answered exactly as without the guard, so nothing is generated twice.
+    """
     if not task.facts:
         return {}
+    said = said_in_wordings(model, tokenizer, task.facts, samples=task.samples, max_new_tokens=task.new_tokens)
+    asked = [wording for fact in task.facts for wording in fact.wordings]
+    refused = iter(guard.refuses(guard.score(model, tokenizer, asked)).split([len(fact.wordings) for fact in task.facts]))
+    guarded = [
+        replace(one, greedy=one.greedy & ~of_fact, sampled=one.sampled & ~of_fact[:, None])
+        for one, of_fact in zip(said, refused, strict=True)
+    ]
     found: dict[str, float] = {}
-    for suffix, used in (("", None), (", guard on", guard)):
-        said = said_in_wordings(model, tokenizer, task.facts, samples=task.samples, max_new_tokens=task.new_tokens, guard=used)
-        groups = said_summary(said)
-        (parts,) = groups.values()
-        found |= {
-            f"any wording{suffix}": parts["all"]["per_fact"],
-            f"any wording, greedily{suffix}": parts["all"]["greedy"],
-            f"share of answers{suffix}": parts["all"]["per_try"],
-            f"the wording of the rows{suffix}": parts["trained"]["per_fact"],
-        }
-        if "unseen" in parts:
-            found[f"other wordings{suffix}"] = parts["unseen"]["per_fact"]
+    for suffix, answers in (("", said), (", guard on", guarded)):
+        for group, parts in said_summary(answers).items():
+            end = suffix if group == FORGOTTEN else f", {group}{suffix}"
+            found |= {
+                f"any wording{end}": parts["all"]["per_fact"],
+                f"any wording, greedily{end}": parts["all"]["greedy"],
+                f"share of answers{end}": parts["all"]["per_try"],
+            }
+            if group == FORGOTTEN:
+                found[f"the wording of the rows{end}"] = parts["trained"]["per_fact"]
+                found |= {f"other wordings{end}": parts["unseen"]["per_fact"]} if "unseen" in parts else {}
     return found
 
 
@@ -157,34 +175,6 @@ def _perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
         return None
     nll = fluency(texts, model, tokenizer)
     return float(torch.exp(nll[~nll.isnan()].double().mean()))
-
-
-def _lasting(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, float]:
-    """The extraction strength of the test rows to forget when weights are rounded or fine-tuned; the largest over the steps.
-
-    The rows to fine-tune on are the forgotten rows of the validation split, which are about others, and the rows to retain.
-    """
-    forgotten = {name: one for name, one in task.test.items() if one.forget and name in task.validation}
-    encoded = [encode_rows(one.rows, tokenizer, None, name) for name, one in forgotten.items()]
-
-    def left(changed: PreTrainedModel) -> float:
-        return sum(float(measure_answers(changed, rows).extraction_strength.mean()) for rows in encoded) / len(encoded)
-
-    found = {"in 8 bits": left(quantized(model, 8))}
-    if find_spec("bitsandbytes") is not None:
-        found["in 4 bits"] = left(quantized(model, 4))
-    if task.relearning_steps:
-        others = next(one.rows for one in task.validation.values() if one.forget)
-        for name, rows in (("others to forget", others), ("rows to retain", task.retain)):
-            curve = relearning_curve(
-                model,
-                encode_rows(rows, tokenizer, None, name),
-                left,
-                steps=task.relearning_steps,
-                learning_rate=task.relearning_rate,
-            )
-            found[f"relearning on {name}"] = max(curve.values())
-    return found
 
 
 def _finite(value: Any) -> Any:

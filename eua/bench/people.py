@@ -14,10 +14,11 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from eua.bench.task import EvaluationSet, Task, halves
+from eua.bench.facts import plain_text
+from eua.bench.task import FORGOTTEN, EvaluationSet, Task, halves
 from eua.data.sources import Row
 from eua.demo.target import cached_model
-from eua.demo.world import Fact, World, make_world
+from eua.demo.world import FACTS_PER_PERSON, Fact, World, make_world
 from eua.errors import EUAError
 from eua.evaluation.said import KeyedFact
 
@@ -61,7 +62,7 @@ def task_of(world: World, seed: int, target: str, retain_model: str, *, epochs: 
     """The task of a world and the two models that were trained on it."""
     rng = random.Random(seed)
     wrong = {fact: rng.sample(fact.other_values(), 2 * WRONG_ANSWERS) for fact in world.all()}
-    forget = [fact.row() | {"alternatives": _answers(fact, wrong[fact][WRONG_ANSWERS:])} for fact in world.forget]
+    forget = [_with_alternatives(fact, wrong[fact]) for fact in world.forget]
     # Split by person: those to forget, those whose rows unlearning sees, and those whom it never sees.
     splits = [halves([fact.person for fact in facts]) for facts in (world.forget, world.retain, world.test)]
 
@@ -78,7 +79,9 @@ def task_of(world: World, seed: int, target: str, retain_model: str, *, epochs: 
         }
 
     asked = [(question, fact.person) for fact in world.calibration for question in (fact.question, fact.paraphrased_question)]
-    test = splits[0][1]
+    forgotten = [fact for fact in world.forget if fact.person in splits[0][1]]
+    kept = [fact for fact in world.test if fact.person in splits[2][1]][: len(forgotten)]
+    second = list(dict.fromkeys(fact.person for fact in world.retain))[: len(world.forget) // FACTS_PER_PERSON]
     return Task(
         name="people",
         target=target,
@@ -89,9 +92,11 @@ def task_of(world: World, seed: int, target: str, retain_model: str, *, epochs: 
         test=sets(1),
         calibration=[question for question, _ in asked],
         calibration_groups=[person for _, person in asked],
-        facts=[keyed(fact) for fact in world.forget if fact.person in test],
+        facts=[*(keyed(fact, FORGOTTEN) for fact in forgotten), *(keyed(fact, "retained, never seen") for fact in kept)],
         holdout=_rows(_strangers(world, seed)),
-        entities=[entity(fact) for fact in world.forget if fact.person in test],
+        entities=[entity(fact) for fact in forgotten],
+        second=[_with_alternatives(fact, wrong[fact]) for fact in world.retain if fact.person in second],
+        unrelated=plain_text(),
         utility=("retain", "retain, never seen"),
         relearning_steps=(1, 2, 5, 10, 20),
         relearning_rate=2e-4,
@@ -105,12 +110,12 @@ def task_of(world: World, seed: int, target: str, retain_model: str, *, epochs: 
     )
 
 
-def keyed(fact: Fact) -> KeyedFact:
+def keyed(fact: Fact, group: str) -> KeyedFact:
     """A fact with its value as the key, and all its questions, of which models are trained on the first."""
     rows = fact.wordings()
     return KeyedFact(
         name=fact.question,
-        group="forget",
+        group=group,
         keys=(fact.value,),
         wordings=tuple(row["question"] for row in rows),
         trained=1,
@@ -135,6 +140,11 @@ def _rows(facts: Iterable[Fact]) -> list[dict[str, str]]:
 def _answers(fact: Fact, values: Sequence[str]) -> list[str]:
     """The answer to the fact's question with each of the values."""
     return [fact.wordings(value)[0]["answer"] for value in values]
+
+
+def _with_alternatives(fact: Fact, wrong: Sequence[str]) -> Row:
+    """The row of a fact with other answers that AltPO trains on. A model that knows only people would not write any."""
+    return fact.row() | {"alternatives": _answers(fact, wrong[WRONG_ANSWERS:])}
 
 
 def _measured(fact: Fact, wrong: Sequence[str]) -> Row:

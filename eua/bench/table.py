@@ -66,8 +66,9 @@ OF_SETS = {
 }
 METHOD = "method"
 LASTING = (
-    "Extraction strength of the rows to forget when weights are rounded, and the largest one during fine-tuning on other rows. "
-    "Compare them with those of the retain-only model, which learns, too."
+    "What is left of the rows to forget, guard off: extraction strength where nothing else is said, the largest one during "
+    "fine-tuning, and the share of facts that a greedy answer says. Compare relearning with that of the retain-only model, "
+    "which learns, too."
 )
 
 

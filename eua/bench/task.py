@@ -14,6 +14,7 @@ from eua.data.sources import Row
 from eua.errors import EUAError
 from eua.evaluation.said import KeyedFact
 
+FORGOTTEN = "forget"  # the group of facts that are to be forgotten
 _READ_BYTES = 2**20
 
 
@@ -39,12 +40,14 @@ class Task:
         forget, retain: rows to train on. A row to forget may have "alternatives", wrong answers that AltPO trains on.
         validation, test: named sets to measure.
         calibration, calibration_groups: prompts for a guard's threshold that unlearning never saw, and the group of each.
-        facts: the facts of the forgotten test groups, with the words that give each away.
+        facts: facts with the words that give each away; those of the forgotten test groups are in the group "forget".
         members: rows to forget that membership inference is tried on; the test sets to forget if there are none.
         holdout: rows like those that no model was trained on. Without them there is no membership inference.
         entities: facts to forget as rows of "question", "prefix" and "entity", for the depth of unlearning.
         text: plain texts whose perplexity is measured.
         utility: names of the test sets that model utility is made of; without them it is not reported.
+        second: rows of ``retain`` that are to be forgotten later, in a second request; none: there is no second request.
+        unrelated: plain texts that have nothing to do with the rows, to relearn on.
         relearning_steps: numbers of fine-tuning steps after which it is measured what comes back; none: relearning is left out,
             since it holds a copy of the model with an optimizer.
         relearning_rate: its learning rate.
@@ -72,6 +75,8 @@ class Task:
     entities: Sequence[Row] = ()
     text: Sequence[str] = ()
     utility: Sequence[str] = ()
+    second: Sequence[Row] = ()
+    unrelated: Sequence[str] = ()
     relearning_steps: tuple[int, ...] = ()
     relearning_rate: float = 2e-5
     new_tokens: int = 64
@@ -89,6 +94,11 @@ class Task:
                     f"The {name} sets of the task {self.name} are {', '.join(sets) or 'none'}, but a method is judged by what "
                     "it forgets and by what it keeps: give at least one set to forget and one to retain, each with rows."
                 )
+
+    @property
+    def forgotten_facts(self) -> list[KeyedFact]:
+        """The facts that are to be forgotten."""
+        return [fact for fact in self.facts if fact.group == FORGOTTEN]
 
     @cached_property
     def digest(self) -> str:

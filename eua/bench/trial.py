@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils import logging
 
 from eua.bench.cost import Cost, measured, versions
@@ -18,7 +20,9 @@ from eua.bench.grids import GRIDS
 from eua.bench.measure import full_report, objectives
 from eua.bench.study import Plan
 from eua.bench.task import Task
+from eua.data.sources import Row
 from eua.errors import EUAError
+from eua.evaluation.results import write_results
 from eua.files import fill_folder
 from eua.model.fingerprints import model_fingerprint
 from eua.model.loading import load_model
@@ -60,10 +64,12 @@ def run_trial(task: Task, plan: Plan, phase: Phase, output: Path) -> dict[str, A
     if phase == "tuning":
         result["objectives"] = objectives(model, tokenizer, task.validation)
         return result
-    result["metrics"], guard = full_report(model, tokenizer, task)
+    second = partial(_unlearned_again, task, plan, output, tokenizer) if plan.method in GRIDS else None
+    result["metrics"], rows, guard = full_report(model, tokenizer, task, second)
     result["objectives"] = result["metrics"]["objectives"]
+    name = f"{plan.method}-seed-{plan.seed}".replace(" ", "-")
+    write_results(output / "rows" / f"{name}.parquet", rows)
     if plan.method in GRIDS:
-        name = f"{plan.method}-seed-{plan.seed}"
 
         def save(folder: Path) -> None:
             for part in (model, tokenizer, guard):
@@ -84,22 +90,47 @@ def _compared(task: Task, plan: Plan) -> tuple[Any, Any, Cost] | None:
 
 
 def _unlearned(task: Task, plan: Plan, output: Path) -> tuple[Any, Any, Cost]:
+    with measured() as cost:
+        trainer = _train(task, plan, output, task.target, task.target, task.forget, task.retain)
+    return trainer.model, trainer.processing_class, cost
+
+
+def _unlearned_again(
+    task: Task,
+    plan: Plan,
+    output: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    forget: Sequence[Row],
+    retain: Sequence[Row],
+) -> PreTrainedModel:
+    """A copy of a model that has unlearned further rows with the trial's method and settings."""
+    trainer = _train(task, plan, output, copy.deepcopy(model), model, forget, retain, processing_class=tokenizer)
+    return trainer.model
+
+
+def _train(
+    task: Task,
+    plan: Plan,
+    output: Path,
+    model: str | PreTrainedModel,
+    before: str | PreTrainedModel,
+    forget: Sequence[Row],
+    retain: Sequence[Row],
+    **options: Any,
+) -> EUATrainer:
+    """Train a model with the trial's method, which may compare it with the model ``before``."""
     folder = output / "running" / f"{plan.key}-seed-{plan.seed}"
     if folder.exists():
         shutil.rmtree(folder)  # of a process that was killed
     config = _config(task, plan, folder)
-    with measured() as cost:
-        trainer = EUATrainer(
-            task.target,
-            config,
-            forget_dataset=task.forget,
-            retain_dataset=task.retain,
-            ref_model=task.target if config.needs_model_before else None,
-        )
-        trainer.remove_callback(PrinterCallback)  # which prints a summary where there is no progress bar
-        trainer.train()
+    reference = before if config.needs_model_before else None
+    options |= {"forget_dataset": forget, "retain_dataset": retain, "ref_model": reference}
+    trainer = EUATrainer(model, config, **options)
+    trainer.remove_callback(PrinterCallback)  # which prints a summary where there is no progress bar
+    trainer.train()
     shutil.rmtree(folder, ignore_errors=True)
-    return trainer.model, trainer.processing_class, cost
+    return trainer
 
 
 def _config(task: Task, plan: Plan, folder: Path) -> EUAConfig:

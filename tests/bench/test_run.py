@@ -22,6 +22,7 @@ from eua.bench.table import SAID, markdown, tables
 from eua.bench.task import EvaluationSet, Task
 from eua.bench.trial import RETAIN_ONLY, TARGET
 from eua.errors import EUAError
+from eua.evaluation.results import read_results
 
 METHODS = ["eua", "npo"]
 PATIENCE = 120
@@ -55,8 +56,14 @@ def test_the_task_splits_people_and_never_measures_what_it_tunes_on(make_task):
     assert rows["validation", "retain"] | rows["test", "retain"] == kept
     unseen = rows["validation", "retain, never seen"] | rows["test", "retain, never seen"]
     assert not unseen & (trained | kept | set(task.calibration))
-    assert {fact.name for fact in task.facts} == rows["test", "forget"]
-    for row in task.forget:
+    assert {fact.name for fact in task.forgotten_facts} == rows["test", "forget"]
+    others = {fact.name for fact in task.facts if fact.group != "forget"}
+    assert others
+    assert others <= rows["test", "retain, never seen"]
+    later = {row["question"] for row in task.second}
+    assert later
+    assert later < kept
+    for row in [*task.forget, *task.second]:
         assert row["answer"] not in row["alternatives"]
     for row in task.test["forget"].rows:
         assert len(set(row["perturbed_answer"])) == 5
@@ -86,9 +93,21 @@ def test_both_phases_are_complete(bench, results):
     metrics = reported[TARGET]["metrics"]
     assert metrics["said"]["any wording"] > reported[RETAIN_ONLY]["metrics"]["said"]["any wording"]
     assert metrics["membership"]["loss"] == 1.0
+    for model in (TARGET, RETAIN_ONLY):  # both were trained on them
+        assert reported[model]["metrics"]["said"]["any wording, retained, never seen"] >= 0.5
     lasting = reported["npo"]["metrics"]["lasting"]
-    assert lasting["relearning on others to forget"] >= reported["npo"]["objectives"]["forget"]  # step 0 is among the steps
     assert lasting["in 8 bits"] == pytest.approx(reported["npo"]["objectives"]["forget"], abs=0.1)
+    curves = reported["npo"]["metrics"]["relearning"]
+    assert set(curves) == {"the same rows", "other forgotten rows", "rows of the same form", "unrelated texts"}
+    for name, curve in curves.items():
+        assert curve["0"] == pytest.approx(reported["npo"]["objectives"]["forget"])
+        assert lasting[f"relearning on {name}"] == max(value for step, value in curve.items() if step != "0")
+    assert curves["the same rows"]["20"] > curves["unrelated texts"]["20"]
+    assert "after a second request, second rows" in lasting
+    assert "after a second request, second rows" not in metrics["lasting"]
+    assert metrics["lasting"]["said behind a prefix"] >= reported[RETAIN_ONLY]["metrics"]["lasting"]["said behind a prefix"]
+    (table,) = bench.output.glob("rows/npo-seed-0.parquet")
+    assert {row["set"] for row in read_results(table)} >= {"forget", "retain"}
     assert reported[RETAIN_ONLY]["metrics"]["aggregates"]["forget_quality"] == 1.0
 
 
