@@ -77,6 +77,7 @@ def test_a_guard_puts_its_refusal_in_place_of_answers(known, tokenizer, guard, q
 
 def test_texts_are_cut_before_the_first_stop():
     assert cut(" Oslo.\n\nQuestion: Who? Question:", MUSE_QUESTIONS["stop"]) == "Oslo."
+    assert cut("one two three", ["three", "two"]) == "one"
     assert cut("Oslo", ["x"]) == cut("Oslo", []) == "Oslo"
     assert cut("Question: Who?", ["Question:"]) == ""
 
