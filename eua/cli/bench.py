@@ -13,7 +13,7 @@ from eua.cli.demo import default_cache
 from eua.cli.options import Parser, count, positive
 from eua.errors import EUAError
 
-TASKS = ("people", "tofu", "muse", "wmdp")
+TASKS = ("people", "tofu", "muse", "wmdp", "facts")
 SETTINGS = "bench.json"  # what the command was asked for
 RESULTS, TABLE, PAGE = "results.json", "results.md", "bench.html"
 # Options that say what is compared, which `eua bench report` reads from the output folder.
@@ -52,9 +52,10 @@ def _parser() -> Parser:
             "eua bench people --output results --trials 6 --seeds 3 --methods eua,npo,rmu",
             "eua bench tofu --data tofu --split forget10 --output results",
             "eua bench muse --model muse-bench/MUSE-News_target --retain-model muse-bench/MUSE-News_retrain --output results",
+            "eua bench facts --output results --trials 2 --methods eua,npo,simnpo",
             "eua bench report --output results",
         ),
-        usage="eua bench {people,tofu,muse,wmdp,report} [OPTIONS]",
+        usage="eua bench {people,tofu,muse,wmdp,facts,report} [OPTIONS]",
     )
     parser.add_argument(
         "task", choices=(*TASKS, "report"), help="what to compare methods on; report: write the results so far anew"
@@ -77,8 +78,13 @@ def _parser() -> Parser:
     rows.add_argument("--data", help="folder or hub name of the rows (default: the published ones on the hub)")
     rows.add_argument("--split", help="tofu: forget01, forget05 or forget10; wmdp: bio or cyber")
     rows.add_argument("--authors", type=positive(int), help="tofu: retained authors to use (default: all)")
-    rows.add_argument("--model", help="folder or hub name of the model before unlearning (people, tofu: trained from scratch)")
+    rows.add_argument(
+        "--model",
+        help="folder or hub name of the model before unlearning (people, tofu: trained from scratch; facts: SmolLM2)",
+    )
     rows.add_argument("--retain-model", help="the same of a model that was never trained on the rows to forget")
+    rows.add_argument("--facts", type=positive(int), help="facts: how many to forget (default: 24)")
+    rows.add_argument("--trained", type=positive(int), help="facts: wordings of each fact that unlearning sees (default: 1)")
     rows.add_argument("--pieces", type=count, help="muse, wmdp: pieces of text to train on, to forget and to retain")
     rows.add_argument(
         "--target-epochs", type=positive(float), help="people, tofu: passes of models that are trained from scratch"
@@ -93,6 +99,7 @@ _ARGUMENTS: dict[str, dict[str, str]] = {
         **{name: name for name in ("data", "split", "authors", "model", "retain_model", "target_epochs", "epochs", "cache")},
     },
     "muse": {"data": "data", "model": "model", "retain_model": "retain_model", "pieces": "pieces_of_text", "epochs": "epochs"},
+    "facts": {"model": "model", "facts": "forget", "trained": "trained", "epochs": "epochs", "cache": "cache"},
     "wmdp": {"data": "data", "split": "domain", "model": "model", "pieces": "pieces_of_text", "epochs": "epochs"},
 }
 _OF_TASKS = sorted({option for of_task in _ARGUMENTS.values() for option in of_task})
@@ -138,13 +145,14 @@ def _bench(settings: dict[str, Any], output: Path, storage: str | None) -> Any:
 
 
 def _maker(task: str) -> Callable[..., Any]:
-    from eua.bench import muse, people, tofu, wmdp
+    from eua.bench import facts_bench, muse, people, tofu, wmdp
 
     makers: dict[str, Callable[..., Any]] = {
         "people": people.people,
         "tofu": tofu.tofu,
         "muse": muse.muse,
         "wmdp": wmdp.wmdp,
+        "facts": facts_bench.facts,
     }
     return makers[task]
 
