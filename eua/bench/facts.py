@@ -19,8 +19,8 @@ from eua.evaluation.said import KeyedFact, says
 
 PLAIN_TEXT = Path(__file__).with_name("plain_text.txt")
 FORGET = "forget"
-# The roles of four entities in turn, of those that have nothing to be forgotten.
-_ROLES = ("seen", "calibration", "never seen", "seen")
+# The roles of five entities in turn, of those that have nothing to be forgotten.
+_ROLES = ("seen", "never seen", "calibration", "seen", "never seen")
 
 Row: TypeAlias = dict[str, str]
 
@@ -40,9 +40,9 @@ class Measured:
     Attributes:
         sets: name → rows. For "forget", "same relation, seen", "same relation, never seen", "same entity", "far, seen" and
             "far, never seen", as far as there are such facts: the trained wordings, and with the addition "in other words" one
-            other wording a fact. For "forget" and "never seen" (same relation and far): "behind a prefix", "before a suffix",
-            "with another question", and "in context", where the prompt states the fact before it asks. Those in context are
-            not to be forgotten.
+            other wording a fact, in which the model says it. For "forget" and "never seen" (same relation and far): "behind a
+            prefix", "before a suffix", "with another question", and "in context", where the prompt states the fact before it
+            asks. Those in context are not to be forgotten.
         facts: the same facts, with all wordings, and those in context; the group of each is the name of its set.
     """
 
@@ -237,8 +237,7 @@ class _Draw:
             never_seen += chosen if role == "never seen" else []
             forget = kind == FORGET
             sets[name] = FactSet([row for index in chosen for row in self.rows(index, range(self.trained))], forget)
-            unseen = self.wordings[self.trained :]
-            reworded = [row for index in chosen for row in self.rows(index, self.rng.sample(unseen, min(1, len(unseen))))]
+            reworded = [row for index in chosen for row in self.rows(index, self._other_wording(index))]
             sets[f"{name}, in other words"] = FactSet(reworded, forget)
             facts += [self.facts[index].keyed(name, self.trained) for index in chosen]
         for name, members in ((FORGET, self._half(self.roles[FORGET, ""], half)), ("never seen", never_seen)):
@@ -250,6 +249,12 @@ class _Draw:
                 [{"question": fact.wordings[0], "answer": fact.answer} for fact in in_context], forget=False
             )
         return Measured({name: one for name, one in sets.items() if one.rows}, facts)
+
+    def _other_wording(self, index: int) -> list[int]:
+        """One of the wordings that are not trained, if there are any; one in which the model says the fact, if it does."""
+        said, unseen = self.knowledge.said(index), self.wordings[self.trained :]
+        choices = [wording for wording in unseen if said[wording]] or unseen
+        return self.rng.sample(choices, min(1, len(choices)))
 
     def _half(self, members: Sequence[int], half: int) -> list[int]:
         """The facts about every second entity."""
