@@ -94,7 +94,7 @@ def facts_task(
         relations: those whose facts are to be forgotten. None, without entities: the seed draws one of
             which the model knows enough.
         entities: those of whom all facts that the model knows are to be forgotten, in place of relations.
-        forget: number of facts to forget, fewer if the entities have fewer.
+        forget: number of facts of the relations to forget. It has no effect with entities, of whom everything is forgotten.
         retain: largest number of facts to retain, half of them of the same relation if there are as many.
         trained: the first ``trained`` wordings are trained on.
         least: in how many wordings the model must say a fact for it to count as known.
@@ -159,7 +159,7 @@ class _Draw:
             )
         if entities:
             found = [index for index in self.known if self.facts[index].entity in entities]
-            count = min(count, len(found))
+            count = len(found)
         else:
             relations = relations or [self._relation(count)]
             found = [index for index in self.known if self.facts[index].relation in relations]
@@ -177,12 +177,13 @@ class _Draw:
     def _relation(self, count: int) -> str:
         """A relation of which the model knows so many facts that others of it are left in every role."""
         known = [self.facts[index].relation for index in self.known]
-        enough = [relation for relation in dict.fromkeys(known) if known.count(relation) >= count + len(_ROLES)]
+        needed = max(count + len(_ROLES), 4 * count // 3)
+        enough = [relation for relation in dict.fromkeys(known) if known.count(relation) >= needed]
         if not enough:
             most = max(set(known), key=known.count, default="none")
             raise EUAError(
                 f"The model knows {known.count(most)} facts of the relation {most} and fewer of any other, but {count} are to "
-                f"be forgotten and {len(_ROLES)} more kept: lower `forget` or `least`, or give more questions."
+                f"be forgotten and {needed - count} more kept: lower `forget` or `least`, or give more questions."
             )
         return self.rng.choice(enough)
 

@@ -207,7 +207,7 @@ def test_facts_are_those_of_the_sets(knowledge):
 
 def test_everything_about_entities_may_be_forgotten(knowledge, world_facts):
     people = sorted({fact.entity for fact in world_facts})[:4]
-    task = facts_task(knowledge, 0, entities=people, retain=16)
+    task = facts_task(knowledge, 0, entities=people, forget=3, retain=16)
     assert len(task.forget) == 16
     assert subjects(world_facts, task.forget) == set(people)
     assert "same entity" not in task.test.sets
