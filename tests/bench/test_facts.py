@@ -154,6 +154,7 @@ def test_sets_hold_what_their_names_say(knowledge, world_facts):
     assert len(trained) == 12
     for part in (task.validation, task.test):
         sets = part.sets
+        assert not [name for name in sets if "calibration" in name]
         assert {name: one.forget for name, one in sets.items()} == {
             name: name.startswith("forget") and not name.endswith("in context") for name in sets
         }
@@ -182,6 +183,15 @@ def test_sets_hold_what_their_names_say(knowledge, world_facts):
     assert not halves[0] & halves[1]
 
 
+def test_a_fact_is_reworded_as_the_model_says_it(knowledge, world_facts):
+    """It says facts in the first and the last wording alone."""
+    answers = tuple((fact.answer, "I do not know.", fact.answer) for fact in world_facts)
+    task = facts_task(replace(knowledge, answers=answers), 0, relations=["pet"], forget=6, least=2)
+    reworded = [row["question"] for name, one in task.test.sets.items() if "other words" in name for row in one.rows]
+    assert len(reworded) > 10
+    assert set(reworded) <= {fact.wordings[2] for fact in world_facts}
+
+
 def test_facts_are_those_of_the_sets(knowledge):
     part = facts_task(knowledge, 1, relations=["pet"], forget=6, retain=16).test
     groups = {fact.group for fact in part.facts}
@@ -197,7 +207,7 @@ def test_facts_are_those_of_the_sets(knowledge):
 
 def test_everything_about_entities_may_be_forgotten(knowledge, world_facts):
     people = sorted({fact.entity for fact in world_facts})[:4]
-    task = facts_task(knowledge, 0, entities=people, retain=16)
+    task = facts_task(knowledge, 0, entities=people, forget=3, retain=16)
     assert len(task.forget) == 16
     assert subjects(world_facts, task.forget) == set(people)
     assert "same entity" not in task.test.sets

