@@ -1,4 +1,4 @@
-"""The facts that a real model knows as a task of the benchmark: SmolLM2-135M, which a Python package carries, or a user's model."""
+"""A task of forgetting facts that a real model knows: SmolLM2-135M, which a Python package carries, or a model of the user."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eua.cli.main import BAD_INPUT, main
-from tests.bench.conftest import SIZE
+from tests.bench.conftest import SIZE, made_up_trial
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,9 @@ def test_a_folder_with_other_files_is_refused(tmp_path, capsys):
 
 def test_it_writes_results_and_goes_on(tmp_path: Path, monkeypatch, capsys):
     from eua.bench import people as people_module
+    from eua.bench import run as run_module
 
+    monkeypatch.setattr(run_module, "run_trial", made_up_trial)
     trained = people_module.cached_model
     monkeypatch.setattr(people_module, "cached_model", lambda rows, cache, **more: trained(rows, cache, **more | SIZE))
     output = tmp_path / "results"
@@ -57,7 +59,7 @@ def test_it_writes_results_and_goes_on(tmp_path: Path, monkeypatch, capsys):
         "--workers",
         "1",
     ]
-    command += ["--target-epochs", "4", "--epochs", "1", "--trials", "1", "--seeds", "1", "--methods", "grad_diff"]
+    command += ["--target-epochs", "0.1", "--epochs", "1", "--trials", "1", "--seeds", "1", "--methods", "grad_diff"]
     assert main([*command, "--limit", "1e-6"]) == 0
     assert "Trials are left: run the same command again to go on." in capsys.readouterr().out
     assert main(command) == 0
