@@ -52,7 +52,7 @@ $(VENV)/.ready-docs: $(READY)
 	touch $(VENV)/.ready-docs
 
 $(VENV)/.ready-bench: $(READY)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[peers]'
 	touch $(VENV)/.ready-bench
 
 $(READY): pyproject.toml constraints.txt

@@ -54,7 +54,7 @@ def test_an_epoch(benchmark, report: Report):
 
     def run(way: str) -> None:
         for batch in epochs[way]:
-            our_step(model, batch["boundary"][:, 1:], batch)
+            our_step(model, batch["reference"][:, 1:], batch)
             model.zero_grad()
 
     times = measure.medians({way: lambda way=way: run(way) for way in epochs}, DEVICE, rounds=2)

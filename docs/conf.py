@@ -57,6 +57,32 @@ class ConfigFields(Directive):
         return container.children
 
 
+class MethodsTable(Directive):
+    """A table of the unlearning methods, with the settings that were published for each."""
+
+    def run(self) -> list[nodes.Node]:
+        from eua.methods.table import METHODS
+
+        lines = ["| `method` | name | published in | settings | reads, beyond energy and NLL |", "|---|---|---|---|---|"]
+        for name, method in METHODS.items():
+            published = {"retain_loss": method.retain_loss} if method.retain_loss else {}
+            settings = ", ".join(f"`{key}={value!r}`" for key, value in {**method.settings, **published}.items())
+            needs = [
+                *(
+                    {"boundary": ["boundaries, computed once"], "nll": ["likelihoods before unlearning, computed once"]}.get(
+                        method.reference or "", []
+                    )
+                ),
+                *({"idk": ["phrases of not knowing"], "own": ["other answers of the rows"]}.get(method.alternatives or "", [])),
+                *(["mean and maximum of the logits"] if name in ("pdu", "me_gd") else []),
+                *(["`ref_model`, at every step"] if method.needs_model or method.retain_loss == "hidden" else []),
+            ]
+            lines.append(f"| `{name}` | {method.title} | {method.source} | {settings} | {', '.join(needs)} |")
+        container = nodes.container()
+        self.state.nested_parse(StringList(lines, "METHODS"), self.content_offset, container)
+        return container.children
+
+
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default is not dataclasses.MISSING:
         return f"`{field.default!r}`"
@@ -81,4 +107,5 @@ class CommandHelp(Directive):
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("config-fields", ConfigFields)
     app.add_directive("command-help", CommandHelp)
+    app.add_directive("methods-table", MethodsTable)
     return {"parallel_read_safe": True}

@@ -235,6 +235,23 @@ def false_positive_rate(positive: Tensor, negative: Tensor, true_positive_rate: 
     return float((negative >= threshold).double().mean())
 
 
+def harmonic_mean(values: Sequence[float]) -> float:
+    """``n / Σ 1/x`` of n values; 0 if one of them is 0.
+
+    >>> round(harmonic_mean([0.5, 1.0]), 6)
+    0.666667
+
+    Raises:
+        EUAError: if there are no values, or if one is negative, for which the mean has no meaning.
+    """
+    if not values or min(values) < 0:
+        raise EUAError(
+            f"A harmonic mean of {list(values)} has no meaning: it needs at least one value, and none below 0. Check what was "
+            "measured."
+        )
+    return 0.0 if 0 in values else len(values) / sum(1 / value for value in values)
+
+
 def _exact_p_value(above: float, count: int, tolerance: float) -> float:
     """Probability that at most ``above`` of ``count`` prompts lie above the threshold if the rate of false refusals is ε."""
     return _binomial_cdf(round(above), count, tolerance)

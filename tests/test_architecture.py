@@ -17,10 +17,10 @@ STANDARD_LIBRARY = set(sys.stdlib_module_names)
 LAYERS: list[dict[str, set[str]]] = [
     {"eua.__main__": set()},
     {"eua.cli": {"accelerate", "peft"}},
-    {"eua.demo": {"tokenizers", "torch", "transformers"}},
     {"eua.bench": {"huggingface_hub", "torch", "transformers"}},
+    {"eua.demo": {"tokenizers", "torch", "transformers"}},
     {
-        "eua.evaluation": {"matplotlib", "rouge_score", "torch", "tqdm", "transformers"},
+        "eua.evaluation": {"bitsandbytes", "matplotlib", "pyarrow", "rouge_score", "scipy", "torch", "tqdm", "transformers"},
         "eua.serving": {"prometheus_client", "starlette", "torch", "transformers", "uvicorn"},
         "eua.vllm": {"torch", "vllm"},
     },

@@ -16,7 +16,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 PACKAGES = ("eua", "fused_energy")
 # Imported if they are installed, and explained if not.
-OPTIONAL = {"deepspeed", "triton", "vllm"}
+OPTIONAL = {"bitsandbytes", "deepspeed", "rouge_score", "scipy", "triton", "vllm"}
 EXTRAS = {"serve": "eua/serving"}  # extra → the only folder that imports its packages
 IMPORTED_AS = {"yaml": "pyyaml"}
 COMES_WITH = {"pyarrow": "datasets"}  # imported package → the requirement that installs it

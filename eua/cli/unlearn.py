@@ -214,8 +214,7 @@ def _trainer(arguments: argparse.Namespace, settings: dict[str, Any], checkpoint
             retain_dataset=arguments.retain,
             eval_forget_dataset=arguments.eval_forget,
             eval_retain_dataset=arguments.eval_retain,
-            # The reference for KL is the model before unlearning.
-            ref_model=arguments.model if config.retain_loss == "kl" else None,
+            ref_model=arguments.model if config.needs_model_before else None,
             peft_config=lora,
         )
 

@@ -6,13 +6,14 @@ Padding costs computation in every layer and contributes nothing. There is less 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from eua.data.pairing import Pair
 from eua.data.rows import IGNORE_INDEX, EncodedRow
 
 
@@ -20,7 +21,7 @@ def pad_rows(rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
     """``input_ids``, ``attention_mask`` and ``labels`` (B, S), padded on the right.
 
     Labels are the input ids of answers, and -100 elsewhere. The value of the padding id has no effect: padding is masked in
-    attention and in the loss.
+    attention and in the loss. Tokens that a row hides from attention are masked like padding.
     """
     width = max(len(row.input_ids) for row in rows)
     batch = {
@@ -32,6 +33,7 @@ def pad_rows(rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
         length = len(row.input_ids)
         batch["input_ids"][i, :length] = torch.tensor(row.input_ids)
         batch["attention_mask"][i, :length] = 1
+        batch["attention_mask"][i, list(row.hidden)] = 0
         counted = row.answer_positions
         batch["labels"][i, counted] = batch["input_ids"][i, counted]
     return batch
@@ -58,33 +60,42 @@ def flatten_rows(padded: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class ForgetRetainDataset(Dataset):
-    """Encoded forget and retain rows with their boundaries. An index selects one forget row and its retain rows.
+    """Encoded rows with their reference figures. An index selects one forget row and what it is trained with.
 
     Args:
-        rows: ``"forget"`` and ``"retain"`` rows.
-        boundaries: of these rows, one float per answer token. They may be filled in after the dataset is made, before an item
-            is read.
+        rows: ``"forget"`` and ``"retain"`` rows, and where the method uses them ``"alternative"`` rows, other answers to the
+            prompts to forget.
+        reference: for each of these rows one float per answer token, the figure of the model before unlearning that the loss
+            compares with. It may be filled in after the dataset is made, before an item is read.
+        without: kinds of rows that the method does not train on.
     """
 
-    def __init__(self, rows: Mapping[str, Sequence[EncodedRow]], boundaries: Mapping[str, Sequence[Tensor]]) -> None:
-        self.rows, self.boundaries = rows, boundaries
+    def __init__(
+        self,
+        rows: Mapping[str, Sequence[EncodedRow]],
+        reference: Mapping[str, Sequence[Tensor]],
+        without: Collection[str] = (),
+    ) -> None:
+        self.rows, self.reference, self.without = rows, reference, without
 
     def __len__(self) -> int:
         return len(self.rows["forget"])
 
-    def __getitem__(self, index: tuple[int, tuple[int, ...]]) -> list[dict[str, Any]]:
-        forget, retain = index
-        return [self._item("forget", forget), *(self._item("retain", i) for i in retain)]
+    def __getitem__(self, index: Pair) -> list[dict[str, Any]]:
+        """The forget row, its alternative right after it, and its retain rows."""
+        pair = Pair(*index)
+        chosen = {"forget": (pair.forget,), "alternative": pair.alternative, "retain": pair.retain}
+        return [self._item(kind, i) for kind, of_kind in chosen.items() if kind not in self.without for i in of_kind]
 
     def _item(self, kind: str, index: int) -> dict[str, Any]:
-        return {"row": self.rows[kind][index], "boundary": self.boundaries[kind][index], "forget": kind == "forget"}
+        return {"row": self.rows[kind][index], "reference": self.reference[kind][index], "kind": kind}
 
 
 class ForgetRetainCollator:
-    """Makes one batch of forget and retain rows from items of :class:`ForgetRetainDataset`.
+    """Makes one batch of rows from items of :class:`ForgetRetainDataset`.
 
-    In addition to the tensors of :func:`pad_rows`, or of :func:`flatten_rows` with ``padding_free``, a batch contains
-    ``boundary``, float32, and ``forget``, bool, both in the shape of the labels.
+    In addition to the tensors of :func:`pad_rows`, or of :func:`flatten_rows` with ``padding_free``, a batch contains in the
+    shape of the labels: ``reference``, float32; ``forget`` and ``alternative``, bool; ``row``, the number of the row.
     """
 
     def __init__(self, padding_free: bool = False) -> None:
@@ -93,10 +104,12 @@ class ForgetRetainCollator:
     def __call__(self, items: Sequence[list[dict[str, Any]]]) -> dict[str, Tensor]:
         entries = [entry for item in items for entry in item]
         batch = pad_rows([entry["row"] for entry in entries])
-        batch["boundary"] = torch.zeros(batch["labels"].shape, dtype=torch.float32)
+        width = batch["labels"].shape[1]
+        batch["reference"] = torch.zeros(batch["labels"].shape, dtype=torch.float32)
         for i, entry in enumerate(entries):
-            batch["boundary"][i, entry["row"].answer_positions] = entry["boundary"]
-        is_forget = torch.tensor([entry["forget"] for entry in entries])
+            batch["reference"][i, entry["row"].answer_positions] = entry["reference"]
         # Not expanded: memory that several entries share cannot be pinned.
-        batch["forget"] = is_forget[:, None].repeat(1, batch["labels"].shape[1])
+        for kind in ("forget", "alternative"):
+            batch[kind] = torch.tensor([entry["kind"] == kind for entry in entries])[:, None].repeat(1, width)
+        batch["row"] = torch.arange(len(entries))[:, None].repeat(1, width)
         return flatten_rows(batch) if self.padding_free else batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import Sampler
@@ -11,7 +12,15 @@ from torch.utils.data import Sampler
 _GROUPS_SORTED = 50  # as in transformers' LengthGroupedSampler
 
 
-class PairedSampler(Sampler[tuple[int, tuple[int, ...]]]):
+class Pair(NamedTuple):
+    """Indices of rows that are trained on together: a forget row, its retain rows, and an alternative answer to its prompt."""
+
+    forget: int
+    retain: tuple[int, ...]
+    alternative: tuple[int, ...] = ()  # one, or none
+
+
+class PairedSampler(Sampler[Pair]):
     """Yields every forget row once per epoch, in a seeded order, each with ``ratio`` retain rows.
 
     Retain rows come from an endless sequence of seeded permutations that continues from epoch to epoch, so all of them are
@@ -24,14 +33,22 @@ class PairedSampler(Sampler[tuple[int, tuple[int, ...]]]):
         seed: of all orders.
         group: this number of successive forget rows, and their retain rows, have similar lengths; 0: no grouping. An epoch
             contains the same rows either way.
+        alternatives: number of other answers to each prompt to forget, of which successive epochs take successive ones; those
+            of forget row i are the rows from ``i · alternatives`` on.
     """
 
     def __init__(
-        self, forget_lengths: Sequence[int], retain_lengths: Sequence[int], ratio: int, seed: int, group: int = 0
+        self,
+        forget_lengths: Sequence[int],
+        retain_lengths: Sequence[int],
+        ratio: int,
+        seed: int,
+        group: int = 0,
+        alternatives: int = 0,
     ) -> None:
         self.lengths = {"forget": forget_lengths, "retain": retain_lengths}
         self.forget_rows, self.retain_rows = len(forget_lengths), len(retain_lengths)
-        self.ratio, self.seed, self.group = ratio, seed, group
+        self.ratio, self.seed, self.group, self.alternatives = ratio, seed, group, alternatives
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -40,32 +57,40 @@ class PairedSampler(Sampler[tuple[int, tuple[int, ...]]]):
     def __len__(self) -> int:
         return self.forget_rows
 
-    def __iter__(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+    def __iter__(self) -> Iterator[Pair]:
         return self._pairs(self.epoch)
 
     def rows_used(self, pairs_of_epochs: Iterable[int]) -> dict[str, set[int]]:
-        """The rows in the first pairs of each epoch, given the number of these pairs: indices of forget and of retain rows."""
-        used: dict[str, set[int]] = {"forget": set(), "retain": set()}
+        """The rows in the first pairs of each epoch, given the number of these pairs: indices of rows by kind."""
+        used: dict[str, set[int]] = {"forget": set(), "retain": set(), "alternative": set()}
         for epoch, pairs in enumerate(pairs_of_epochs):
-            for forget, retain in islice(self._pairs(epoch), pairs):
-                used["forget"].add(forget)
-                used["retain"].update(retain)
-            if len(used["forget"]) == self.forget_rows and len(used["retain"]) == self.retain_rows:
+            for pair in islice(self._pairs(epoch), pairs):
+                used["forget"].add(pair.forget)
+                used["retain"].update(pair.retain)
+                used["alternative"].update(pair.alternative)
+            every = (self.forget_rows, self.retain_rows, self.forget_rows * self.alternatives)
+            if tuple(map(len, used.values())) == every:
                 break
         return used
 
-    def _pairs(self, epoch: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+    def _pairs(self, epoch: int) -> Iterator[Pair]:
         forget = self._permutation("forget", epoch, self.forget_rows)
         retain = self._retain_rows(epoch * self.forget_rows * self.ratio, self.forget_rows * self.ratio)
         if self.group:
             forget, retain = self._by_length("forget", forget, 1), self._by_length("retain", retain, self.ratio)
-        pairs = [(index, tuple(retain[i * self.ratio : (i + 1) * self.ratio])) for i, index in enumerate(forget)]
+        pairs = [
+            Pair(index, tuple(retain[i * self.ratio : (i + 1) * self.ratio]), self._alternative(index, epoch))
+            for i, index in enumerate(forget)
+        ]
         if not self.group:
             yield from pairs
             return
         whole = len(pairs) // self.group  # whole groups; the rest stays at the end
         for number in [*self._permutation("group", epoch, whole), whole]:
             yield from pairs[number * self.group : (number + 1) * self.group]
+
+    def _alternative(self, forget: int, epoch: int) -> tuple[int, ...]:
+        return (forget * self.alternatives + epoch % self.alternatives,) if self.alternatives else ()
 
     def _by_length(self, kind: str, rows: list[int], ratio: int) -> list[int]:
         """Sorts rows by length within stretches. An epoch has at least four stretches, so the pairs stay random."""

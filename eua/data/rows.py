@@ -38,13 +38,15 @@ class EncodedRow:
     """Token ids of prompt and answer, and the length of the prompt.
 
     A chat may have several answers: the prompt is then that of the first one, and ``later_prompts`` are the positions after it
-    that belong to no answer. ``cut_ids`` are the tokens that were cut off at the end.
+    that belong to no answer. ``cut_ids`` are the tokens that were cut off at the end, ``hidden`` positions that attention does
+    not see.
     """
 
     input_ids: list[int]
     prompt_length: int
     later_prompts: frozenset[int] = frozenset()
     cut_ids: tuple[int, ...] = ()
+    hidden: frozenset[int] = frozenset()
 
     @property
     def key(self) -> tuple[tuple[int, ...], int, frozenset[int]]:
@@ -90,7 +92,7 @@ def format_prompt(
 
 
 def row_texts(
-    row: Row, tokenizer: PreTrainedTokenizerBase, where: str, assistant_turns: str = "last"
+    row: Row, tokenizer: PreTrainedTokenizerBase, where: str, assistant_turns: str = "last", labels: str = "answer"
 ) -> tuple[list[str], bool]:
     """The texts of a row to tokenize (prompt, answer, prompt, answer, …), and whether the row states them literally."""
     prompt, answer, literal = _split_answered_row(row, where)
@@ -110,6 +112,8 @@ def row_texts(
             f"{where}: the chat template writes the conversation with its answer differently from the prompt alone, so it is "
             'unknown where the answer starts: give "prompt"/"completion" texts, or a template that only appends.'
         )
+    if labels == "template":
+        return [before, whole[len(before) :] + ("" if eos and whole.endswith(eos) else eos)], False
     return cut_text(whole, [(len(before), len(whole))], eos), False
 
 
@@ -250,6 +254,8 @@ def encode_rows(
     max_length: int | None,
     name: str = "dataset",
     assistant_turns: str = "last",
+    labels: str = "answer",
+    hide: int | None = None,
 ) -> list[EncodedRow]:
     """Tokenize rows. Tokens beyond ``max_length`` are cut off, and the number of rows that were cut is logged.
 
@@ -259,6 +265,9 @@ def encode_rows(
         max_length: of a row, in tokens. None: no limit.
         name: what error messages call the rows.
         assistant_turns: ``"last"`` counts the answer at the end of a chat, ``"all"`` every message of the assistant.
+        labels: an answer ends with the token that ends generation (``"answer"``), or with all that the chat template writes
+            after it and an end of sequence (``"template"``, as in OpenUnlearning).
+        hide: a token id that attention does not see, wherever it stands (as padding in OpenUnlearning). None: it sees all.
 
     Raises:
         EUAError: if rows cannot be read, or if a row has an unknown format, no answer, or no answer left after the cut.
@@ -267,7 +276,7 @@ def encode_rows(
     names = [f"Row {index} of the {name}" for index in range(len(rows))]
     parts, openings, opening = [], [], opening_ids(tokenizer)
     for row, where in zip(rows, names, strict=True):
-        texts, literal = row_texts(row, tokenizer, where, assistant_turns)
+        texts, literal = row_texts(row, tokenizer, where, assistant_turns, labels)
         parts.append(texts)
         openings.append(opening if literal or tokenizer.chat_template is None else [])
     encoded, cut = [], 0
@@ -292,7 +301,9 @@ def encode_rows(
         kept = [p for p in counted if max_length is None or p < max_length]
         cut += len(kept) < len(counted)
         stop = kept[-1] + 1  # nothing after the last answer that fits has an effect
-        encoded.append(EncodedRow(ids[:stop], start, frozenset(range(start, stop)).difference(kept), tuple(ids[stop:])))
+        hidden = frozenset(p for p in range(stop) if ids[p] == hide)
+        later_prompts = frozenset(range(start, stop)).difference(kept)
+        encoded.append(EncodedRow(ids[:stop], start, later_prompts, tuple(ids[stop:]), hidden))
     if cut:
         logger.warning(
             f"{cut} of {len(rows)} rows of the {name} are longer than max_length = {max_length}: their answers were cut."
@@ -304,7 +315,8 @@ def rows_digest(rows: Iterable[EncodedRow]) -> str:
     """SHA-256 of the rows' token ids, in order, and of the positions of answers: identifies rows without revealing them."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(repr((row.answer_positions, row.input_ids)).encode())
+        parts = (row.answer_positions, row.input_ids)
+        digest.update(repr((*parts, sorted(row.hidden)) if row.hidden else parts).encode())
     return digest.hexdigest()
 
 

@@ -91,7 +91,7 @@ def run_demo(output: Path, cache: Path, *, people: int = 200, target_epochs: flo
     print("4/4 What it knows, and what it refuses.\n")
     after, after_scores = evaluate(model, tokenizer, sets, forget=(SET_NAMES["forget"], IN_OTHER_WORDS), guard=guard)
     # Mean boundaries at the last prompt token, which also gives the scores in the histograms.
-    kept = trainer.train_dataset.boundaries
+    kept = trainer.train_dataset.reference
     boundaries = {kind: float(torch.stack([row[0] for row in kept[kind]]).nanmean()) for kind in ("retain", "forget")}
     picture = output / "energies.png"
     energy_histograms(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,18 @@ from eua.model.forward import check_finite
 from eua.model.head import Head, output_head
 from eua.model.shared_prompts import eval_answer_states
 
-GREEDY_BLOCK_BYTES = 64 * 2**20  # of logits in memory during the search for the most likely tokens
 LARGEST_RATIO = torch.finfo(torch.float32).max  # so that means of ratios are finite
 OPENUNLEARNING_FLOOR = 1e-10  # which OpenUnlearning adds to denominators
+
+T = TypeVar("T")
+
+
+class TokenMeasures(NamedTuple):
+    """One value per token of answers, row after row, each (Σ answer lengths,) float32 on the CPU."""
+
+    right: Tensor  # 1 where the token is the most likely one, else 0
+    nll: Tensor  # in nats
+    energy: Tensor  # in nats
 
 
 @dataclass(frozen=True)
@@ -90,27 +99,61 @@ def measure_answers(
         EUAError: if rows are not encoded, if hidden states are NaN or infinite, or if the model has no plain head.
     """
     _check_encoded(rows)
-    head = output_head(model)
-    distinct = {row.key: row for row in rows}
-    texts, places = list(distinct.values()), {key: place for place, key in enumerate(distinct)}
-    values = torch.empty(len(texts), len(fields(AnswerMeasures)))
-    for indices, states in eval_answer_states(model, texts, batch_size, progress, check):
-        measures = measure_states(head, states, [texts[i] for i in indices], temperature)
-        values[indices] = torch.stack(list(vars(measures).values()), dim=1)
-    return AnswerMeasures(*values[[places[row.key] for row in rows]].unbind(dim=1))
+
+    def of_batch(head: Head, states: Tensor, batch: Sequence[EncodedRow]) -> Sequence[Tensor]:
+        return torch.stack(list(vars(measure_states(head, states, batch, temperature)).values()), dim=1).unbind()
+
+    return AnswerMeasures(*torch.stack(of_answers(model, rows, of_batch, batch_size, progress, check)).unbind(dim=1))
 
 
 @torch.no_grad()
+def of_answers(
+    model: PreTrainedModel,
+    rows: Sequence[EncodedRow],
+    of_batch: Callable[[Head, Tensor, Sequence[EncodedRow]], Sequence[T]],
+    batch_size: int = 32,
+    progress: str | None = None,
+    check: bool = True,
+) -> list[T]:
+    """A value of each row, computed from the hidden states that predict its answer. Rows with the same tokens run once.
+
+    ``of_batch`` is called with the head, the states of a batch's rows, one row after the other: (Σ answer lengths, H), and the
+    rows. It returns one value per row. The other arguments are those of :func:`measure_answers`.
+    """
+    head = output_head(model)
+    texts = list({row.key: row for row in rows}.values())
+    values: dict[Any, T] = {}
+    for indices, states in eval_answer_states(model, texts, batch_size, progress, check):
+        batch = [texts[i] for i in indices]
+        values |= zip((row.key for row in batch), of_batch(head, states, batch), strict=True)
+    return [values[row.key] for row in rows]
+
+
 def measure_states(head: Head, states: Tensor, rows: Sequence[EncodedRow], temperature: float) -> AnswerMeasures:
     """The measures of rows from the states that predict their answers, one row after the other: (Σ answer lengths, H)."""
+    tokens = measure_tokens(head, states, answer_tokens(rows, states), temperature)
+    return measures_of_rows(tokens, [len(row.answer_ids) for row in rows])
+
+
+def answer_tokens(rows: Sequence[EncodedRow], states: Tensor) -> Tensor:
+    """The tokens of the rows' answers, row after row, on the device of ``states``: (Σ answer lengths,)."""
+    return torch.tensor([token for row in rows for token in row.answer_ids], device=states.device)
+
+
+@torch.no_grad()
+def measure_tokens(head: Head, states: Tensor, targets: Tensor, temperature: float) -> TokenMeasures:
+    """The measures of each token, (N,), from the states that predict them, (N, H)."""
     check_finite(states, "the hidden states of answers")
-    targets = torch.tensor([token for row in rows for token in row.answer_ids], device=states.device)
     energy, nll = head.energy_and_nll(states, targets, temperature)
     check_finite(energy, "the energies of answers")
-    right = greedy_tokens(head, states) == targets
-    per_token = torch.stack([right, nll, energy]).float().cpu()
+    right = head.most_likely(states) == targets
+    return TokenMeasures(*torch.stack([right, nll, energy]).float().cpu())
+
+
+def measures_of_rows(tokens: TokenMeasures, lengths: Sequence[int]) -> AnswerMeasures:
+    """The measures of rows from those of the tokens of their answers, of which there are ``lengths``."""
     values = []
-    for row_right, row_nll, row_energy in per_token.split([len(row.answer_ids) for row in rows], dim=1):
+    for row_right, row_nll, row_energy in torch.stack(tokens).split(lengths, dim=1):
         shorter = row_right[:-1]
         start, last = _start_of_suffix(shorter), len(shorter) - 1
         measures: dict[str, float | Tensor] = {
@@ -142,12 +185,6 @@ def _check_encoded(rows: Sequence[EncodedRow]) -> None:
             f"measure_answers() got {wrong!r}, which is not an encoded row, and has no tokenizer to encode it: pass "
             "encode_rows(rows, tokenizer, None) of eua.data.rows, or call eua.evaluation.evaluate()."
         )
-
-
-def greedy_tokens(head: Head, hidden: Tensor) -> Tensor:
-    """The most likely next token at each position: (N, H) → (N,), in blocks of limited size."""
-    block = max(1, GREEDY_BLOCK_BYTES // (4 * head.vocabulary))
-    return torch.cat([head.logits(part).argmax(dim=-1) for part in hidden.split(block)])
 
 
 def truth_ratios(

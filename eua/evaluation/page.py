@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eua.data.rows import EncodedRow, encode_rows
 from eua.data.sources import Row, Source
-from eua.evaluation.metrics import greedy_tokens, measure_states
+from eua.evaluation.metrics import measure_states
 from eua.evaluation.report import evaluate, forgotten_names, read_sets
 from eua.files import replacing
 from eua.guard.guard import EnergyGuard
@@ -184,7 +184,7 @@ def read_tokens(
             stop = min(len(row.input_ids), start + TOKENS_KEPT)
             check_finite(states[start:stop], "the hidden states of a row to show")
             energies = head.energy(states[start:stop], temperature).tolist()
-            likely = greedy_tokens(head, states[row.prompt_length - 1 : stop - 1]).tolist()
+            likely = head.most_likely(states[row.prompt_length - 1 : stop - 1]).tolist()
             answer = row.input_ids[row.prompt_length : stop]
             readings[i] = {
                 "extraction_strength": _decimal(float(measures.extraction_strength[place])),

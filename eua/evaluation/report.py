@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eua.data.rows import encode_prompts, encode_rows
+from eua.data.rows import EncodedRow, encode_prompts, encode_rows
 from eua.data.sources import Row, Source, read_rows
 from eua.errors import EUAError
-from eua.evaluation.metrics import answers_to_compare, measure_answers, truth_ratio_means
+from eua.evaluation.metrics import AnswerMeasures, answers_to_compare, measure_answers, truth_ratio_means
 from eua.guard.guard import EnergyGuard
 from eua.guard.questions import Turns
 from eua.guard.scores import prompt_scores
@@ -81,12 +82,63 @@ def evaluate(
     """
     rows_of = read_sets(sets)
     forget = forgotten_names(forget, rows_of)
-    temperature = guard.temperature if guard else temperature
-    first_tokens = guard.first_tokens if guard else first_tokens
-    turns = guard.turns if guard else turns or Turns.of(tokenizer)
-    report: dict[str, Any] = {"sets": {}, "separation": {}, "threshold": guard.threshold if guard else None}
-    scores: dict[str, Tensor] = {}
+    encoded = encode_sets(model, tokenizer, rows_of)
+    measures = measure_answers(
+        model,
+        encoded.texts,
+        temperature=guard.temperature if guard else temperature,
+        batch_size=batch_size,
+        progress="answers" if progress else None,
+        check=False,
+    )
+    return report_sets(
+        model,
+        tokenizer,
+        encoded,
+        measures,
+        forget=forget,
+        guard=guard,
+        temperature=temperature,
+        first_tokens=first_tokens,
+        turns=turns,
+        batch_size=batch_size,
+        progress=progress,
+    )
 
+
+@dataclass(frozen=True)
+class EncodedSets:
+    """Sets of rows by name, and their answers as token ids.
+
+    Attributes:
+        rows: the rows of each set.
+        answers: each row's own answer.
+        compared: of the sets whose rows have wrong answers, the right answer of each row and then its wrong ones.
+    """
+
+    rows: dict[str, list[Row]]
+    answers: dict[str, list[EncodedRow]]
+    compared: dict[str, list[list[EncodedRow]]]
+
+    @property
+    def texts(self) -> list[EncodedRow]:
+        """All answers: of each set, the rows' own ones, then those to compare."""
+        return [text for name, own in self.answers.items() for text in (*own, *chain(*self.compared.get(name, [])))]
+
+    def split(self, measures: AnswerMeasures) -> dict[str, tuple[AnswerMeasures, list[Tensor]]]:
+        """Of each set, the measures of its rows' own answers, and the mean NLLs of each row's answers to compare, (1 + W,)."""
+        sizes = {name: [len(own), *map(len, self.compared.get(name, []))] for name, own in self.answers.items()}
+        parts = zip(sizes.items(), measures.split(map(sum, sizes.values())), strict=True)
+        own_and_compared = {name: of_set.split(of_rows) for (name, of_rows), of_set in parts}
+        return {name: (own, [of_row.nll for of_row in compared]) for name, (own, *compared) in own_and_compared.items()}
+
+
+def encode_sets(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows_of: dict[str, list[Row]]) -> EncodedSets:
+    """Encode the sets that :func:`read_sets` has read, and check that the model can read them.
+
+    Raises:
+        EUAError: if rows cannot be encoded, or if the model cannot be measured on them.
+    """
     compared = {
         name: answers_to_compare(rows, tokenizer)
         for name, rows in rows_of.items()
@@ -97,11 +149,31 @@ def evaluate(
     for name, encoded in answers.items():
         check_ids(model, (row.input_ids for row in encoded), f"{name} rows")
         check_ids(model, (row.input_ids for row in chain(*compared.get(name, []))), f"{name} rows' perturbed answers")
-    texts = {name: [*encoded, *chain(*compared.get(name, []))] for name, encoded in answers.items()}
-    everything = list(chain(*texts.values()))
+    return EncodedSets(rows_of, answers, compared)
+
+
+def report_sets(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: EncodedSets,
+    measures: AnswerMeasures,
+    *,
+    forget: Sequence[str],
+    guard: EnergyGuard | None = None,
+    temperature: float = 1.0,
+    first_tokens: int = 0,
+    turns: Turns | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What :func:`evaluate` returns, from the measures of ``encoded.texts``; the other arguments are the same."""
+    temperature = guard.temperature if guard else temperature
+    first_tokens = guard.first_tokens if guard else first_tokens
+    turns = guard.turns if guard else turns or Turns.of(tokenizer)
+    report: dict[str, Any] = {"sets": {}, "separation": {}, "threshold": guard.threshold if guard else None}
+    scores: dict[str, Tensor] = {}
     settings: dict[str, Any] = {"temperature": temperature, "batch_size": batch_size}
-    measures = measure_answers(model, everything, progress="answers" if progress else None, check=False, **settings)
-    energies = zip(everything, measures.prompt_energy.tolist(), strict=True)
+    energies = zip(encoded.texts, measures.prompt_energy.tolist(), strict=True)
     known = {} if first_tokens else {tuple(text.prompt_ids): energy for text, energy in energies}
 
     def score(prompts: Sequence[Row | str], name: str) -> Tensor:
@@ -109,11 +181,11 @@ def evaluate(
         title = f"{name}: prompts" if progress else None
         return prompt_scores(model, ids, first_tokens=first_tokens, turns=turns, progress=title, known=known, **settings)
 
-    for (name, rows), of_set in zip(rows_of.items(), measures.split(map(len, texts.values())), strict=True):
-        own, *to_compare = of_set.split([len(rows), *map(len, compared.get(name, []))])
+    for name, (own, compared) in encoded.split(measures).items():
+        rows = encoded.rows[name]
         entry: dict[str, float | int] = {"rows": len(rows)} | own.means()
-        if to_compare:
-            entry |= truth_ratio_means([of_row.nll for of_row in to_compare], forget=name in forget)
+        if compared:
+            entry |= truth_ratio_means(compared, forget=name in forget)
         scores[name] = score(rows, name)
         entry["score"] = float(scores[name].mean())
         if guard is not None:
@@ -122,7 +194,7 @@ def evaluate(
                 paraphrased = score([row["paraphrased_question"] for row in rows], f"{name}, paraphrased")
                 entry["refused_paraphrased"] = float(guard.refuses(paraphrased).float().mean())
         report["sets"][name] = entry
-    for name in rows_of:
+    for name in encoded.rows:
         if name not in forget:
             report["separation"][name] = {
                 "auroc": auroc(scores[forget[0]], scores[name]),

@@ -43,6 +43,57 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return hidden_states_and_output(model, batch, use_cache=False)[0]
 
 
+def hidden_and_inner_states(model: nn.Module, batch: Mapping[str, Tensor], layer: int | None) -> tuple[Tensor, Tensor | None]:
+    """:func:`hidden_states`, and the output of block ``layer``, (B, S, H), or None if no block is named."""
+    if layer is None:
+        return hidden_states(model, batch), None
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, arguments: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    hook = block_of(model, layer).register_forward_hook(keep)
+    try:
+        with torch.compiler.set_stance("force_eager"):  # a compiled graph has no hook
+            hidden, output = hidden_states_and_output(model, batch, use_cache=False)
+    finally:
+        hook.remove()
+    return hidden, attached_to_output(model, outputs[0], output.logits)
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The transformer's blocks in order.
+
+    Raises:
+        EUAError: if there is no list of as many modules as the model's config states layers.
+    """
+    inner = unwrap(model)
+    config: Any = getattr(inner, "config", None)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    lists = [module for module in inner.modules() if isinstance(module, nn.ModuleList) and len(module) == layers]
+    if not lists:
+        raise EUAError(
+            f"{type(inner).__name__} has no list of {layers} blocks, so the output of one block cannot be read: choose a "
+            "method or measure that reads no inner states."
+        )
+    return lists[0]
+
+
+def block_of(model: nn.Module, layer: int) -> nn.Module:
+    """One of :func:`blocks_of`.
+
+    Raises:
+        EUAError: if the model has fewer blocks.
+    """
+    blocks = blocks_of(model)
+    if layer >= len(blocks):
+        raise EUAError(
+            f"layer = {layer}, but {type(unwrap(model)).__name__} has {len(blocks)} blocks, numbered from 0: choose one of "
+            "these."
+        )
+    return blocks[layer]
+
+
 def hidden_states_and_output(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> tuple[Tensor, Any]:
     """:func:`hidden_states`, and what the model returns, called with further ``options``. The logits in it are cut."""
     input_ids = batch["input_ids"]

@@ -40,6 +40,9 @@ _HEAD_DTYPES = (
 )  # float8 weights need scales that are stored separately
 
 
+_BLOCK_BYTES = 64 * 2**20  # of logits in memory during the search for the most likely tokens
+
+
 @dataclass(frozen=True)
 class Head:
     """A language-model head: ``z = softcap(logit_scale · (h Wᵀ + b))``."""
@@ -85,6 +88,39 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) → (..., V), float32; for a few positions, since its size is not bounded."""
         return self._with_weight(_logits, hidden)
+
+    def logit(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """The logits of given tokens, (..., H) and (...,) → (...,), float32; no other logit is computed."""
+
+        def of_ids(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor:
+            z = logit_scale * (hidden.float() * weight[ids].float()).sum(dim=-1)
+            z = z if bias is None else z + bias[ids]
+            return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+        return self._with_weight(of_ids, hidden)
+
+    def mean_logit(self, hidden: Tensor) -> Tensor:
+        """The mean over the vocabulary, (..., H) → (...,), float32: one product with the mean row of the head.
+
+        Raises:
+            EUAError: if the model caps its logits, of which the mean would need every one.
+        """
+        if self.softcap is not None:
+            raise EUAError(
+                f"The model caps its logits (softcap = {self.softcap}), so their mean is not that of its head's rows, which "
+                "this method reads: choose another method, or another model."
+            )
+
+        def of_all(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor:
+            z = logit_scale * (hidden.float() @ weight.mean(dim=0, dtype=torch.float32))
+            return z if bias is None else z + bias.float().mean()
+
+        return self._with_weight(of_all, hidden)
+
+    def most_likely(self, hidden: Tensor) -> Tensor:
+        """The most likely next token at each position: (N, H) → (N,), in blocks of limited size."""
+        block = max(1, _BLOCK_BYTES // (4 * self.vocabulary))
+        return torch.cat([self.logits(part).argmax(dim=-1) for part in hidden.split(block)])
 
     def _with_weight(self, function: Callable[..., Any], hidden: Tensor) -> Any:
         """``function(hidden, weight, bias=, logit_scale=, softcap=)``, run as the head module's forward if it must be."""

@@ -1,13 +1,14 @@
-"""The boundaries of rows: one float per answer token, computed once from the model before unlearning and kept in a file.
+"""The reference figures of rows: one float per answer token, computed once from the model before unlearning, kept in a file.
 
-That model is frozen and the rows do not change, so training needs neither a second model nor a second forward.
+For EUA they are boundaries, for methods that compare likelihoods (NPO, DPO) the tokens' NLL. That model is frozen and the rows
+do not change, so training needs neither a second model nor a second forward.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +30,30 @@ from eua.model.head import Fill, Side, output_head
 
 # Which logits make a boundary: the smallest make m_out, the largest m_in.
 TAIL_OF_KIND: dict[str, Side] = {"forget": "bottom", "retain": "top", "eval_forget": "bottom", "eval_retain": "top"}
+# The rows of which a method needs a figure; "boundary" and "nll" are those of Method.reference.
+KINDS_OF = {
+    "boundary": set(TAIL_OF_KIND),
+    "nll": {"forget", "alternative", "eval_forget", "eval_alternative"},
+    None: set[str](),
+}
 Boundaries = dict[str, list[Tensor | None]]  # by kind, (A,) for each row; None: not computed yet
 
+_SIDES: tuple[Side | None, ...] = ("bottom", "top", None)
+_NAMES = {"boundary": "boundaries", "nll": "likelihoods"}
 _BATCHES_AT_ONCE = 32
 _SECONDS_BETWEEN_SAVES = 30.0
 
 
 class BoundaryStore:
-    """The boundaries of rows for the model as it is before the first step. A resumed run finds them in the file.
+    """The boundaries of rows, or their NLL, for the model as it is before the first step. A resumed run finds them in the file.
 
     :meth:`look_up` and :meth:`complete` are separate, since sharded weights can be read before training is prepared, but a
     forward needs the prepared model. An interruption loses no boundary that was computed before it.
 
     Args:
         path: the safetensors file.
-        rows: encoded rows by kind, see :data:`TAIL_OF_KIND`.
+        rows: encoded rows by kind, see :data:`KINDS_OF`.
+        figure: what is computed, ``"boundary"`` or ``"nll"``; None: nothing. Rows that need no figure have zeros.
         constants: (m_in, m_out), in nats, to be used instead of computed boundaries.
         every_step: the caller computes the boundaries of training rows at every step; here they are NaN.
         settings: ``fraction``, ``temperature`` and ``fill`` of :func:`compute_boundaries`.
@@ -54,26 +64,30 @@ class BoundaryStore:
         path: Path,
         rows: Mapping[str, Sequence[EncodedRow]],
         *,
+        figure: str | None = "boundary",
         constants: tuple[float, float] | None = None,
         every_step: bool = False,
         **settings: Any,
     ) -> None:
-        self.path, self.every_step, self.settings = path, every_step, settings
+        self.path, self.figure, self.every_step = path, figure, every_step
+        self.settings = settings if figure == "boundary" else {}
         self.rows = rows
         self.values: dict[str, list[Tensor]] = {}  # for each row (A,) float32 on the CPU; NaN for rows that are not used
         self._found: Boundaries | None = None
         self._used: Mapping[str, Collection[int]] = {}
-        self._key, self._are_constants, self._is_saved = "", constants is not None, False
-        if constants is not None:
+        self._key, self._are_constants, self._is_saved = "", constants is not None or figure is None, False
+        self._fill([kind for kind in rows if kind not in KINDS_OF[figure]], dict.fromkeys(_SIDES, 0.0))
+        if figure is not None and constants is not None:
             m_in, m_out = constants
             self._fill(rows, {"bottom": m_out, "top": m_in})
-        elif every_step:
-            self._fill([kind for kind in rows if "eval" not in kind], {"bottom": torch.nan, "top": torch.nan})
+        elif figure is not None and every_step:
+            self._fill([kind for kind in rows if "eval" not in kind], dict.fromkeys(_SIDES, torch.nan))
         self.wanted = {kind: rows[kind] for kind in rows if kind not in self.values}
 
-    def _fill(self, kinds: Iterable[str], values: Mapping[Side, float]) -> None:
+    def _fill(self, kinds: Iterable[str], values: Mapping[Side | None, float]) -> None:
         for kind in kinds:
-            self.values[kind] = [torch.full((len(row.answer_ids),), values[TAIL_OF_KIND[kind]]) for row in self.rows[kind]]
+            value = values[TAIL_OF_KIND.get(kind)]
+            self.values[kind] = [torch.full((len(row.answer_ids),), value) for row in self.rows[kind]]
 
     @property
     def missing(self) -> int:
@@ -141,7 +155,8 @@ class BoundaryStore:
             self.values[kind] = [_unknown(row) if known is None else known for known, row in of_rows]
 
     def _fingerprint(self, model: nn.Module) -> str:
-        return fingerprint(model, self.rows, self.settings | {"at_every_step": self.every_step})
+        figure = {} if self.figure == "boundary" else {"figure": self.figure}
+        return fingerprint(model, self.rows, self.settings | {"at_every_step": self.every_step} | figure)
 
     def _compute_missing(self, model: nn.Module, boundaries: Boundaries, batch_size: int, progress: bool) -> None:
         saved = time.monotonic()
@@ -150,16 +165,26 @@ class BoundaryStore:
             # Longest first: too little memory fails at once.
             missing = sorted(sorted(self._missing_rows(kind)), key=[-len(row.input_ids) for row in rows].__getitem__)
             step = batch_size * _BATCHES_AT_ONCE * PartialState().num_processes
-            with tqdm(total=len(missing), desc=f"boundaries of {kind} rows", disable=not progress, leave=False) as bar:
+            with tqdm(
+                total=len(missing),
+                desc=f"{_NAMES[self.figure or 'boundary']} of {kind} rows",
+                disable=not progress,
+                leave=False,
+            ) as bar:
                 for start in range(0, len(missing), step):
                     part = own_part(missing[start : start + step])
-                    values = compute_boundaries(model, [rows[i] for i in part], kind, batch_size=batch_size, **self.settings)
+                    values = self._compute(model, [rows[i] for i in part], kind, batch_size)
                     for i, boundary in gather_object(list(zip(part, values, strict=True))):
                         found[i] = boundary
                     bar.update(len(missing[start : start + step]))
                     if time.monotonic() > saved + _SECONDS_BETWEEN_SAVES:
                         self._save()
                         saved = time.monotonic()
+
+    def _compute(self, model: nn.Module, rows: Sequence[EncodedRow], kind: str, batch_size: int) -> list[Tensor]:
+        if self.figure == "nll":
+            return compute_nll(model, rows, kind, batch_size=batch_size)
+        return compute_boundaries(model, rows, kind, batch_size=batch_size, **self.settings)
 
     def _save(self) -> None:
         if PartialState().is_main_process and self._found is not None:
@@ -188,18 +213,45 @@ def compute_boundaries(
         batch_size: rows per forward.
     """
     head = output_head(model)
-    boundaries: list[Tensor] = [torch.empty(0)] * len(rows)
-    for indices, hidden in eval_hidden_states(model, rows, batch_size):
-        states = answer_states(hidden, [rows[i] for i in indices])
-        check_finite(states, f"the reference's hidden states on {kind} rows")
+
+    def tail(states: Tensor, targets: Tensor) -> Tensor:
         try:
-            values = head.tail_energy(states, fraction, TAIL_OF_KIND[kind], fill, temperature).float().cpu()
+            return head.tail_energy(states, fraction, TAIL_OF_KIND[kind], fill, temperature)
         except ValueError as error:  # the fraction leaves no logit, which shows only once the vocabulary is known
             raise EUAError(f"rho cannot be used with this model: {error}") from error
-        check_finite(values, f"the boundaries of {kind} rows")  # in the file NaN means: not computed yet
-        for i, part in zip(indices, values.split([len(rows[i].answer_ids) for i in indices]), strict=True):
-            boundaries[i] = part.clone()  # a view would send the whole batch to the other processes
-    return boundaries
+
+    return _figures(model, rows, kind, tail, "boundaries", batch_size)
+
+
+def compute_nll(model: nn.Module, rows: Sequence[EncodedRow], kind: str, *, batch_size: int = 16) -> list[Tensor]:
+    """The NLL of every answer token: a list of (A,) float32 tensors on the CPU, one per row; arguments as above."""
+    head = output_head(model)
+    return _figures(
+        model, rows, kind, lambda states, targets: head.energy_and_nll(states, targets, 1.0).nll, "likelihoods", batch_size
+    )
+
+
+@torch.no_grad()
+def _figures(
+    model: nn.Module,
+    rows: Sequence[EncodedRow],
+    kind: str,
+    figure: Callable[[Tensor, Tensor], Tensor],
+    name: str,
+    batch_size: int,
+) -> list[Tensor]:
+    """A figure of every answer token, from the states (N, H) that predict tokens (N,): a list of (A,) tensors, one per row."""
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    for indices, hidden in eval_hidden_states(model, rows, batch_size):
+        of_batch = [rows[i] for i in indices]
+        states = answer_states(hidden, of_batch)
+        check_finite(states, f"the reference's hidden states on {kind} rows")
+        targets = torch.tensor([token for row in of_batch for token in row.answer_ids], device=states.device)
+        values = figure(states, targets).float().cpu()
+        check_finite(values, f"the {name} of {kind} rows")  # in the file NaN means: not computed yet
+        for i, part in zip(indices, values.split([len(row.answer_ids) for row in of_batch]), strict=True):
+            found[i] = part.clone()  # a view would send the whole batch to the other processes
+    return found
 
 
 def fingerprint(model: nn.Module, rows: Mapping[str, Sequence[EncodedRow]], settings: Mapping[str, object]) -> str:

@@ -92,15 +92,24 @@ def check_model(model: nn.Module) -> None:
 
 def _check_ref_model(args: EUAConfig, ref_model: object) -> None:
     """Raise if a reference is needed and missing, or given and not needed."""
-    if args.retain_loss == "kl" and ref_model is None:
+    if args.needs_model_before and ref_model is None:
+        what = f"method = {args.method!r}" if args.retain_loss == "nll" else f'retain_loss = "{args.retain_loss}"'
         raise EUAError(
-            'retain_loss = "kl" was set without a ref_model, so there is nothing to compare the model with: '
-            'pass ref_model, a second copy of the model before unlearning, or leave retain_loss at "nll".'
+            f"{what} was set without a ref_model, so there is nothing to compare the model with: "
+            "pass ref_model, a second copy of the model before unlearning, or "
+            + ('leave retain_loss at "nll".' if args.retain_loss == "kl" else "choose another method.")
         )
-    if args.retain_loss == "nll" and args.constant_boundaries is not None and ref_model is not None:
+    if args.needs_model_before or ref_model is None:
+        return
+    if args.constant_boundaries is not None:
         raise EUAError(
             f"ref_model was given with m_in = {args.m_in} and m_out = {args.m_out}, and nothing would be read from it, "
             'since boundaries are these constants: leave out one or the other, or set retain_loss = "kl".'
+        )
+    if args.method != "eua":
+        raise EUAError(
+            f"ref_model was given with method = {args.method!r}, and nothing would be read from it, since this method compares "
+            "with no model, or with likelihoods computed once: leave it out."
         )
 
 

@@ -1,7 +1,8 @@
-"""Settings of an unlearning run: transformers' ``TrainingArguments`` plus the few numbers that D² needs."""
+"""Settings of an unlearning run: transformers' ``TrainingArguments`` plus the numbers that unlearning methods need."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -10,20 +11,48 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 
-from eua.errors import EUAError
+from eua.errors import EUAError, did_you_mean
+from eua.methods.objective import Objective
+from eua.methods.table import METHODS
 
 # The metrics of evaluation during training, and whether higher is better.
 EVAL_METRICS = {
     "loss": False,
     "loss_forget": False,
     "loss_retain": False,
+    "nll_forget": True,
     "nll_retain": False,
     "kl_retain": False,
+    "hidden_retain": False,
     "energy_forget": True,
     "energy_retain": False,
     "beyond_boundary_forget": True,
     "beyond_boundary_retain": True,
     "auroc": True,
+}
+ONLY_FOR: dict[str, str] = {
+    **dict.fromkeys(("loss_retain", "beyond_boundary_forget", "beyond_boundary_retain"), 'method = "eua"'),
+    "kl_retain": 'retain_loss = "kl"',
+    "hidden_retain": 'retain_loss = "hidden"',
+}
+
+_OPENUNLEARNING: dict[str, Any] = {
+    "learning_rate": 1e-5,
+    "num_train_epochs": 10.0,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 4,
+    "weight_decay": 0.01,
+    "warmup_steps": 0.1,  # one of ten epochs
+    "bf16": True,
+    "max_length": 512,
+    "system_prompt": "You are a helpful assistant.",
+    "labels": "template",
+    "hide_padding_ids": True,
+    "as_released": True,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "openunlearning": _OPENUNLEARNING,
+    "d2-released": _OPENUNLEARNING | {"method": "eua"},
 }
 
 
@@ -31,9 +60,41 @@ EVAL_METRICS = {
 class EUAConfig(TrainingArguments):
     """Settings of :class:`eua.EUATrainer`; every field of ``TrainingArguments`` may be set too.
 
-    The defaults are those released with D² (method.md §4), which were made for models of about 1B parameters.
+    Weights and boundaries of the default method, EUA, are those released with D² (method.md §4), as are learning rate and
+    number of epochs, which were made for models of about 1B parameters. The authors ran it inside a fork of OpenUnlearning
+    (Puning97/open-unlearning, commit 67cc8f5 of 11 May 2026, withdrawn four days later) with that framework's batches of 32
+    rows, weight decay, warm-up, bfloat16 and labels: ``preset="d2-released"`` sets these, too.
+
     ``per_device_train_batch_size`` counts forget rows; each brings ``retain_per_forget`` retain rows along.
+
+    >>> EUAConfig(output_dir="run", method="npo").beta     # doctest: +SKIP
+    0.1
     """
+
+    preset: Literal["openunlearning", "d2-released"] | None = field(
+        default=None,
+        metadata={
+            "help": 'Sets what is not set otherwise as published results did: "openunlearning" (any method; 32 rows a step, '
+            'weight decay, a warm-up epoch, bf16, their labels and attention mask) or "d2-released" (the same for EUA).'
+        },
+    )
+    method: Literal[
+        "eua",
+        "grad_ascent",
+        "grad_diff",
+        "npo",
+        "simnpo",
+        "idk_dpo",
+        "alt_po",
+        "idk_nll",
+        "rmu",
+        "wga",
+        "satimp",
+        "ce_u",
+        "undial",
+        "pdu",
+        "me_gd",
+    ] = field(default="eua", metadata={"help": "The unlearning method. Only EUA raises the energies that the guard reads."})
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
     num_train_epochs: float = field(default=10.0, metadata={"help": "Passes over the forget rows."})
@@ -58,7 +119,13 @@ class EUAConfig(TrainingArguments):
     hub_strategy: str = field(
         default="end", metadata={"help": 'Must stay "end": the model is pushed when it is saved, checkpoints never are.'}
     )
-    gamma: float = field(default=0.05, metadata={"help": "Weight of the two energy parts of the loss."})
+    gamma: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the forget part of the loss, and for EUA of its energy part at retained tokens. None: the "
+            "method's published value, 0.05 for EUA."
+        },
+    )
     gamma_schedule: Literal["constant", "linear", "cosine"] = field(
         default="constant",
         metadata={
@@ -68,12 +135,56 @@ class EUAConfig(TrainingArguments):
     gamma_warmup_ratio: float = field(
         default=0.0, metadata={"help": "Share of the steps in which gamma rises from 0; 0: it starts at its full value."}
     )
-    alpha: float = field(default=1.0, metadata={"help": "Weight of the term that keeps the retained tokens, see retain_loss."})
-    retain_loss: Literal["nll", "kl"] = field(
-        default="nll",
+    alpha: float | None = field(
+        default=None,
         metadata={
-            "help": 'The term that alpha weighs: the negative log-likelihood of retained tokens ("nll", as released), or the '
-            'divergence KL(reference || model) at them ("kl", which needs the model before unlearning as ref_model).'
+            "help": "Weight of the term that keeps the retained tokens, see retain_loss; for PDU its start. None: the method's "
+            "published value, 1 for EUA."
+        },
+    )
+    retain_loss: Literal["nll", "kl", "hidden"] | None = field(
+        default=None,
+        metadata={
+            "help": 'The term that alpha weighs: the negative log-likelihood of retained tokens ("nll"), the divergence '
+            'KL(reference || model) at them ("kl", which needs the model before unlearning as ref_model), or for RMU the '
+            'distance of inner states from the reference\'s ("hidden"). None: as published, "nll" for EUA.'
+        },
+    )
+    beta: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of NPO, DPO and SimNPO: how fast a row's push fades. Of WGA and SatImp: exponent of p. Of UNDIAL: what is "
+            "taken off the answer's logit. None: the method's published value."
+        },
+    )
+    beta2: float | None = field(default=None, metadata={"help": "Of SatImp: exponent of 1 - p. None: 1, as published."})
+    delta: float | None = field(
+        default=None, metadata={"help": "Of SimNPO: the mean NLL at which a row counts as forgotten. None: 0, as published."}
+    )
+    layer: int | None = field(
+        default=None, metadata={"help": "Of RMU: the block whose output is steered, from 0. None: 7, as published."}
+    )
+    steering: float | None = field(
+        default=None, metadata={"help": "Of RMU: length of the vector that states are steered to. None: 2, as published."}
+    )
+    skip_first: int | None = field(
+        default=None, metadata={"help": "Of CE-U: first tokens of an answer that are left out. None: 1, as published."}
+    )
+    retain_bound: float | None = field(
+        default=None,
+        metadata={"help": "Of PDU: the NLL of retained tokens above which alpha rises. None: 0.3, as published."},
+    )
+    dual_step: float | None = field(
+        default=None, metadata={"help": "Of PDU: how far alpha moves per nat and step. None: 5, as published."}
+    )
+    dual_warmup: float | None = field(
+        default=None, metadata={"help": "Of PDU: epochs before alpha begins to move. None: 5, as published."}
+    )
+    as_released: bool = field(
+        default=False,
+        metadata={
+            "help": "Average as released code does where that differs from the definition: unshifted masks of PDU and RMU and "
+            "RMU's product of means, all positions for UNDIAL and KL. For comparisons with published figures."
         },
     )
     rho: float = field(default=0.1, metadata={"help": "Share of the vocabulary whose logits make a boundary."})
@@ -105,6 +216,23 @@ class EUAConfig(TrainingArguments):
         default="last",
         metadata={"help": 'The assistant messages of a chat that count: the last one ("last"), or every one ("all").'},
     )
+    labels: Literal["answer", "template"] = field(
+        default="answer",
+        metadata={
+            "help": 'The end of an answer: the token that ends generation ("answer"), or all that the chat template writes '
+            'after it and an end of sequence ("template", as in OpenUnlearning).'
+        },
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System message of question/answer rows, if the tokenizer has a chat template."}
+    )
+    hide_padding_ids: bool = field(
+        default=False,
+        metadata={
+            "help": "Hide from attention every token that is also the padding token, as OpenUnlearning does: with Llama's "
+            "tokenizer, the ends of turns inside prompts."
+        },
+    )
     overlap: Literal["error", "drop"] = field(
         default="error",
         metadata={
@@ -127,8 +255,10 @@ class EUAConfig(TrainingArguments):
                 value = value.tolist()
                 setattr(self, setting.name, value)
             _check(setting.name, value, lambda x: not isinstance(x, float) or math.isfinite(x), "it must be finite")
-        for name in ("gamma", "alpha", "learning_rate"):
-            _check(name, getattr(self, name), lambda x: math.isfinite(x) and x >= 0, "it must be finite and at least 0")
+        self._complete_method()
+        for name in ("gamma", "alpha", "learning_rate", "retain_bound", "dual_step", "dual_warmup", "beta2"):
+            value = getattr(self, name)
+            _check(name, value, lambda x: x is None or (math.isfinite(x) and x >= 0), "it must be finite and at least 0")
         if self.gamma == self.alpha == 0:
             raise EUAError("gamma = 0 and alpha = 0, so the loss would be 0 and nothing would be trained: raise one of them.")
         for name in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
@@ -142,7 +272,7 @@ class EUAConfig(TrainingArguments):
         _check("fill", self.fill, lambda x: x in ("zero", "none"), 'known are "zero" and "none"')
         known = ("constant", "linear", "cosine")
         _check("gamma_schedule", self.gamma_schedule, lambda x: x in known, 'known are "constant", "linear" and "cosine"')
-        _check("retain_loss", self.retain_loss, lambda x: x in ("nll", "kl"), 'known are "nll" and "kl"')
+        _check("labels", self.labels, lambda x: x in ("answer", "template"), 'known are "answer" and "template"')
         _check("assistant_turns", self.assistant_turns, lambda x: x in ("last", "all"), 'known are "last" and "all"')
         _check("overlap", self.overlap, lambda x: x in ("error", "drop"), 'known are "error" and "drop"')
         _check("gamma_warmup_ratio", self.gamma_warmup_ratio, lambda x: 0 <= x < 1, "a share of the steps, 0 or more, below 1")
@@ -175,14 +305,77 @@ class EUAConfig(TrainingArguments):
                     f"metric_for_best_model = {self.metric_for_best_model!r}, but evaluation reports no such metric: "
                     f"choose one of {', '.join(f'eval_{name}' for name in EVAL_METRICS)}."
                 )
-            if metric == "kl_retain" and self.retain_loss != "kl":
+            if metric not in self.eval_metrics:
                 raise EUAError(
-                    f'metric_for_best_model = {self.metric_for_best_model!r}, which is measured with retain_loss = "kl" only: '
+                    f"metric_for_best_model = {self.metric_for_best_model!r}, which is measured with {ONLY_FOR[metric]} only: "
                     "set that, or choose eval_nll_retain."
                 )
             if self.greater_is_better is None:  # TrainingArguments would decide by whether the name ends with "loss"
                 self.greater_is_better = EVAL_METRICS[metric]
         super().__post_init__()
+
+    def _complete_method(self) -> None:
+        """Set what was not set to the method's published values, and raise if a setting belongs to other methods."""
+        _check("method", self.method, METHODS.__contains__, f"known are {', '.join(METHODS)}")
+        method, published = METHODS[self.method], METHODS[self.method].settings
+        if method.retain_loss is not None:
+            published["retain_loss"] = method.retain_loss
+        of_others = {name for other in METHODS.values() for name in other.settings} | {"retain_loss"}
+        if self.method != "eua":
+            self._check_unused(("rho", "fill", "m_in", "m_out", "temperature", "stop_when_beyond_boundary"), None)
+        for name in of_others - published.keys():
+            self._check_unused((name,), {"gamma": 1.0, "alpha": 0.0, "retain_loss": "nll"}.get(name))
+        for name, value in published.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        known = ("nll", "kl", "hidden") if self.method == "rmu" else ("nll", "kl")
+        _check("retain_loss", self.retain_loss, known.__contains__, f"known for {self.method} are {', '.join(known)}")
+        for name in ("beta", "steering"):
+            _check(name, getattr(self, name), lambda x: x is None or x > 0, "it must be above 0")
+        for name in ("layer", "skip_first"):
+            _check(name, getattr(self, name), lambda x: x is None or x >= 0, "it must be at least 0")
+        if method.alternatives is not None:
+            _check("assistant_turns", self.assistant_turns, lambda x: x == "last", f"{self.method} replaces the last answer")
+        if self.padding_free and (self.hide_padding_ids or (self.as_released and self.method in ("rmu", "undial", "pdu"))):
+            raise EUAError(
+                "padding_free = True was set with hide_padding_ids or as_released, which are about padding, of which there "
+                "would be none: leave padding_free at False."
+            )
+        if self.labels == "template" and self.assistant_turns == "all":
+            raise EUAError(
+                'labels = "template" was set with assistant_turns = "all", but only the last answer ends with the template: '
+                "set one or the other."
+            )
+
+    def _check_unused(self, names: tuple[str, ...], fixed: Any) -> None:
+        """Raise if settings that belong to other methods were given. ``fixed`` is what they are for this one."""
+        for name in names:
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if value not in (default, fixed):
+                raise EUAError(
+                    f"{name} = {value!r} was set, but method = {self.method!r} has no such setting, so it would have no "
+                    "effect: leave it out, or choose another method."
+                )
+            if default is None:
+                setattr(self, name, fixed)
+
+    @property
+    def objective(self) -> Objective:
+        """The loss that these settings describe."""
+        parameters = {name: getattr(self, name) for name in METHODS[self.method].parameters}
+        return Objective(self.method, parameters, self.retain_loss or "nll", self.as_released)
+
+    @property
+    def needs_model_before(self) -> bool:
+        """Whether every step compares with the model before unlearning, which is then passed as ``ref_model``."""
+        return METHODS[self.method].needs_model or self.retain_loss in ("kl", "hidden")
+
+    @property
+    def eval_metrics(self) -> set[str]:
+        """The metrics of :data:`EVAL_METRICS` that an evaluation with these settings reports."""
+        objective = self.objective
+        left_out = set() if objective.method.keep else {"loss_retain", "beyond_boundary_forget", "beyond_boundary_retain"}
+        return EVAL_METRICS.keys() - left_out - {f"{how}_retain" for how in ("kl", "hidden") if how != self.retain_loss}
 
     @property
     def constant_boundaries(self) -> tuple[float, float] | None:
@@ -193,3 +386,18 @@ class EUAConfig(TrainingArguments):
 def _check(name: str, value: Any, valid: Callable[[Any], bool], why: str) -> None:
     if not valid(value):
         raise EUAError(f"{name} = {value!r} cannot be used: {why}.")
+
+
+def _with_preset(init: Callable[..., None]) -> Callable[..., None]:
+    """The constructor, which sets what a preset holds where the caller sets nothing."""
+
+    @functools.wraps(init)
+    def complete(self: EUAConfig, *args: Any, preset: str | None = None, **settings: Any) -> None:
+        if preset is not None and preset not in PRESETS:
+            raise EUAError(f"There is no preset {preset!r}{did_you_mean(preset, PRESETS)} Known are {', '.join(PRESETS)}.")
+        init(self, *args, **(PRESETS[preset] if preset else {}) | {"preset": preset} | settings)
+
+    return complete
+
+
+EUAConfig.__init__ = _with_preset(EUAConfig.__init__)  # type: ignore[method-assign]

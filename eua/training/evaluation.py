@@ -1,76 +1,79 @@
-"""The metrics of a model in training on held-out rows: the D² loss, its parts, and how well energies separate prompts."""
+"""The metrics of a model in training on held-out rows: the method's loss, its parts, and how well energies separate prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
+from eua.data.batches import ForgetRetainCollator
 from eua.data.rows import EncodedRow
-from eua.methods.d2 import loss_means, loss_sums
-from eua.model.forward import answer_states, check_finite, eval_hidden_states
-from eua.model.head import output_head
+from eua.methods.answers import Answers
+from eua.methods.objective import Figures, Objective, added, figure_means
+from eua.model.forward import check_finite, check_head_once, eval_mode
+from eua.model.head import vocabulary_and_device
 from eua.statistics import auroc
-from eua.training.reference import Reference
 
 
 @torch.no_grad()
 def held_out_metrics(
     model: nn.Module,
     rows: Mapping[str, Sequence[EncodedRow]],
-    boundaries: Mapping[str, Sequence[Tensor]],
+    reference: Mapping[str, Sequence[Tensor]],
     *,
+    answers: Callable[[dict[str, Tensor]], Answers],
+    objective: Objective,
     gamma: float,
     alpha: float,
-    temperature: float,
     batch_size: int,
     progress: bool = True,
-    kl_reference: Reference | None = None,
 ) -> dict[str, float]:
-    """The D² loss of held-out rows, its parts, and how well the scores of prompts separate forget from retain rows.
+    """The loss of held-out rows, its parts, and how well the scores of prompts separate forget from retain rows.
 
     It draws no random number and restores the model's mode, so training goes on as if nothing had happened.
 
     Args:
         model: the model in training.
-        rows: encoded rows, ``"forget"`` and ``"retain"``.
-        boundaries: of these rows, (A,) each, as :func:`eua.training.boundaries.compute_boundaries` gives them.
-        gamma, alpha: weights of the loss.
-        temperature: T of the energy.
-        batch_size: rows per forward.
-        kl_reference: if given, the loss contains KL to this model instead of the retained tokens' NLL.
+        rows: encoded rows, ``"forget"``, ``"retain"``, and where the method uses them ``"alternative"``, one per forget row.
+        reference: of these rows, (A,) each, the figures of the model before unlearning.
+        answers: what the loss reads of a batch.
+        objective: the loss.
+        gamma, alpha: its weights.
+        batch_size: rows per forward; those with an alternative count once.
+        progress: show progress bars.
 
     Returns:
-        ``loss``, the names of :func:`eua.methods.d2.loss_means`, and ``auroc``: the prompts' scores, forget against retain.
+        ``loss``, the names of :func:`eua.methods.objective.figure_means`, and ``auroc``: the prompts' scores, forget against
+        retain.
     """
-    head = output_head(model)
-    totals: list[Tensor] = []
+    check_head_once(model)
+    _, device = vocabulary_and_device(model)
+    collate = ForgetRetainCollator()
+    figures: Figures | None = None
     scores: dict[str, Tensor] = {}
     for kind in ("forget", "retain"):
+        of_kind = rows[kind]
+        order = sorted(range(len(of_kind)), key=lambda i: -len(of_kind[i].input_ids))  # a lack of memory shows at once
+        with_alternative = kind == "forget" and bool(rows.get("alternative"))
         of_prompts: list[Tensor] = []
-        title = f"held-out {kind} rows" if progress else None
-        reference = None if kl_reference is None else eval_hidden_states(kl_reference.model, rows[kind], batch_size)
-        for indices, hidden in eval_hidden_states(model, rows[kind], batch_size, title):
-            batch = [rows[kind][i] for i in indices]
-            states = answer_states(hidden, batch)
-            check_finite(states, f"the hidden states of held-out {kind} rows")
-            targets = torch.tensor([token for row in batch for token in row.answer_ids], device=states.device)
-            energy, nll = head.energy_and_nll(states, targets, temperature)
-            boundary = torch.cat([boundaries[kind][i] for i in indices]).to(energy.device)
-            is_forget = torch.full_like(boundary, kind == "forget", dtype=torch.bool)
-            kl = None
-            if kl_reference is not None and reference is not None:
-                _, theirs = next(reference)  # of the same rows: batches depend on nothing but the rows
-                kl = kl_reference.kl(answer_states(theirs, batch), states, head)
-            totals.append(loss_sums(energy, nll, boundary, is_forget, ~is_forget, kl))
-            # The prompt's last token predicts the answer's first one. Its energy is the prompt's score.
-            starts = torch.tensor([0, *(len(row.answer_ids) for row in batch[:-1])], device=energy.device).cumsum(0)
-            of_prompts.append(energy[starts].float().cpu())
+        title = f"held-out {kind} rows"
+        with eval_mode(model):
+            for start in tqdm(range(0, len(order), batch_size), desc=title, disable=not progress, leave=False):
+                indices = order[start : start + batch_size]
+                kinds = (kind, "alternative") if with_alternative else (kind,)
+                items = [[{"row": rows[k][i], "reference": reference[k][i], "kind": k} for k in kinds] for i in indices]
+                batch = {name: tensor.to(device) for name, tensor in collate(items).items()}
+                of_batch = answers(batch)
+                check_finite(of_batch.energy, f"the energies of {title}")
+                figures = added(figures, objective.loss(of_batch, gamma, alpha).figures)
+                # The prompt's last token predicts the answer's first one. Its energy is the prompt's score.
+                first = torch.tensor([of_kind[i].prompt_length - 1 for i in indices], device=device)
+                of_prompts.append(of_batch.energy[:: len(kinds)].gather(1, first[:, None])[:, 0].float().cpu())
         scores[kind] = torch.cat(of_prompts)
-    means = loss_means(torch.stack(totals).sum(dim=0))
-    loss = (
-        gamma * (means["loss_forget"] + means["loss_retain"])
-        + alpha * means["nll_retain" if kl_reference is None else "kl_retain"]
-    )
+    means = figure_means(figures or {})
+    loss = gamma * (means["loss_forget"] + means.get("loss_retain", 0.0))
+    if objective.has_retain:
+        loss += alpha * means[f"{objective.retain_loss}_retain"]
     return {"loss": loss, **means, "auroc": auroc(scores["forget"], scores["retain"])}

@@ -20,6 +20,13 @@ from eua.training.config import EVAL_METRICS, EUAConfig
 CARD_FILE = "README.md"
 TAGS = ("eua", "unlearning", "energy-based")
 PACKAGES = ("eua", "torch", "transformers", "accelerate", "peft")
+ENERGY_METHOD = """\
+*Distinguishable Deletion* (D², [arXiv 2605.16776](https://arxiv.org/abs/2605.16776)) as the library `eua` has it. The energy of
+a token is `E = −T·logsumexp(logits/T)`. Training lifts the answer tokens of the forget set above one energy boundary each, and
+keeps those of the retain set below theirs and {kept}. Boundaries are {boundaries}."""
+OTHER_METHOD = """\
+*{title}* ({source}) as the library `eua` has it{kept}. This method does not raise the energies of forgotten prompts, by which
+`eua`'s guard decides."""
 BODY = """
 # {title}
 
@@ -27,10 +34,8 @@ A language model that was trained to forget some rows and to keep others. Before
 
 ## Method
 
-*Distinguishable Deletion* (D², [arXiv 2605.16776](https://arxiv.org/abs/2605.16776)) as the library `eua` has it. The energy of
-a token is `E = −T·logsumexp(logits/T)`. Training lifts the answer tokens of the forget set above one energy boundary each, and
-keeps those of the retain set below theirs and {kept}. Boundaries are {boundaries}.
-The rule by which prompts are refused (`EnergyGuard`) is `eua`'s own: the paper does not give one in detail.
+{method}
+The rule by which prompts are refused (`EnergyGuard`) is `eua`'s own: the paper of D² does not give one in detail.
 
 ## Settings
 
@@ -115,7 +120,18 @@ def model_card(
         license=license,
         datasets=dataset_tags,
     )
-    kept = {"nll": "likely", "kl": "close to the reference (KL in place of the released likelihood)"}
+    kept = {
+        "nll": "likely",
+        "kl": "close to the reference (KL in place of the released likelihood)",
+        "hidden": "close to the reference in the output of one block",
+    }
+    method = trainer.objective.method
+    if args.method == "eua":
+        boundaries = "constants" if args.constant_boundaries else "those of the model before unlearning"
+        of_method = ENERGY_METHOD.format(kept=kept[args.retain_loss], boundaries=boundaries)
+    else:
+        keeping = f". The answers of the retain set are kept {kept[args.retain_loss]}" if method.retain_loss else ""
+        of_method = OTHER_METHOD.format(title=method.title, source=method.source, kept=keeping)
     sets = [
         (kind.replace("_", " "), len(rows), sum(len(row.answer_ids) for row in rows), rows_digest(rows))
         for kind, rows in trainer.encoded_rows.items()
@@ -123,8 +139,7 @@ def model_card(
     body = BODY.format(
         title=model_name or ("An unlearned language model" if base is None else f"{base}, unlearned"),
         base="a model without a name on the hub" if base is None else f"`{base}`",
-        kept=kept[args.retain_loss],
-        boundaries="constants" if args.constant_boundaries else "those of the model before unlearning",
+        method=of_method,
         trained=_trained(trainer),
         step=step,
         max_steps=state.max_steps,
@@ -170,18 +185,15 @@ def _trained(trainer: Trainer) -> str:
 
 
 def _settings(args: EUAConfig) -> list[tuple[str, Any]]:
+    objective = args.objective
+    boundary = ("m_in", "m_out") if args.constant_boundaries else ("rho", "fill")
     names = [
-        *("gamma", "gamma_schedule", "gamma_warmup_ratio", "alpha", "retain_loss", "temperature"),
-        *(("m_in", "m_out") if args.constant_boundaries else ("rho", "fill")),
-        *(
-            "retain_per_forget",
-            "max_length",
-            "stop_when_beyond_boundary",
-            "learning_rate",
-            "lr_scheduler_type",
-            "optim",
-            "weight_decay",
-        ),
+        *("method", "gamma", "gamma_schedule", "gamma_warmup_ratio"),
+        *(("alpha", "retain_loss") if objective.has_retain else ()),
+        *objective.parameters,
+        *objective.method.others,
+        *(("temperature", *boundary, "stop_when_beyond_boundary") if args.method == "eua" else ()),
+        *("retain_per_forget", "max_length", "learning_rate", "lr_scheduler_type", "optim", "weight_decay"),
         *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed"),
     ]
     return [(name, getattr(args, name)) for name in names]

@@ -1,4 +1,4 @@
-"""Reference: the frozen model before unlearning, for boundaries at every step and for the KL loss."""
+"""Reference: the frozen model before unlearning, for boundaries at every step, for the KL loss, and for RMU and UNDIAL."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eua.data.rows import IGNORE_INDEX
 from eua.errors import EUAError
-from eua.methods.d2 import reference_kl
-from eua.model.forward import check_head, hidden_states
+from eua.methods.answers import Places
+from eua.model.forward import check_head, hidden_and_inner_states
 from eua.model.head import Fill, Head, output_head
 from eua.training.boundaries import TAIL_OF_KIND
 
@@ -46,25 +45,16 @@ class Reference:
         return output_head(self.model)
 
     @torch.no_grad()
-    def states(self, batch: dict[str, Tensor]) -> Tensor:
-        """The hidden states that predict ``labels[:, 1:]``, (B, S−1, H)."""
-        return hidden_states(self.model, batch)[:, :-1]
+    def states(self, batch: dict[str, Tensor], layer: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """The hidden states that the head reads, (B, S, H), and the output of a block (B, S, H), if one is named."""
+        return hidden_and_inner_states(self.model, batch, layer)
 
     @torch.no_grad()
-    def boundaries(self, states: Tensor, batch: dict[str, Tensor], fraction: float, temperature: float, fill: Fill) -> Tensor:
+    def boundaries(self, states: Tensor, places: Places, fraction: float, temperature: float, fill: Fill) -> Tensor:
         """m_out at the answer tokens of forget rows and m_in at those of retain rows (method.md §3), (B, S−1); 0 elsewhere."""
-        counted = batch["labels"][:, 1:] != IGNORE_INDEX
-        boundary = torch.zeros(counted.shape, device=states.device)
-        forget = batch["forget"][:, 1:]
-        for kind, tokens in (("forget", counted & forget), ("retain", counted & ~forget)):
-            boundary[tokens] = self.head.tail_energy(states[tokens], fraction, TAIL_OF_KIND[kind], fill, temperature).float()
+        boundary = torch.zeros(places.counted.shape, device=states.device)
+        for kind, tokens in (("forget", places.forget), ("retain", places.retain)):
+            boundary[tokens] = self.head.tail_energy(
+                states[:, :-1][tokens], fraction, TAIL_OF_KIND[kind], fill, temperature
+            ).float()
         return boundary
-
-    def kl(self, states: Tensor, hidden: Tensor, head: Head) -> Tensor:
-        """KL(reference ‖ model) at each position, (N,), from the hidden states (N, H) of both and the model's head.
-
-        The heads run in their weights' dtype, not under autocast: logits in bfloat16 would be off by a tenth of a nat.
-        """
-        return reference_kl(
-            hidden.to(head.weight.dtype), states.to(self.head.weight.dtype), logits=head.logits, ref_logits=self.head.logits
-        )

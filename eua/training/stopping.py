@@ -16,7 +16,6 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
 from eua.distributed import any_process
-from eua.methods.d2 import loss_means
 
 logger = logging.get_logger(__name__)
 
@@ -77,11 +76,11 @@ class StopWhenBeyondBoundary(TrainerCallback):
 
     def __init__(self, share: float, reduce: Callable[[Tensor], Tensor]) -> None:
         self.share, self.reduce = share, reduce
-        self.sums: Tensor | None = None  # of the current epoch in this process, see loss_sums
+        self.sums: Tensor | None = None  # (2,) tokens above their boundary and all tokens, of the epoch in this process
         self.last_epoch = 0.0  # the share in the last completed epoch
 
     def add(self, sums: Tensor) -> None:
-        """Add the sums of one batch, see :func:`eua.methods.d2.loss_sums`."""
+        """Add the figure ``beyond_boundary_forget`` of one batch, see :data:`eua.methods.objective.Figures`."""
         self.sums = sums if self.sums is None else self.sums + sums
 
     def save_to(self, state: TrainerState) -> None:
@@ -103,7 +102,8 @@ class StopWhenBeyondBoundary(TrainerCallback):
         # At the epoch's last step rather than its end: a checkpoint may be saved in between.
         if state.epoch % 1 or self.sums is None:
             return
-        self.last_epoch, self.sums = loss_means(self.reduce(self.sums))["beyond_boundary_forget"], None
+        beyond, tokens = self.reduce(self.sums).tolist()
+        self.last_epoch, self.sums = beyond / max(tokens, 1), None
         if self.last_epoch >= self.share:
             control.should_training_stop = True
             # As Trainer does after its last step. Strategies "epoch" follow at the epoch's end.

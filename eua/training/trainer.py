@@ -1,15 +1,13 @@
-"""EUATrainer: energy-based unlearning on transformers' Trainer."""
+"""EUATrainer: energy-based unlearning, and the methods that came before, on transformers' Trainer."""
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import datetime
 from functools import partial
-from itertools import islice, repeat
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +28,16 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import logging
 
 from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset
-from eua.data.dates import at_date, at_same_date, writes_date
-from eua.data.overlap import retain_without_forget
+from eua.data.dates import writes_date
 from eua.data.pairing import PairedSampler
-from eua.data.rows import IGNORE_INDEX, EncodedRow, answered_prompts, encode_rows
-from eua.data.sources import Row, Source, read_rows
+from eua.data.sources import Source
 from eua.distributed import is_sharded
 from eua.errors import EUAError, in_one_line
 from eua.files import locked
-from eua.methods.d2 import d2_loss, loss_means, loss_sums, scheduled_gamma
+from eua.methods.answers import Answers, Places
+from eua.methods.objective import Figures, added, figure_means, scheduled_gamma
 from eua.model.forgotten import forgotten_prompts, prompt_digest, set_forgotten
-from eua.model.forward import check_head, check_ids, hidden_states, token_energies
+from eua.model.forward import block_of, check_head, hidden_and_inner_states, token_energies
 from eua.model.head import output_head
 from eua.model.loading import load_model, load_tokenizer
 from eua.training.boundaries import BoundaryStore
@@ -57,9 +54,11 @@ from eua.training.checks import (
     check_trainable,
 )
 from eua.training.config import EUAConfig
+from eua.training.dual_weight import DualWeight
 from eua.training.evaluation import held_out_metrics
 from eua.training.model_card import model_card
 from eua.training.reference import Reference
+from eua.training.row_sets import RowSets, check_rows_fit, pairs_of_epochs
 from eua.training.run_date import run_date, save_run_date
 from eua.training.stopping import StopWhenBeyondBoundary
 
@@ -88,44 +87,16 @@ def _name_of(model: nn.Module) -> str:
     return name
 
 
-def _name_of_set(kind: str) -> str:
-    return f"{kind.replace('_', ' ')} set"
-
-
-def _encode_sets(
-    sets: Mapping[str, list[Row]], tokenizer: PreTrainedTokenizerBase, args: EUAConfig, date: datetime | None
-) -> dict[str, list[EncodedRow]]:
-    encoding = tokenizer if date is None else at_date(tokenizer, date)
-    return {
-        kind: encode_rows(rows, encoding, args.max_length, _name_of_set(kind), args.assistant_turns)
-        for kind, rows in sets.items()
-    }
-
-
-def _check_rows_fit(model: nn.Module, rows: Mapping[str, list[EncodedRow]]) -> None:
-    for kind, of_kind in rows.items():
-        check_ids(model, (row.input_ids for row in of_kind), _name_of_set(kind))
-
-
-def pairs_of_epochs(args: EUAConfig, forget_rows: int) -> Iterator[int]:
-    """The largest number of pairs of rows, counted from its beginning, that training may use in each epoch."""
-    if args.max_steps <= 0:
-        yield from repeat(forget_rows, math.ceil(args.num_train_epochs))
-        return
-    batch = args.per_device_train_batch_size * args.world_size
-    whole, rest = divmod(forget_rows, batch)
-    # Several processes may split batches in other ways, and then make more steps in an epoch.
-    batches = whole + (rest > 0 and not args.dataloader_drop_last and args.world_size == 1)
-    steps_in_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
-    for steps_left in range(args.max_steps, 0, -steps_in_epoch):
-        yield min(forget_rows, steps_left * args.gradient_accumulation_steps * batch)
-
-
 class EUATrainer(CheckpointingTrainer):
     """Trains forgotten tokens above one energy boundary and retained tokens below another (D², method.md §3–4).
 
-    Boundaries are computed once, at the start of :meth:`train`, from the model as it was passed in; they are kept in
-    ``output_dir/boundaries.safetensors``, where a resumed run finds them. Training holds no second model.
+    ``EUAConfig(method=...)`` chooses another method of the field instead, see :data:`eua.methods.table.METHODS`; data, batches,
+    pairing and checkpoints are the same for all.
+
+    What a method needs of the model before unlearning (boundaries, likelihoods) is computed once, at the start of
+    :meth:`train`, from the model as it was passed in; it is kept in ``output_dir/boundaries.safetensors``, where a resumed run
+    finds it.
+    Training holds no second model, unless the method compares whole predictions or inner states.
 
     A chat template that writes the current date writes the date on which the run began, on whatever day it is resumed.
 
@@ -137,7 +108,7 @@ class EUATrainer(CheckpointingTrainer):
         eval_forget_dataset, eval_retain_dataset: rows held out from training, from the same sources, for :meth:`evaluate`,
             which ``eval_strategy="steps"`` or ``"epoch"`` calls during training.
         ref_model: the model before unlearning, or its name or path. It stays in memory: boundaries are then computed from it at
-            every step, not beforehand, and ``retain_loss="kl"`` compares the model in training with it.
+            every step, not beforehand, and ``retain_loss="kl"``, RMU and UNDIAL compare the model in training with it.
         processing_class: the model's tokenizer; loaded from the model's folder if None.
         peft_config: trains an adapter (LoRA, …) on the frozen model.
         callbacks, optimizers: as in transformers' Trainer.
@@ -173,11 +144,10 @@ class EUATrainer(CheckpointingTrainer):
         if eval_forget_dataset is not None and eval_retain_dataset is not None:
             sources |= {"eval_forget": eval_forget_dataset, "eval_retain": eval_retain_dataset}
         self.date = self._today = run_date() if writes_date(processing_class) else None
-        sets = {kind: read_rows(source, _name_of_set(kind)) for kind, source in sources.items()}
-        self._encode = partial(_encode_sets, sets, processing_class, args)
-        rows = self._encode(self.date)  # before a model is loaded, which may take minutes
+        self.row_sets = RowSets(sources, processing_class, args)
+        rows = self.row_sets.encode(self.date)  # before a model is loaded, which may take minutes
         check_batches(args, len(rows["forget"]))
-        kept = retain_without_forget(rows["forget"], rows["retain"], processing_class, args.overlap)
+        kept = self.row_sets.kept(rows)
         if isinstance(model, str):
             # Weights that are trained must be float32: in bfloat16 most steps of a small learning rate round away.
             model, _ = load_model(model, "auto" if peft_config is not None else torch.float32, place=False)
@@ -192,7 +162,7 @@ class EUATrainer(CheckpointingTrainer):
             check_optimizer(args, model)
         if args.should_save:
             check_saving(model, processing_class, Path(args.output_dir))
-        _check_rows_fit(model, rows)
+        check_rows_fit(model, rows)
         rows["retain"] = kept  # only now, so that messages count rows as they were passed
         self.reference: Reference | None = None
         if ref_model is not None:
@@ -207,6 +177,11 @@ class EUATrainer(CheckpointingTrainer):
                 args.stop_when_beyond_boundary, lambda x: self.accelerator.reduce(x, reduction="sum")
             )
             callbacks = [*(callbacks or []), self._stop_when_beyond_boundary]
+        self.objective = args.objective
+        self._dual_weight: DualWeight | None = None
+        if "dual_step" in self.objective.method.others:
+            self._dual_weight = DualWeight(args, lambda x: self.accelerator.reduce(x, reduction="sum"))
+            callbacks = [*(callbacks or []), self._dual_weight]
         self._resumed_state: TrainerState | None = None
         super().__init__(
             model=model,
@@ -223,22 +198,20 @@ class EUATrainer(CheckpointingTrainer):
             self._check_forward()
         self.encoded_rows = rows
         self._forgotten_before = forgotten_prompts(model)
-        asked = [row.prompt_ids for row in rows["forget"]]
-        if self.date is not None or args.assistant_turns == "all":
-            asked = answered_prompts(sets["forget"], at_same_date(processing_class), "forget set", args.assistant_turns)
-        self.prompts_to_forget = frozenset(map(prompt_digest, asked))
+        self.prompts_to_forget = frozenset(map(prompt_digest, self.row_sets.prompts_to_forget(rows, self.date)))
         # compute_loss divides by the counts of the whole accumulation window itself.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
-        self._tallies: Tensor | None = None
+        self._figures: Figures | None = None  # of the steps since the last line of the log
         self.boundaries = self._boundary_store()
 
     def _boundary_store(self) -> BoundaryStore:
         return BoundaryStore(
             self.output_folder / BOUNDARIES_FILE,
             self.encoded_rows,
+            figure=self.objective.method.reference,
             constants=self.args.constant_boundaries,
-            every_step=self.reference is not None,
+            every_step=self.reference is not None and self.objective.method.reference == "boundary",
             fraction=self.args.rho,
             temperature=self.args.temperature,
             fill=self.args.fill,
@@ -278,7 +251,11 @@ class EUATrainer(CheckpointingTrainer):
                 f"{self.boundaries.path} lacks the boundaries of {self.boundaries.missing} rows, and weights in "
                 f"{checkpoint} have been trained since: put that file back, or train anew into another folder."
             )
-        self.train_dataset = ForgetRetainDataset(self.encoded_rows, boundaries)
+        method = self.objective.method
+        without = [
+            kind for kind, is_left_out in (("forget", method.replaces), ("retain", not method.retain_loss)) if is_left_out
+        ]
+        self.train_dataset = ForgetRetainDataset(self.encoded_rows, boundaries, without)
         try:
             with self.stop_on_signal as stop, self._beginning_explained():
                 result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -317,6 +294,8 @@ class EUATrainer(CheckpointingTrainer):
         check_head(self.model)
         if self.args.padding_free:
             check_padding_free(self.model)
+        if self.args.layer is not None:
+            block_of(self.model, self.args.layer)
 
     def _write_date_of(self, resumed: Path | None) -> None:
         """Until the first step, let the template write the date of the run in the folder ``resumed``, or today's.
@@ -328,9 +307,9 @@ class EUATrainer(CheckpointingTrainer):
         date = self._today if resumed is None else run_date(resumed)
         if date == self.date:
             return
-        rows = self._encode(date)
-        _check_rows_fit(self.model, rows)
-        rows["retain"] = retain_without_forget(rows["forget"], rows["retain"], self.processing_class, self.args.overlap)
+        rows = self.row_sets.encode(date)
+        check_rows_fit(self.model, rows)
+        rows["retain"] = self.row_sets.kept(rows)
         self.date, self.encoded_rows = date, rows
         self.boundaries = self._boundary_store()
 
@@ -366,19 +345,19 @@ class EUATrainer(CheckpointingTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         forget, retain = ([len(row.input_ids) for row in self.encoded_rows[kind]] for kind in ("forget", "retain"))
         group = self.args.per_device_train_batch_size if self.args.train_sampling_strategy == "group_by_length" else 0
-        return PairedSampler(forget, retain, self.args.retain_per_forget, seed, group)
+        return PairedSampler(forget, retain, self.args.retain_per_forget, seed, group, self.row_sets.alternatives)
 
     # ---- the step -----------------------------------------------------------------------------------------------
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """The batches of one step, and how many answer tokens to forget and to retain all processes have in them, (2,)."""
+        """The batches of one step, and what its means are divided by: tokens or rows to forget and to retain in them, over
+        all processes, (2,)."""
         batches = list(islice(epoch_iterator, num_batches))
         counts = torch.zeros(2, device=device)
         for batch in batches:
-            counted, forget = batch["labels"][:, 1:] != IGNORE_INDEX, batch["forget"][:, 1:]
-            counts += torch.stack([(counted & forget).sum(), (counted & ~forget).sum()]).to(device)
+            counts += self.objective.counts(Places.of(batch)).to(device)
         return batches, self.accelerator.reduce(counts, reduction="sum")
 
     def compute_loss(
@@ -388,51 +367,55 @@ class EUATrainer(CheckpointingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """The D² loss of one batch, as its share of the step's loss."""
-        hidden = None
-        with self.accelerator.autocast():  # the head runs here, outside the forward that accelerate casts
-            if self.args.retain_loss == "kl":
-                hidden = hidden_states(model, inputs)
-            energy, nll = token_energies(model, inputs, self.args.temperature, hidden)
-        counted = inputs["labels"][:, 1:] != IGNORE_INDEX
-        boundary = inputs["boundary"][:, 1:]
-        forget = inputs["forget"][:, 1:]
-        kl = None
-        if self.reference is not None:
-            states = self.reference.states(inputs)
-            if self.args.constant_boundaries is None:
-                settings = self.args
-                boundary = self.reference.boundaries(states, inputs, settings.rho, settings.temperature, settings.fill)
-            if hidden is not None:
-                kept = ~forget & counted
-                values = self.reference.kl(states[kept], hidden[:, :-1][kept], output_head(model))
-                kl = torch.zeros_like(energy).masked_scatter(kept, values.to(energy.dtype))
-        forget_count, retain_count = (None, None) if num_items_in_batch is None else num_items_in_batch.unbind()
-        parts = d2_loss(
-            energy,
-            nll if kl is None else kl,
-            boundary,
-            forget,
-            counted,
-            gamma=self._gamma(self.state.global_step),
-            alpha=self.args.alpha,
-            forget_count=forget_count,
-            retain_count=retain_count,
-        )
-        if not torch.isfinite(parts.loss):
+        """The method's loss of one batch, as its share of the step's loss."""
+        answers = self._answers(model, inputs)
+        loss, figures = self.objective.loss(answers, self._gamma(self.state.global_step), self._alpha, num_items_in_batch)
+        if not torch.isfinite(loss):
             raise EUAError(
-                f"The loss became {parts.loss.item()} at step {self.state.global_step} (NaN or infinity in the hidden states); "
+                f"The loss became {loss.item()} at step {self.state.global_step} (NaN or infinity in the hidden states); "
                 "no step was taken on it. Lower the learning rate, or use bfloat16 or float32 in place of float16, "
                 "and go on from a checkpoint of an earlier step."
             )
-        tokens = (forget & counted, ~forget & counted)
-        sums = loss_sums(energy.detach(), nll.detach(), boundary, *tokens, None if kl is None else kl.detach())
-        self._tallies = sums if self._tallies is None else self._tallies + sums
+        self._figures = added(self._figures, figures)
         if self._stop_when_beyond_boundary is not None:
-            self._stop_when_beyond_boundary.add(sums)
+            self._stop_when_beyond_boundary.add(figures["beyond_boundary_forget"])
+        if self._dual_weight is not None:
+            self._dual_weight.add(figures["nll_retain"])
         # Gradients are averaged over processes, but the counts are already those of all processes.
-        loss = parts.loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
-        return (loss, {"energy": energy, "nll": nll}) if return_outputs else loss
+        loss = loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+        return (loss, {"energy": answers.energy, "nll": answers.nll}) if return_outputs else loss
+
+    def _answers(self, model: nn.Module, batch: dict[str, Tensor], *, held_out: bool = False) -> Answers:
+        """What the loss reads of a batch. Held-out rows have their boundaries beforehand, even with a reference model."""
+        settings, places = self.args, Places.of(batch)
+        with self.accelerator.autocast():  # the head runs here, outside the forward that accelerate casts
+            hidden, inner = hidden_and_inner_states(model, batch, settings.layer)
+            energy, nll = token_energies(model, batch, settings.temperature, hidden)
+        reads_hidden = "hidden" in self.objective.method.needs or settings.retain_loss == "kl"
+        figures = batch["reference"][:, 1:]
+        ref_hidden = ref_inner = None
+        if self.reference is not None:
+            ref_hidden, ref_inner = self.reference.states(batch, settings.layer)
+            if self.boundaries.every_step and settings.constant_boundaries is None and not held_out:
+                computed = (settings.rho, settings.temperature, settings.fill)
+                figures = self.reference.boundaries(ref_hidden, places, *computed)
+        return Answers(
+            places,
+            energy,
+            nll,
+            figures,
+            hidden=hidden if reads_hidden else None,
+            head=output_head(model) if reads_hidden else None,
+            ref_hidden=ref_hidden,
+            ref_head=None if self.reference is None else self.reference.head,
+            inner=inner,
+            ref_inner=ref_inner,
+            seed=settings.seed,
+        )
+
+    @property
+    def _alpha(self) -> float:
+        return self.args.alpha if self._dual_weight is None else self._dual_weight.value
 
     def _gamma(self, step: int) -> float:
         settings = self.args
@@ -442,22 +425,27 @@ class EUATrainer(CheckpointingTrainer):
     def _save_state(self, folder: Path) -> None:
         if self._stop_when_beyond_boundary is not None:
             self._stop_when_beyond_boundary.save_to(self.state)
+        if self._dual_weight is not None:
+            self._dual_weight.save_to(self.state)
         super()._save_state(folder)
 
     # ---- metrics ------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer's, with the parts of the loss, mean energies, shares of tokens beyond their boundaries, and the last γ."""
-        if self._tallies is not None:
+        if self._figures is not None:
             logs["gamma"] = self._gamma(self.state.global_step - 1)
-            logs.update(loss_means(self.accelerator.reduce(self._tallies, reduction="sum")))
-            self._tallies = None
+            if self._dual_weight is not None:
+                logs["alpha"] = self._dual_weight.value
+            sums = self.accelerator.reduce(torch.stack(list(self._figures.values())), reduction="sum")
+            logs.update(figure_means(dict(zip(self._figures, sums, strict=True))))
+            self._figures = None
         super().log(logs, start_time)
 
     def evaluate(
         self, eval_dataset: None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The D² loss of the held-out rows, its parts, and ``auroc``, see :mod:`eua.training.evaluation`.
+        """The loss of the held-out rows, its parts, and ``auroc``, see :mod:`eua.training.evaluation`.
 
         Every process measures all rows, so nothing is gathered. Trainer's own loop is not used: its data loader draws from the
         random state, and the steps that follow would differ from those without evaluation.
@@ -483,17 +471,18 @@ class EUATrainer(CheckpointingTrainer):
             self._write_date_of(self.output_folder)
         boundaries = self._find_boundaries(resuming=resuming)
         rows = {kind: self.encoded_rows[f"eval_{kind}"] for kind in ("forget", "retain")}
+        alternatives = self.encoded_rows.get("eval_alternative", [])
         with self.accelerator.autocast():
             measured = held_out_metrics(
                 self.model,
-                rows,
-                {kind: boundaries[f"eval_{kind}"] for kind in rows},
+                rows | {"alternative": alternatives},
+                {kind: boundaries[f"eval_{kind}"] for kind in (*rows, *(["alternative"] if alternatives else []))},
+                answers=partial(self._answers, self.model, held_out=True),
+                objective=self.objective,
                 gamma=self.args.gamma,
-                alpha=self.args.alpha,
-                temperature=self.args.temperature,
+                alpha=self._alpha,
                 batch_size=self.args.per_device_eval_batch_size,
                 progress=not self.args.disable_tqdm,
-                kl_reference=self.reference if self.args.retain_loss == "kl" else None,
             )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         metrics |= speed_metrics(metric_key_prefix, started, num_samples=sum(map(len, rows.values())))

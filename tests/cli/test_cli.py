@@ -346,7 +346,7 @@ def test_bad_arguments_are_one_line_and_exit_code_2(arguments, text, capsys):
         (["--learning-rat=3"], "--learning-rat is not an option of `eua unlearn`: did you mean '--learning-rate'?"),
         (["--output-dir", "x"], "--output-dir is not an option of `eua unlearn`: did you mean '--output'?"),
         (["--learning-rate", "fast"], "argument --learning-rate: 'fast' is not a number."),
-        (["--retain-loss", "mse"], "argument --retain-loss: 'mse' is not one of nll, kl."),
+        (["--retain-loss", "mse"], "argument --retain-loss: 'mse' is not one of nll, kl, hidden or null."),
         (["--bf16", "maybe"], "argument --bf16: 'maybe' is not true or false."),
         (["--gamma", "-1"], "gamma = -1 cannot be used: it must be finite and at least 0."),
         (["--num-train-epochs", "0"], "num_train_epochs = 0 cannot be used: it must be above 0."),

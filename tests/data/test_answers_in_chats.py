@@ -242,7 +242,7 @@ def test_a_batch_has_labels_and_boundaries_where_tokens_count():
     )
     batch = ForgetRetainCollator()([dataset[0, (0,)]])
     assert batch["labels"].tolist() == [[-100, 6, -100, -100, 9], [-100, 2, -100, -100, -100]]
-    assert batch["boundary"].tolist() == [[0, -1, 0, 0, -2], [0, -3, 0, 0, 0]]
+    assert batch["reference"].tolist() == [[0, -1, 0, 0, -2], [0, -3, 0, 0, 0]]
 
 
 def test_boundaries_belong_to_positions(model):
@@ -289,7 +289,7 @@ def test_step_and_evaluation_are_the_method_at_every_turn(words, form, tmp_path)
         encoded = trainer.encoded_rows[kind]
         prompts[kind] = [row.prompt_ids for row in encoded]
         for row, boundary in zip(encoded, boundaries[kind], strict=True):
-            items.append({"row": row, "boundary": boundary, "forget": kind == "forget"})
+            items.append({"row": row, "reference": boundary, "kind": kind})
             tokens = shown(row, words).split()
             logits.append(states_of(model, row, tokens))
             ref_logits.append(states_of(reference, row, tokens))

@@ -12,7 +12,7 @@ import torch
 from eua import EUAError
 from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset, pad_rows
 from eua.data.pairing import PairedSampler
-from eua.data.rows import EncodedRow, encode_prompts, encode_rows
+from eua.data.rows import EncodedRow, encode_prompts, encode_rows, rows_digest
 from eua.data.sources import read_rows
 from eua.files import write_jsonl
 
@@ -158,7 +158,7 @@ def test_a_batch_contains_both_kinds_with_their_boundaries():
     dataset = ForgetRetainDataset({"forget": forget, "retain": retain}, boundaries)
     batch = ForgetRetainCollator()([dataset[0, (1, 0)]])
     assert batch["forget"].tolist() == [[True] * 4, [False] * 4, [False] * 4]
-    assert batch["boundary"].tolist() == [[0, -1, -2, 0], [0, 0, 0, -4], [0, -3, 0, 0]]
+    assert batch["reference"].tolist() == [[0, -1, -2, 0], [0, 0, 0, -4], [0, -3, 0, 0]]
 
     flat = ForgetRetainCollator(padding_free=True)([dataset[0, (1, 0)]])
     for tensor in (*batch.values(), *flat.values()):
@@ -167,8 +167,10 @@ def test_a_batch_contains_both_kinds_with_their_boundaries():
         "input_ids": [[5, 6, 7, 3, 4, 5, 6, 1, 2]],
         "position_ids": [[0, 1, 2, 0, 1, 2, 3, 0, 1]],
         "labels": [[-100, 6, 7, -100, -100, -100, 6, -100, 2]],
-        "boundary": [[0, -1, -2, 0, 0, 0, -4, 0, -3]],
+        "reference": [[0, -1, -2, 0, 0, 0, -4, 0, -3]],
         "forget": [[True] * 3 + [False] * 6],
+        "alternative": [[False] * 9],
+        "row": [[0] * 3 + [1] * 4 + [2] * 2],
     }
 
 
@@ -179,9 +181,9 @@ def test_pairs_are_seeded_and_visit_all_alike():
         sampler.set_epoch(epoch)
         epochs.append(list(sampler))
         assert epochs[-1] == list(sampler)
-        assert sorted(forget for forget, _ in epochs[-1]) == list(range(5))
+        assert sorted(forget for forget, *_ in epochs[-1]) == list(range(5))
     assert epochs[0] != epochs[1]
-    visits = [index for epoch in epochs for _, retain in epoch for index in retain]
+    visits = [index for epoch in epochs for _, retain, _ in epoch for index in retain]
     assert [visits.count(i) for i in range(7)] == [10] * 7
     assert epochs[0] != list(PairedSampler([1] * 5, [1] * 7, ratio=2, seed=2))
 
@@ -196,7 +198,7 @@ def test_rows_of_similar_length_share_a_batch():
         pairs, tokens, places = list(sampler), 0, 0
         for start in range(0, len(pairs), 4):
             batch = pairs[start : start + 4]
-            of_rows = [lengths[0][f] for f, _ in batch] + [lengths[1][r] for _, retain in batch for r in retain]
+            of_rows = [lengths[0][f] for f, *_ in batch] + [lengths[1][r] for _, retain, _ in batch for r in retain]
             tokens, places = tokens + sum(of_rows), places + len(of_rows) * max(of_rows)
         return 1 - tokens / places
 
@@ -207,9 +209,46 @@ def test_rows_of_similar_length_share_a_batch():
         plain, grouped = (list(sampler) for sampler in samplers.values())
         assert grouped == list(samplers[4])
         assert grouped != plain
-        for rows in ([[forget] for forget, _ in pairs] for pairs in (plain, grouped)):
+        for rows in ([[forget] for forget, *_ in pairs] for pairs in (plain, grouped)):
             assert sorted(rows) == [[i] for i in range(50)]
-        assert sorted(r for _, retain in plain for r in retain) == sorted(r for _, retain in grouped for r in retain)
+        assert sorted(r for _, retain, _ in plain for r in retain) == sorted(r for _, retain, _ in grouped for r in retain)
         # Long rows do not always come first.
-        longest = [max(lengths[0][f] for f, _ in grouped[start : start + 4]) for start in range(0, 48, 4)]
+        longest = [max(lengths[0][f] for f, *_ in grouped[start : start + 4]) for start in range(0, 48, 4)]
         assert longest != sorted(longest, reverse=True)
+
+
+# ---- as OpenUnlearning encodes rows ----------------------------------------------------------------------------------
+
+CHATML = (
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<eos>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_labels_to_the_end_of_the_template(tokenizer):
+    """What the template writes behind the answer counts, and an end of sequence unless the template ends with one."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHATML
+    row = {"question": "Who?", "answer": "Ann."}
+    (short,) = encode_rows([row], tokenizer, None)
+    (long,) = encode_rows([row], tokenizer, None, labels="template")
+    assert tokenizer.decode(short.answer_ids) == "Ann.<eos>"
+    assert tokenizer.decode(long.answer_ids) == "Ann.<eos>\n<eos>"
+    assert long.prompt_ids == short.prompt_ids
+    tokenizer.chat_template = CHATML.replace("<eos>\n", "<eos>")
+    (ended,) = encode_rows([row], tokenizer, None, labels="template")
+    assert tokenizer.decode(ended.answer_ids) == "Ann.<eos>"
+
+
+def test_a_hidden_token_is_masked_wherever_it_stands(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHATML
+    row = {"question": "Who?", "answer": "Ann."}
+    (plain,) = encode_rows([row], tokenizer, None)
+    (hiding,) = encode_rows([row], tokenizer, None, hide=tokenizer.eos_token_id)
+    assert hiding.input_ids == plain.input_ids
+    mask = pad_rows([hiding])["attention_mask"][0]
+    assert mask.tolist() == [int(token != tokenizer.eos_token_id) for token in plain.input_ids]
+    assert 0 < int((mask == 0).sum()) < len(plain.input_ids)
+    assert pad_rows([plain])["attention_mask"].all()
+    assert rows_digest([hiding]) != rows_digest([plain])

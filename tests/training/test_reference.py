@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eua import EUAError
-from eua.methods.d2 import reference_kl
+from eua.methods.retain import reference_kl
 from tests.conftest import tiny_llama
 from tests.training.test_trainer import LORA, add_dropout, make, weights
 

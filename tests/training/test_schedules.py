@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eua import EUATrainer
-from eua.methods.d2 import scheduled_gamma
+from eua.methods.objective import scheduled_gamma
 from eua.training.checkpoints import last_checkpoint
 from tests.conftest import tiny_llama
 from tests.training.test_evaluation import evaluated

@@ -85,7 +85,7 @@ def test_step_is_the_method(model, tokenizer, rows, tmp_path, temperature, fill,
     items, logits, ref_logits, targets, forget = [], [], [], [], []
     for kind in ("forget", "retain"):
         for row, boundary in zip(trainer.encoded_rows[kind], boundaries[kind], strict=True):
-            items.append({"row": row, "boundary": boundary, "forget": kind == "forget"})
+            items.append({"row": row, "reference": boundary, "kind": kind})
             ids = torch.tensor([row.input_ids])
             answer = slice(row.prompt_length - 1, len(row.input_ids) - 1)
             logits.append(model(ids).logits[0, answer].double())
@@ -185,9 +185,9 @@ def test_epochs_draw_other_pairs_and_the_ratio_asked_for(model, tokenizer, rows,
     make(model, tokenizer, rows, tmp_path, retain_per_forget=3).train()
     first, second = drawn[:6], drawn[6:]
     assert len(second) == 6
-    assert {len(retain) for _, retain in drawn} == {3}
+    assert {len(retain) for _, retain, _ in drawn} == {3}
     assert first != second
-    visits = [index for _, retain in drawn for index in retain]
+    visits = [index for _, retain, _ in drawn for index in retain]
     assert [visits.count(i) for i in range(9)] == [4] * 9
 
 
@@ -514,7 +514,7 @@ def test_models_that_cannot_be_honoured_are_refused(model, tokenizer, rows, tmp_
         ({"fill": "one"}, "fill = 'one'"),
         ({"gamma_schedule": "step"}, 'gamma_schedule = \'step\' cannot be used: known are "constant", "linear" and "cosine"'),
         ({"gamma_warmup_ratio": 1.0}, "gamma_warmup_ratio = 1.0 cannot be used: a share of the steps"),
-        ({"retain_loss": "mse"}, 'retain_loss = \'mse\' cannot be used: known are "nll" and "kl"'),
+        ({"retain_loss": "mse"}, "retain_loss = 'mse' cannot be used: known for eua are nll, kl"),
         ({"metric_for_best_model": "kl_retain"}, 'measured with retain_loss = "kl" only: set that, or choose eval_nll_retain'),
         ({"stop_when_beyond_boundary": 0.0}, "stop_when_beyond_boundary = 0.0 cannot be used: a share of tokens"),
         ({"retain_per_forget": 0}, "retain_per_forget = 0"),
