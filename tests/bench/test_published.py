@@ -17,7 +17,7 @@ from eua.files import write_jsonl
 from tests.conftest import tiny_llama
 
 CITIES = ("Oslo", "Lima", "Quito", "Accra", "Hanoi", "Sofia", "Tunis", "Dakar", "Minsk", "Perth")
-SIZE = {"vocabulary": 300, "hidden_size": 64, "layers": 2}
+SIZE = {"vocabulary": 700, "hidden_size": 64, "layers": 2}
 
 
 @pytest.fixture(scope="module")
