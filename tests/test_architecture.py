@@ -20,9 +20,7 @@ LAYERS: list[dict[str, set[str]]] = [
     {"eua.bench": {"huggingface_hub", "optuna", "scipy", "sqlalchemy", "torch", "transformers"}},
     {"eua.demo": {"tokenizers", "torch", "transformers"}},
     {
-        "eua.evaluation": {
-            *("bitsandbytes", "matplotlib", "pyarrow", "rouge_score", "scipy", "torch", "tqdm", "transformers"),
-        },
+        "eua.evaluation": {"bitsandbytes", "matplotlib", "pyarrow", "rouge_score", "scipy", "torch", "tqdm", "transformers"},
         "eua.serving": {"prometheus_client", "starlette", "torch", "transformers", "uvicorn"},
         "eua.vllm": {"torch", "vllm"},
     },

@@ -20,6 +20,7 @@ from eua.statistics import (
     false_positive_rate,
     group_list,
     group_shares,
+    harmonic_mean,
     independent_groups,
     share_interval,
 )
@@ -248,3 +249,12 @@ def test_auroc_and_false_positive_rate():
 def test_quantiles_of_the_t_distribution(freedom, quantile):
     """Values from printed tables, two-sided 95 %."""
     assert statistics._t_quantile(0.975, freedom) == pytest.approx(quantile, rel=0.01)
+
+
+def test_harmonic_means():
+    assert harmonic_mean([2.0]) == 2
+    assert harmonic_mean([0.5, 1.0]) == pytest.approx(2 / 3)
+    assert harmonic_mean([0.0, 1.0]) == 0
+    for wrong in ([], [1.0, -0.5]):
+        with pytest.raises(EUAError, match=r"has no meaning: it needs at least one value, .* Check what was measured"):
+            harmonic_mean(wrong)

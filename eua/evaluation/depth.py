@@ -12,10 +12,12 @@ last block is taken and put in at the same place, so the value of that block dif
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,8 +27,15 @@ from eua.data.sources import Source, read_rows
 from eua.data.tokens import encode_parts, opening_ids
 from eua.errors import EUAError
 from eua.evaluation.metrics import answer_tokens
-from eua.model.blocks import blocks_of, output_hooks
-from eua.model.forward import answer_states, check_finite, check_head_once, check_ids, eval_mode, hidden_states
+from eua.model.forward import (
+    answer_states,
+    blocks_of,
+    check_finite,
+    check_head_once,
+    check_ids,
+    eval_mode,
+    hidden_states,
+)
 from eua.model.head import output_head, vocabulary_and_device
 
 KNOWLEDGE_THRESHOLD = 0.05  # nats per token that a block's output must be worth to count
@@ -141,6 +150,34 @@ def _mean_log_probabilities(model: PreTrainedModel, rows: Sequence[EncodedRow]) 
     check_finite(states, "the hidden states of entities")
     nll = output_head(model).energy_and_nll(states, answer_tokens(rows, states), 1.0).nll.float().cpu()
     return torch.stack([-of_row.mean() for of_row in nll.split([len(row.answer_ids) for row in rows])])
+
+
+@contextmanager
+def output_hooks(blocks: Iterable[nn.Module], of_block: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
+    """Call ``of_block(index, hidden)`` with the output (B, S, H) of each block; what it returns, if not None, replaces it.
+
+    >>> with output_hooks(blocks_of(model)[-1:], lambda _, hidden: hidden * 0):     # doctest: +SKIP
+    ...     model(**batch)
+    """
+
+    def hook_of(index: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, arguments: Any, output: Any) -> Any:
+            is_tuple = isinstance(output, tuple)
+            replaced = of_block(index, output[0] if is_tuple else output)
+            if replaced is None:
+                return None
+            return (replaced, *output[1:]) if is_tuple else replaced
+
+        return hook
+
+    handles = [block.register_forward_hook(hook_of(index)) for index, block in enumerate(blocks)]
+    try:
+        # torch.compile does not see new hooks in a graph that it has compiled before.
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def unlearning_depths(

@@ -22,6 +22,7 @@ from eua.data.batches import pad_rows
 from eua.data.rows import EncodedRow
 from eua.errors import EUAError
 from eua.evaluation.metrics import answer_tokens, measure_answers, measure_tokens, of_answers
+from eua.methods.tiles import in_tiles
 from eua.model.forward import answer_states, check_finite, check_head_once, check_ids, eval_mode, hidden_states
 from eua.model.head import Head, output_head, vocabulary_and_device
 from eua.statistics import auroc, harmonic_mean
@@ -135,16 +136,16 @@ def standardized_log_likelihoods(head: Head, hidden: Tensor, targets: Tensor) ->
     computed for a few tokens at a time, at T = 1, in float32.
     """
     tile = max(1, TILE_BYTES // (4 * head.vocabulary))
-    parts = []
-    for states, of_tile in zip(hidden.split(tile), targets.split(tile), strict=True):
+
+    def of_tile(states: Tensor, tokens: Tensor) -> Tensor:
         logs = head.logits(states).log_softmax(dim=-1)
         p = logs.exp()
-        # The log of a probability that is 0 in float32 may be infinite.
-        mean = (p * logs).nan_to_num().sum(dim=-1, keepdim=True)
-        variance = (p * (logs - mean).square()).nan_to_num().sum(dim=-1)
-        likelihood = logs.gather(1, of_tile[:, None])[:, 0]
-        parts.append((likelihood - mean[:, 0]) / variance.clamp(min=LOWEST_VARIANCE).sqrt())
-    standardized = torch.cat(parts).float().cpu()
+        mean = (p * logs).sum(dim=-1, keepdim=True)
+        variance = (p * (logs - mean).square()).sum(dim=-1)
+        likelihood = logs.gather(1, tokens[:, None])
+        return (likelihood - mean)[:, 0] / variance.clamp(min=LOWEST_VARIANCE).sqrt()
+
+    standardized = in_tiles(of_tile, hidden, targets, tile=tile).float().cpu()
     check_finite(standardized, "the log-probabilities of answers")
     return standardized
 

@@ -60,11 +60,19 @@ def measure_retain_model(
     batch_size: int = 32,
     progress: bool = False,
 ) -> RetainFigures:
-    """Measure a model that was never trained on the rows to forget, for :func:`measure_all`, whose arguments have these names.
+    """Measure a model that was never trained on the rows to forget, for :func:`eua.evaluation.measure_all`.
 
     >>> figures = measure_retain_model(retain_model, tokenizer, "forget10_perturbed.jsonl")     # doctest: +SKIP
     >>> for model in unlearned_models:                                                          # doctest: +SKIP
     ...     report, _ = measure_all(model, tokenizer, sets, retain_model=figures)
+
+    Args:
+        retain_model, tokenizer: those to measure.
+        forget: the rows to forget.
+        holdout: for membership inference, see :func:`eua.evaluation.measure_all`.
+        full_model, entities: for the depth of unlearning, see :func:`eua.evaluation.measure_all`.
+        batch_size: rows per forward pass.
+        progress: show progress bars.
 
     Raises:
         EUAError: if rows cannot be read, or if a model cannot be measured.

@@ -154,8 +154,8 @@ def fluency(
 def repetition(text: str, length: int = REPEATED_WORDS) -> float:
     """The share of a text's sequences of ``length`` words that occurred before in it (Welleck et al. 2020); 0 for a short text.
 
-    >>> repetition("no no no no no no")
-    0.6666666666666666
+    >>> repetition("no no no no no")
+    0.5
     """
     words = text.split()
     sequences = [tuple(words[i : i + length]) for i in range(len(words) - length + 1)]

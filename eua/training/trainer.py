@@ -472,17 +472,18 @@ class EUATrainer(CheckpointingTrainer):
         boundaries = self._find_boundaries(resuming=resuming)
         rows = {kind: self.encoded_rows[f"eval_{kind}"] for kind in ("forget", "retain")}
         alternatives = self.encoded_rows.get("eval_alternative", [])
-        measured = held_out_metrics(
-            self.model,
-            rows | {"alternative": alternatives},
-            {kind: boundaries[f"eval_{kind}"] for kind in (*rows, *(["alternative"] if alternatives else []))},
-            answers=partial(self._answers, self.model, held_out=True),
-            objective=self.objective,
-            gamma=self.args.gamma,
-            alpha=self._alpha,
-            batch_size=self.args.per_device_eval_batch_size,
-            progress=not self.args.disable_tqdm,
-        )
+        with self.accelerator.autocast():
+            measured = held_out_metrics(
+                self.model,
+                rows | {"alternative": alternatives},
+                {kind: boundaries[f"eval_{kind}"] for kind in (*rows, *(["alternative"] if alternatives else []))},
+                answers=partial(self._answers, self.model, held_out=True),
+                objective=self.objective,
+                gamma=self.args.gamma,
+                alpha=self._alpha,
+                batch_size=self.args.per_device_eval_batch_size,
+                progress=not self.args.disable_tqdm,
+            )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         metrics |= speed_metrics(metric_key_prefix, started, num_samples=sum(map(len, rows.values())))
         super().log(metrics)  # self.log() would add the sums of the training steps since the last line

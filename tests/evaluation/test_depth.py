@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from eua import EUAError
 from eua.data.rows import EncodedRow
-from eua.evaluation.depth import encode_entities, patching_changes, unlearning_depth_score, unlearning_depths
-from eua.model.blocks import blocks_of, output_hooks
+from eua.evaluation.depth import encode_entities, output_hooks, patching_changes, unlearning_depth_score, unlearning_depths
+from eua.model.forward import blocks_of
 from tests.conftest import tiny_llama
 
 
@@ -118,10 +118,9 @@ def test_models_of_other_shapes_are_refused(known, model):
         patching_changes(known, model, [EncodedRow([5, 6], 1)])
 
 
-def test_blocks_are_found_in_other_architectures_and_replaced():
+def test_outputs_of_blocks_are_read_and_replaced_where_they_are_tuples_too():
     gpt = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=3, n_head=2, n_positions=16)).eval()
     blocks = blocks_of(gpt)
-    assert blocks == list(gpt.transformer.h)
     seen = {}
     with output_hooks(blocks, seen.__setitem__):
         plain = gpt(torch.tensor([[1, 2, 3]])).logits
@@ -130,12 +129,3 @@ def test_blocks_are_found_in_other_architectures_and_replaced():
         replaced = gpt(torch.tensor([[1, 2, 3]])).logits
     torch.testing.assert_close(replaced[0, 0], replaced[0, 2])
     torch.testing.assert_close(gpt(torch.tensor([[1, 2, 3]])).logits, plain)
-
-
-def test_a_model_without_one_list_of_blocks_is_refused():
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=10, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
-    )
-    model.others = nn.ModuleList([nn.Identity(), nn.Identity()])
-    with pytest.raises(EUAError, match="has 2 lists of 2 modules, .*: use a decoder"):
-        blocks_of(model)

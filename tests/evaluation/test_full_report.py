@@ -11,7 +11,17 @@ import torch
 from transformers import LlamaForCausalLM
 
 from eua import EnergyGuard, EUAError
-from eua.evaluation import evaluate, measure_all, measure_retain_model, read_results, truth_ratios, write_results
+from eua.data.rows import encode_rows
+from eua.data.sources import read_rows
+from eua.evaluation import (
+    evaluate,
+    measure_all,
+    measure_answers,
+    measure_retain_model,
+    read_results,
+    truth_ratios,
+    write_results,
+)
 from tests.evaluation.test_depth import split_rows
 
 TOFU = Path(__file__).parents[3] / "shared" / "tofu"
@@ -138,6 +148,8 @@ def test_results_hold_every_row_and_agree_with_the_report(known, never_trained, 
         names == report["membership_auc"].keys() == {"loss", "zlib", "min_k", "min_k_plus_plus", "reference", "gradient_norm"}
     )
     assert "membership_loss" not in results[8]  # a retained row
+    theirs = measure_answers(never_trained, encode_rows(asked["forget"], tokenizer, None)).nll.tolist()
+    assert results[0]["membership_reference"] == pytest.approx(results[0]["nll"] - theirs[0], rel=1e-5)
     assert results[0]["membership_loss"] == pytest.approx(results[0]["nll"])
 
 
@@ -177,6 +189,13 @@ def test_reasons_name_what_is_missing_next(model, tokenizer, asked, holdout):
     assert report["aggregates"].keys() == {"memorization_score", "privacy_leakage"}
     same, _ = measure_all(model, tokenizer, {**asked, "holdout": holdout}, max_new_tokens=0)
     assert same["membership_auc"] == report["membership_auc"]
+
+
+def test_rows_of_which_some_are_paraphrased_have_neither_measure(model, tokenizer, asked):
+    mixed = [*asked["forget"][:2], *asked["world_facts"][:2]]
+    report, _ = measure_all(model, tokenizer, {"forget": mixed}, max_new_tokens=0)
+    assert not {"probability_with_options", "paraphrase_probability"} & report["sets"]["forget"].keys()
+    assert "truth_ratio" in report["sets"]["forget"]
 
 
 def test_a_guard_adds_what_it_refuses_and_what_is_written_with_it(known, tokenizer, world, guard):
@@ -230,8 +249,6 @@ def test_a_guards_temperature_is_that_of_the_energies(known, tokenizer, rows):
 
 @pytest.mark.skipif(not TOFU.is_dir(), reason="TOFU's files are not next to the checkout")
 def test_tofu_has_its_model_utility(model, tokenizer):
-    from eua.data.sources import read_rows
-
     files = {"forget": "forget01", "retain": "retain", "real_authors": "real_authors", "world_facts": "world_facts"}
     sets = {name: read_rows(TOFU / f"{file}_perturbed.jsonl")[:3] for name, file in files.items()}
     model.config.max_position_embeddings = 4096

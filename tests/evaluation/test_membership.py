@@ -165,3 +165,12 @@ def test_scores_do_not_depend_on_the_batch(model, tokenizer, rows):
     for name, values in membership_scores(model, tokenizer, encoded, batch_size=4).items():
         torch.testing.assert_close(values, alone[name], rtol=1e-4, atol=1e-4)
         assert values[0] == values[-1]
+
+
+def test_scores_of_bfloat16_models_are_computed_in_float32(model, tokenizer, rows):
+    encoded = encode_rows(rows["forget"], tokenizer, None)
+    exact = membership_scores(model, tokenizer, encoded, gradients=True)
+    rounded = membership_scores(model.bfloat16(), tokenizer, encoded, gradients=True)
+    for name, values in rounded.items():
+        assert values.dtype == torch.float32
+        torch.testing.assert_close(values, exact[name], rtol=0.02, atol=0.02)

@@ -7,45 +7,18 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from eua.data.rows import EncodedRow
 from eua.evaluation import evaluate, measure_answers, truth_ratios
 from eua.evaluation.metrics import truth_ratio_means, truth_ratio_openunlearning
 from eua.evaluation.page import page_data, render_page
-
-BIGRAMS = torch.tensor([[0.0, 1, 2, 3], [1, 0, -1, 2], [2, 2, 0, 1], [-1, 3, 1, 0]])  # logits behind each of four tokens
-
-
-@pytest.fixture
-def bigram_model() -> LlamaForCausalLM:
-    """A model whose logits depend on the last token only."""
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=4,
-            hidden_size=4,
-            intermediate_size=4,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            rms_norm_eps=1e-12,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    ).eval()
-    with torch.no_grad():
-        model.model.layers[0].self_attn.o_proj.weight.zero_()
-        model.model.layers[0].mlp.down_proj.weight.zero_()
-        model.model.embed_tokens.weight.copy_(torch.eye(4))
-        model.lm_head.weight.copy_(BIGRAMS.T / 2)  # the norm doubles a vector with a single 1
-    return model
+from tests.evaluation.toy_world import BIGRAMS, MEASURED, BigramModel
 
 
-def test_answers_have_openunlearnings_values(bigram_model):
+def test_answers_have_openunlearnings_values():
+    bigram_model = BigramModel()
     rows = [
-        EncodedRow([1, 2, 3, 0, 2], 2),
-        EncodedRow([3, 1, 0], 1),
-        EncodedRow([1, 3, 1, 2, 0, 3], 2),
+        *MEASURED,
         EncodedRow([2, 0, 3], 1),  # all right
         EncodedRow([2, 0, 0], 1),  # only the last token wrong, which does not count
         EncodedRow([3, 1], 1),  # nothing left without the last token

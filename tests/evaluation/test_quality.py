@@ -15,7 +15,6 @@ from eua.evaluation.quality import (
     probability_with_options,
     right_answer_share,
 )
-from eua.statistics import harmonic_mean
 
 NLL = [torch.tensor([1.0, 1.0, 3.0]), torch.tensor([0.5, 0.2, 0.4])]  # of a right and two wrong answers
 
@@ -74,12 +73,3 @@ def test_memorization_score_has_the_published_value():
     assert memorization_score(*(1 - x for x in forgotten)) == pytest.approx(0.103270, abs=1e-6)
     assert memorization_score(1.0, 0.5, 0.5, 0.5) == 0
     assert memorization_score(0, 0, 0, 0) == 1
-
-
-def test_harmonic_means():
-    assert harmonic_mean([2.0]) == 2
-    assert harmonic_mean([0.5, 1.0]) == pytest.approx(2 / 3)
-    assert harmonic_mean([0.0, 1.0]) == 0
-    for wrong in ([], [1.0, -0.5]):
-        with pytest.raises(EUAError, match=r"has no meaning: it needs at least one value, .* Check what was measured"):
-            harmonic_mean(wrong)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import math
+from copy import deepcopy
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from eua import EUAError
 from eua.data.rows import encode_rows
@@ -29,6 +32,19 @@ def test_rouge_has_the_values_of_the_published_library():
     assert found["rouge_1_f1"][-1] == 1
     with pytest.raises(EUAError, match="1 texts were given for 2 answers: give one text for each"):
         rouge(["a"], ["a", "b"])
+
+
+def test_missing_rouge_score_is_explained(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name.split(".")[0] == "rouge_score":
+            raise ImportError(name)
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(EUAError, match=r"rouge_score, .*, is not installed: pip install \"eua\[bench\]\""):
+        rouge(["a"], ["a"])
 
 
 def test_a_model_that_knows_the_answers_writes_them(known, model, tokenizer, rows):
@@ -61,6 +77,7 @@ def test_a_guard_puts_its_refusal_in_place_of_answers(known, tokenizer, guard, q
 
 def test_texts_are_cut_before_the_first_stop():
     assert cut(" Oslo.\n\nQuestion: Who? Question:", MUSE_QUESTIONS["stop"]) == "Oslo."
+    assert cut("one two three", ["three", "two"]) == "one"
     assert cut("Oslo", ["x"]) == cut("Oslo", []) == "Oslo"
     assert cut("Question: Who?", ["Question:"]) == ""
 
@@ -86,10 +103,6 @@ def test_fluency_is_the_judges_nll(known, tokenizer, rows):
 
 
 def test_the_first_token_counts_behind_a_beginning_of_sequence(known, tokenizer):
-    from copy import deepcopy
-
-    from tokenizers.processors import TemplateProcessing
-
     with_opening = deepcopy(tokenizer)
     with_opening._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
     ids = torch.tensor([[0, *tokenizer("Oslo.", add_special_tokens=False)["input_ids"]]])

@@ -68,11 +68,13 @@ RUNS = [
     ("stopped", STEPS | {"stop_at": 9, "save_strategy": "steps", "save_steps": 4}),
     ("stopped", STEPS | {"resume": True, "save_strategy": "steps", "save_steps": 4}),
     ("early", STEPS | {"max_steps": -1, "num_train_epochs": 30, "stop_when_beyond_boundary": 0.5, "gamma": 1.0, "alpha": 0.1}),
+    ("preference", STEPS | {"method": "idk_dpo"}),  # means over rows, likelihoods of two kinds of rows
+    ("dual", STEPS | {"method": "pdu", "alpha": 1.0, "dual_warmup": 1.0, "dual_step": 0.1}),  # a weight that all must agree on
 ]
 IN_ONE = [  # one process has the batch of both
     ("plain", STEPS | {"per_device_train_batch_size": 4}),
     ("lora", STEPS | {"per_device_train_batch_size": 4, "lora": True}),
-    ("early", RUNS[-1][1] | {"per_device_train_batch_size": 4}),
+    *((name, options | {"per_device_train_batch_size": 4}) for name, options in RUNS[-3:]),
 ]
 OF_TIME = ("runtime", "per_second", "total_flos")
 
@@ -143,10 +145,10 @@ def assert_same_log(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("setup", ALL)
-@pytest.mark.parametrize("run", ["plain", "accumulated", "packed", "lora"])
+@pytest.mark.parametrize("run", ["plain", "accumulated", "packed", "lora", "preference", "dual"])
 def test_processes_follow_one_process(launched, setup, run):
     """20 steps of two processes with half the batch each are those of one process with all of it."""
-    output, one = launched(setup), launched("one") / ("lora" if run == "lora" else "plain")
+    output, one = launched(setup), launched("one") / ("plain" if run in ("accumulated", "packed") else run)
     assert_same_log(output / run, one)
     assert_same_weights(weights(output / run), weights(one))
     pushed = weights(output / run, "pushed")
