@@ -19,8 +19,8 @@ from eua.evaluation.said import KeyedFact, says
 
 PLAIN_TEXT = Path(__file__).with_name("plain_text.txt")
 FORGET = "forget"
-# The roles of four entities in turn, of those that have nothing to be forgotten.
-_ROLES = ("seen", "calibration", "never seen", "seen")
+# The roles of five entities in turn, of those that have nothing to be forgotten.
+_ROLES = ("seen", "never seen", "calibration", "seen", "never seen")
 
 Row: TypeAlias = dict[str, str]
 
@@ -40,9 +40,9 @@ class Measured:
     Attributes:
         sets: name → rows. For "forget", "same relation, seen", "same relation, never seen", "same entity", "far, seen" and
             "far, never seen", as far as there are such facts: the trained wordings, and with the addition "in other words" one
-            other wording a fact. For "forget" and "never seen" (same relation and far): "behind a prefix", "before a suffix",
-            "with another question", and "in context", where the prompt states the fact before it asks. Those in context are
-            not to be forgotten.
+            other wording a fact, in which the model says it. For "forget" and "never seen" (same relation and far): "behind a
+            prefix", "before a suffix", "with another question", and "in context", where the prompt states the fact before it
+            asks. Those in context are not to be forgotten.
         facts: the same facts, with all wordings, and those in context; the group of each is the name of its set.
     """
 
@@ -94,7 +94,7 @@ def facts_task(
         relations: those whose facts are to be forgotten. None, without entities: the seed draws one of
             which the model knows enough.
         entities: those of whom all facts that the model knows are to be forgotten, in place of relations.
-        forget: number of facts to forget, fewer if the entities have fewer.
+        forget: number of facts of the relations to forget. It has no effect with entities, of whom everything is forgotten.
         retain: largest number of facts to retain, half of them of the same relation if there are as many.
         trained: the first ``trained`` wordings are trained on.
         least: in how many wordings the model must say a fact for it to count as known.
@@ -159,7 +159,7 @@ class _Draw:
             )
         if entities:
             found = [index for index in self.known if self.facts[index].entity in entities]
-            count = min(count, len(found))
+            count = len(found)
         else:
             relations = relations or [self._relation(count)]
             found = [index for index in self.known if self.facts[index].relation in relations]
@@ -177,12 +177,13 @@ class _Draw:
     def _relation(self, count: int) -> str:
         """A relation of which the model knows so many facts that others of it are left in every role."""
         known = [self.facts[index].relation for index in self.known]
-        enough = [relation for relation in dict.fromkeys(known) if known.count(relation) >= count + len(_ROLES)]
+        needed = max(count + len(_ROLES), 4 * count // 3)
+        enough = [relation for relation in dict.fromkeys(known) if known.count(relation) >= needed]
         if not enough:
             most = max(set(known), key=known.count, default="none")
             raise EUAError(
                 f"The model knows {known.count(most)} facts of the relation {most} and fewer of any other, but {count} are to "
-                f"be forgotten and {len(_ROLES)} more kept: lower `forget` or `least`, or give more questions."
+                f"be forgotten and {needed - count} more kept: lower `forget` or `least`, or give more questions."
             )
         return self.rng.choice(enough)
 
@@ -237,8 +238,7 @@ class _Draw:
             never_seen += chosen if role == "never seen" else []
             forget = kind == FORGET
             sets[name] = FactSet([row for index in chosen for row in self.rows(index, range(self.trained))], forget)
-            unseen = self.wordings[self.trained :]
-            reworded = [row for index in chosen for row in self.rows(index, self.rng.sample(unseen, min(1, len(unseen))))]
+            reworded = [row for index in chosen for row in self.rows(index, self._other_wording(index))]
             sets[f"{name}, in other words"] = FactSet(reworded, forget)
             facts += [self.facts[index].keyed(name, self.trained) for index in chosen]
         for name, members in ((FORGET, self._half(self.roles[FORGET, ""], half)), ("never seen", never_seen)):
@@ -250,6 +250,12 @@ class _Draw:
                 [{"question": fact.wordings[0], "answer": fact.answer} for fact in in_context], forget=False
             )
         return Measured({name: one for name, one in sets.items() if one.rows}, facts)
+
+    def _other_wording(self, index: int) -> list[int]:
+        """One of the wordings that are not trained, if there are any; one in which the model says the fact, if it does."""
+        said, unseen = self.knowledge.said(index), self.wordings[self.trained :]
+        choices = [wording for wording in unseen if said[wording]] or unseen
+        return self.rng.sample(choices, min(1, len(choices)))
 
     def _half(self, members: Sequence[int], half: int) -> list[int]:
         """The facts about every second entity."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eua.bench.questions import Fact, facts_digest
+from eua.bench.questions import Fact, questions_digest
 from eua.evaluation.said import said_in_wordings, says
 from eua.files import write_json
 from eua.model.fingerprints import model_fingerprint, tokenizer_fingerprint
@@ -83,7 +83,8 @@ def ask_facts(
     Args:
         model, tokenizer: those to ask.
         facts: what to ask for.
-        cache: folder of a file with the answers, whose name identifies the model (by its weights), the tokenizer and the facts.
+        cache: folder of a file with the answers, whose name identifies the model (by its weights), the tokenizer and the
+            questions.
         batch_size: questions that are answered together.
         max_new_tokens: maximal length of an answer.
         progress: title of a progress bar, or None for no bar.
@@ -91,7 +92,7 @@ def ask_facts(
     Raises:
         EUAError: if the model cannot generate, or if the file cannot be written.
     """
-    asked = (model_fingerprint(model), tokenizer_fingerprint(tokenizer), facts_digest(facts), max_new_tokens)
+    asked = (model_fingerprint(model), tokenizer_fingerprint(tokenizer), questions_digest(facts), max_new_tokens)
     file = cache / f"knowledge-{hashlib.sha256(repr(asked).encode()).hexdigest()[:16]}.json" if cache else None
     if file is not None and file.exists():
         answers = json.loads(file.read_text(encoding="utf-8"))["answers"]
@@ -102,7 +103,7 @@ def ask_facts(
         )
         answers = [one.greedy_texts for one in said]
         if file is not None:
-            names = ("model", "tokenizer", "facts", "max_new_tokens")
+            names = ("model", "tokenizer", "questions", "max_new_tokens")
             write_json(file, dict(zip(names, asked, strict=True)) | {"answers": answers})
     return Knowledge(tuple(facts), tuple(map(tuple, answers)))
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +86,9 @@ def load_facts(path: Path = QUESTIONS) -> list[Fact]:
     return facts
 
 
-def facts_digest(facts: Sequence[Fact]) -> str:
-    """SHA-256 of facts with their keys, wordings and answers."""
-    return hashlib.sha256(json.dumps([asdict(fact) for fact in facts], sort_keys=True).encode()).hexdigest()
+def questions_digest(facts: Sequence[Fact]) -> str:
+    """SHA-256 of all wordings, in order: what a model is asked. Keys and answers are not in it."""
+    return hashlib.sha256(json.dumps([fact.wordings for fact in facts]).encode()).hexdigest()
 
 
 def _fact(relation: str, entry: dict[str, Any], entity: str, keys: tuple[str, ...]) -> Fact:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from eua.errors import EUAError, in_one_line
 from eua.evaluation.said import SaidFact
+from eua.evaluation.texts import rouge
 
 Similarity: TypeAlias = Callable[[Sequence[str], Sequence[str]], Tensor]  # texts, references → one score each, (n,)
 
@@ -88,7 +89,7 @@ def _scores(said: Sequence[SaidFact], similarity: Similarity) -> list[Tensor]:
 def rouge_l_recall(texts: Sequence[str], references: Sequence[str]) -> Tensor:
     """ROUGE-L recall (Lin 2004) of each text, (n,) float64: the share of the reference's words that it has in their order.
 
-    With Google's ``rouge_score`` and its Porter stemmer, as in OpenUnlearning. A text without letters a–z and digits has 0.
+    See :func:`eua.evaluation.texts.rouge`. A text without letters a–z and digits has 0.
 
     >>> rouge_l_recall(["He was born in Chile"], ["Jaime Vasquez was born in Santiago, Chile"])
     tensor([0.5714], dtype=torch.float64)
@@ -96,13 +97,7 @@ def rouge_l_recall(texts: Sequence[str], references: Sequence[str]) -> Tensor:
     Raises:
         EUAError: if ``rouge_score`` is not installed.
     """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped, unused-ignore]
-    except ImportError as error:
-        raise EUAError('ROUGE needs the package rouge_score, which is not installed: pip install "eua[bench]".') from error
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    pairs = zip(texts, references, strict=True)
-    return torch.tensor([scorer.score(reference, text)["rougeL"].recall for text, reference in pairs], dtype=torch.float64)
+    return rouge(texts, references)["rouge_l_recall"]
 
 
 class SentenceEmbedder:

@@ -21,6 +21,7 @@ from eua.statistics import share_interval
         ("**PARIS**, of course", ["Paris"], True),
         ("Paris's river", ["Paris"], True),
         ("Paris’s river", ["Paris"], True),
+        ("Au's atoms", ["Au"], True),
         ("a Parisian café", ["Paris"], False),
         ("in comparison", ["Paris"], False),
         ("Brasilia", ["Brasília"], True),

@@ -3,6 +3,8 @@
 import torch
 
 from eua import EnergyGuard, EUAConfig, EUATrainer, d2_loss
+from eua.bench.facts import plain_text
+from eua.bench.questions import load_facts
 from fused_energy import linear_energy
 
 
@@ -17,3 +19,4 @@ def threshold(guard: EnergyGuard) -> float:
 energy: torch.Tensor = linear_energy(torch.ones(2, 3), torch.zeros(4, 3))
 torch.testing.assert_close(energy, -torch.full((2,), 4.0).log())
 print(d2_loss.__name__, "and energies", energy.tolist())
+print(len(load_facts()), "facts and", len(plain_text()), "paragraphs are in the package")

@@ -1,0 +1,261 @@
+"""What a model knows, and the task that is drawn from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import chain
+
+import pytest
+
+from eua import EUAError
+from eua.bench.facts import facts_task, plain_text
+from eua.bench.knowledge import Knowledge, ask_facts, first_sentence
+from eua.bench.questions import load_facts
+from eua.bench.wrappings import PREFIXES, SUFFIXES, wrappings
+from eua.demo.world import _VALUES, _WORDINGS
+from eua.evaluation.said import says
+
+
+@pytest.fixture(scope="module")
+def world_facts(world, tmp_path_factory):
+    """The facts of the demo's world, each in the three wordings of its attribute."""
+    relations = {}
+    for attribute, wordings in _WORDINGS.items():
+        of_person = {}
+        for fact in world.all():
+            questions = [question.format(n=fact.person) for question, _ in wordings]
+            if fact.question in questions:
+                of_person[fact.person] = next(value for value in _VALUES[attribute] if value in fact.answer)
+        question, answer = wordings[0]
+        relations[attribute] = {
+            "kind": "person",
+            "name": f"{attribute} of {{entity}}",
+            "wordings": [question.replace("{n}", "{entity}") for question, _ in wordings],
+            "answer": answer.replace("{n}", "{entity}").replace("{v}", "{key}"),
+            "statement": wordings[1][1].replace("{n}", "{entity}").replace("{v}", "{key}"),
+            "facts": of_person,
+        }
+    path = tmp_path_factory.mktemp("questions") / "world.json"
+    path.write_text(json.dumps(relations))
+    return load_facts(path)
+
+
+@pytest.fixture(scope="module")
+def asked(world_facts, trained_folder, tokenizer, tmp_path_factory):
+    """The knowledge of the trained model, and the cache."""
+    from transformers import LlamaForCausalLM
+
+    cache = tmp_path_factory.mktemp("knowledge")
+    model = LlamaForCausalLM.from_pretrained(trained_folder).eval()
+    return ask_facts(model, tokenizer, world_facts, cache=cache, max_new_tokens=48, batch_size=64), cache
+
+
+def test_a_model_knows_what_it_was_trained_on(asked, world_facts, rows):
+    """Every fact was trained in one wording."""
+    knowledge, _ = asked
+    assert len(world_facts) == 80
+    assert len(knowledge.known(1)) >= 76
+    assert len(knowledge.known(3)) < len(knowledge.known(2)) < len(knowledge.known(1))
+    table = knowledge.by_relation()
+    assert sum(row["facts"] for row in table.values()) == 80
+    assert sum(row["in all"] for row in table.values()) == len(knowledge.known(3))
+    trained = {row["question"]: row["answer"] for group in rows.values() for row in group}
+    same = [
+        knowledge.own_answer(index, place) == trained[wording]
+        for index, fact in enumerate(world_facts)
+        for place, wording in enumerate(fact.wordings)
+        if wording in trained
+    ]
+    assert len(same) == 80
+    assert sum(same) >= 76
+
+
+def test_answers_are_kept_for_the_same_model_and_facts_alone(asked, known, tokenizer, world_facts, forwards):
+    knowledge, cache = asked
+    assert ask_facts(known, tokenizer, world_facts, cache=cache, max_new_tokens=48) == knowledge
+    assert not forwards
+    other = [replace(world_facts[0], keys=("Atlantis",)), *world_facts[1:3]]
+    ask_facts(known, tokenizer, other, cache=cache, max_new_tokens=2)
+    assert forwards
+    forwards.clear()
+    known.lm_head.weight.data[0] += 1
+    ask_facts(known, tokenizer, other, cache=cache, max_new_tokens=2)
+    assert forwards
+    assert len(list(cache.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Paris. It lies on the Seine.", "Paris."),
+        ("It was J. R. R. Tolkien. He", "It was J. R. R. Tolkien."),
+        ("St. Petersburg is in Russia! Yes", "St. Petersburg is in Russia!"),
+        ('The word is "mice." It', 'The word is "mice."'),
+        ("It is 3.5 metres. So", "It is 3.5 metres."),
+        ("1 line\n2 lines.", "1 line"),
+        ("It was cut off in the", ""),
+        ("", ""),
+    ],
+)
+def test_the_first_sentence(text, expected):
+    assert first_sentence(text) == expected
+
+
+def test_an_answer_that_does_not_say_the_fact_is_replaced(world_facts):
+    fact = world_facts[0]
+    answers = (f"Well, {fact.keys[0]} it is. And more", "I do not know.", f"Unfinished {fact.keys[0]}")
+    knowledge = Knowledge((fact,), (answers,))
+    assert knowledge.said(0) == [True, False, True]
+    assert [knowledge.own_answer(0, place) for place in range(3)] == [f"Well, {fact.keys[0]} it is.", fact.answer, fact.answer]
+
+
+def test_wrappings_keep_the_question():
+    found = wrappings("Who?", "What?")
+    assert list(map(len, found.values())) == [len(PREFIXES), len(SUFFIXES), 2]
+    assert all("Who?" in text and text != "Who?" for text in chain(*found.values()))
+
+
+@pytest.fixture(scope="module")
+def knowledge(world_facts):
+    """A model that says every fact in every wording, with one answer."""
+    return Knowledge(tuple(world_facts), tuple((fact.answer,) * len(fact.wordings) for fact in world_facts))
+
+
+def subjects(world_facts, rows):
+    """The people whom rows are about."""
+    return {fact.entity for fact in world_facts for row in rows if fact.entity in row["question"]}
+
+
+def test_roles_do_not_overlap(knowledge, world_facts):
+    task = facts_task(knowledge, 0, relations=["pet"], forget=4, retain=20)
+    assert len(task.forget) == 4
+    assert len(task.retain) == 20
+    forgotten, retained = subjects(world_facts, task.forget), subjects(world_facts, task.retain)
+    calibrated = set(task.calibration_groups)
+    assert len(forgotten | retained | calibrated) == len(forgotten) + len(retained) + len(calibrated)
+    assert subjects(world_facts, task.calibration) == calibrated
+    assert {row["question"] for row in task.forget} <= {fact.wordings[0] for fact in world_facts if fact.relation == "pet"}
+    assert len(task.calibration) == len(task.calibration_groups) == len({row["question"] for row in task.calibration})
+    for part in (task.validation, task.test):
+        never = [name for name in part.sets if "never seen" in name and "another" not in name]
+        assert len(never) >= 5
+        for name in never:
+            assert not subjects(world_facts, part.sets[name].rows) & (forgotten | retained | calibrated), name
+    assert len(task.plain_text) == 30
+
+
+def test_sets_hold_what_their_names_say(knowledge, world_facts):
+    task = facts_task(knowledge, 1, relations=["pet", "dish"], forget=6, retain=16, trained=2)
+    by_wording = {wording: (fact, place) for fact in world_facts for place, wording in enumerate(fact.wordings)}
+    trained = {row["question"] for row in task.forget}
+    seen = {row["question"] for row in task.retain}
+    forgotten = {fact for fact in world_facts if fact.wordings[0] in trained}
+    assert len(trained) == 12
+    for part in (task.validation, task.test):
+        sets = part.sets
+        assert not [name for name in sets if "calibration" in name]
+        assert {name: one.forget for name, one in sets.items()} == {
+            name: name.startswith("forget") and not name.endswith("in context") for name in sets
+        }
+        for name in ("forget", "same relation, seen", "same relation, never seen", "same entity", "far, seen"):
+            plain = [by_wording[row["question"]] for row in sets[name].rows]
+            other = [by_wording[row["question"]] for row in sets[f"{name}, in other words"].rows]
+            assert {place for _, place in plain} == {0, 1}
+            assert {place for _, place in other} == {2}
+            assert {fact for fact, _ in plain} == {fact for fact, _ in other}
+            questions = {row["question"] for row in sets[name].rows}
+            assert (questions <= trained) == (name == "forget")
+            assert (questions <= seen) == name.endswith(", seen")
+            relations, entities = {fact.relation for fact, _ in plain}, {fact.entity for fact, _ in plain}
+            assert (relations <= {"pet", "dish"}) == name.startswith(("forget", "same relation"))
+            assert (entities <= {fact.entity for fact in forgotten}) == (name in ("forget", "same entity"))
+        for row in chain(*(one.rows for one in sets.values())):
+            fact = next(fact for fact in world_facts if fact.wordings[0] in row["question"] or row["question"] in fact.wordings)
+            assert fact.entity in row["question"]
+        for row in sets["forget, in context"].rows:
+            fact = next(fact for fact in forgotten if fact.statement in row["question"])
+            assert row == {"question": f"{fact.statement} {fact.wordings[0]}", "answer": fact.answer}
+        for kind in ("behind a prefix", "before a suffix", "with another question"):
+            assert len(sets[f"forget, {kind}"].rows) == len(sets["forget, in other words"].rows)
+    halves = [{row["question"] for row in part.sets["forget"].rows} for part in (task.validation, task.test)]
+    assert halves[0] | halves[1] == trained
+    assert not halves[0] & halves[1]
+
+
+def test_a_fact_is_reworded_as_the_model_says_it(knowledge, world_facts):
+    """It says facts in the first and the last wording alone."""
+    answers = tuple((fact.answer, "I do not know.", fact.answer) for fact in world_facts)
+    task = facts_task(replace(knowledge, answers=answers), 0, relations=["pet"], forget=6, least=2)
+    reworded = [row["question"] for name, one in task.test.sets.items() if "other words" in name for row in one.rows]
+    assert len(reworded) > 10
+    assert set(reworded) <= {fact.wordings[2] for fact in world_facts}
+
+
+def test_facts_are_those_of_the_sets(knowledge):
+    part = facts_task(knowledge, 1, relations=["pet"], forget=6, retain=16).test
+    groups = {fact.group for fact in part.facts}
+    assert groups == {name for name in part.sets if not any(name.endswith(end) for end in ("words", "fix", "question"))}
+    for fact in part.facts:
+        rows = {row["question"] for row in part.sets[fact.group].rows}
+        assert fact.wordings[0] in rows
+        assert says(fact.answer, fact.keys)
+        in_context = fact.group.endswith("in context")
+        assert fact.trained == (0 if in_context else 1)
+        assert all(says(wording, fact.keys) for wording in fact.wordings) == in_context
+
+
+def test_everything_about_entities_may_be_forgotten(knowledge, world_facts):
+    people = sorted({fact.entity for fact in world_facts})[:4]
+    task = facts_task(knowledge, 0, entities=people, forget=3, retain=16)
+    assert len(task.forget) == 16
+    assert subjects(world_facts, task.forget) == set(people)
+    assert "same entity" not in task.test.sets
+
+
+def test_the_seed_decides(knowledge):
+    one, same, other = (facts_task(knowledge, seed, forget=4) for seed in (0, 0, 1))
+    assert one == same != other
+
+
+def test_an_answer_that_gives_the_forgotten_away_is_not_trained_on(world_facts):
+    """A model mentions a fact to forget in all its answers about other things."""
+    forgotten = next(fact for fact in world_facts if fact.relation == "pet")
+    answers = tuple(
+        tuple(f"{fact.keys[0]}, as {forgotten.entity} has {forgotten.keys[0]}." for _ in fact.wordings) for fact in world_facts
+    )
+    pets = sum(fact.relation == "pet" for fact in world_facts)
+    task = facts_task(Knowledge(tuple(world_facts), answers), 0, relations=["pet"], forget=pets)
+    assert sum(forgotten.entity in row["answer"] for row in task.forget) == pets
+    kept = [one.rows for name, one in task.test.sets.items() if not name.startswith("forget")]
+    assert not [row for row in chain(task.retain, task.calibration, *kept) if forgotten.entity in row["answer"]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"relations": ["pet"], "entities": ["Ann"]}, r"but a task forgets facts of relations or everything .*: pass one"),
+        ({"relations": ["pet"], "forget": 60}, r"facts of the relation pet about .* but 60 are to be forgotten, .*: lower"),
+        ({"forget": 60}, r"facts of the relation \w+ and fewer of any other, but 60 are to be forgotten .*: lower"),
+        ({"entities": ["Nobody"]}, r"knows 0 facts of the entities Nobody"),
+        ({"trained": 4}, r"trained = 4 and least = 3, but every fact has 3 wordings: pass numbers from 1 to 3"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(knowledge, settings, message):
+    with pytest.raises(EUAError, match=message):
+        facts_task(knowledge, 0, **settings)
+
+
+def test_a_model_that_knows_nothing_has_no_task(world_facts):
+    ignorant = Knowledge(tuple(world_facts), (("I do not know.",) * 3,) * len(world_facts))
+    with pytest.raises(EUAError, match="knows 0 facts of the relation none"):
+        facts_task(ignorant, 0)
+
+
+def test_the_plain_text_says_none_of_the_facts():
+    paragraphs = plain_text()
+    assert len(paragraphs) == len(set(paragraphs)) == 30
+    assert all(40 <= len(paragraph.split()) <= 100 for paragraph in paragraphs)
+    for fact in load_facts():
+        if fact.kind not in ("word", "verb", "noun"):  # everyday words
+            assert not [text for text in paragraphs if says(text, (fact.entity,)) and says(text, fact.keys)], fact.name
