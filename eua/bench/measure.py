@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eua.bench.facts import FORGET
 from eua.bench.task import EvaluationSet, Task
 from eua.data.rows import encode_rows
-from eua.evaluation.full_report import measure_all
+from eua.evaluation.full_report import UTILITY_SETS, measure_all
 from eua.evaluation.membership import membership_aucs, membership_scores
 from eua.evaluation.metrics import measure_answers
 from eua.evaluation.quantization import quantized
@@ -70,7 +71,7 @@ def full_report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task
         tokenizer,
         sets,
         forget=[name for name, one in task.test.items() if one.forget],
-        utility=task.utility,
+        utility=task.utility or UTILITY_SETS,  # TOFU's, of which others have not all
         holdout=None if task.members else task.holdout or None,
         retain_model=_retain_figures(task, target, tokenizer),
         full_model=target,
@@ -123,22 +124,22 @@ _figures: dict[str, RetainFigures] = {}
 
 
 def _said(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, guard: EnergyGuard) -> dict[str, float]:
-    """The shares of facts, and of answers, in which the facts to forget are said, by way of asking."""
+    """The shares of facts that are said, and of answers that say theirs; of groups that are not to be forgotten, too."""
     if not task.facts:
         return {}
     found: dict[str, float] = {}
     for suffix, used in (("", None), (", guard on", guard)):
         said = said_in_wordings(model, tokenizer, task.facts, samples=task.samples, max_new_tokens=task.new_tokens, guard=used)
         groups = said_summary(said)
-        (parts,) = groups.values()
+        forgotten = groups.pop(FORGET)
         found |= {
-            f"any wording{suffix}": parts["all"]["per_fact"],
-            f"any wording, greedily{suffix}": parts["all"]["greedy"],
-            f"share of answers{suffix}": parts["all"]["per_try"],
-            f"the wording of the rows{suffix}": parts["trained"]["per_fact"],
+            f"any wording{suffix}": forgotten["all"]["per_fact"],
+            f"any wording, greedily{suffix}": forgotten["all"]["greedy"],
+            f"share of answers{suffix}": forgotten["all"]["per_try"],
         }
-        if "unseen" in parts:
-            found[f"other wordings{suffix}"] = parts["unseen"]["per_fact"]
+        parts = {"trained": "the wording of the rows", "unseen": "other wordings"}
+        found |= {f"{name}{suffix}": forgotten[part]["per_fact"] for part, name in parts.items() if part in forgotten}
+        found |= {f"{group}{suffix}": parts_of["all"]["per_fact"] for group, parts_of in groups.items()}
     return found
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
+from eua.bench.facts import FORGET
 from eua.bench.task import EvaluationSet, Task, halves
 from eua.data.sources import Row
 from eua.demo.target import cached_model
@@ -110,7 +111,7 @@ def keyed(fact: Fact) -> KeyedFact:
     rows = fact.wordings()
     return KeyedFact(
         name=fact.question,
-        group="forget",
+        group=FORGET,
         keys=(fact.value,),
         wordings=tuple(row["question"] for row in rows),
         trained=1,

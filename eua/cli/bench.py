@@ -13,7 +13,7 @@ from eua.cli.demo import default_cache
 from eua.cli.options import Parser, count, positive
 from eua.errors import EUAError
 
-TASKS = ("people", "tofu", "muse", "wmdp")
+TASKS = ("people", "facts", "tofu", "muse", "wmdp")
 SETTINGS = "bench.json"  # what the command was asked for
 RESULTS, TABLE, PAGE = "results.json", "results.md", "bench.html"
 # Options that say what is compared, which `eua bench report` reads from the output folder.
@@ -43,6 +43,10 @@ def main(argv: Sequence[str]) -> None:
     _write(run_bench(bench, workers=arguments.workers, limit=arguments.limit), output)
 
 
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
 def _parser() -> Parser:
     parser = Parser(
         "bench",
@@ -54,7 +58,7 @@ def _parser() -> Parser:
             "eua bench muse --model muse-bench/MUSE-News_target --retain-model muse-bench/MUSE-News_retrain --output results",
             "eua bench report --output results",
         ),
-        usage="eua bench {people,tofu,muse,wmdp,report} [OPTIONS]",
+        usage="eua bench {people,facts,tofu,muse,wmdp,report} [OPTIONS]",
     )
     parser.add_argument(
         "task", choices=(*TASKS, "report"), help="what to compare methods on; report: write the results so far anew"
@@ -74,6 +78,7 @@ def _parser() -> Parser:
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder in which small models are kept")
     rows = parser.add_argument_group("rows and models")
     rows.add_argument("--people", type=positive(int), help="people: how many to make up (default: 100)")
+    rows.add_argument("--relations", type=_names, metavar="A,B,…", help="facts: relations to forget (default: one is drawn)")
     rows.add_argument("--data", help="folder or hub name of the rows (default: the published ones on the hub)")
     rows.add_argument("--split", help="tofu: forget01, forget05 or forget10; wmdp: bio or cyber")
     rows.add_argument("--authors", type=positive(int), help="tofu: retained authors to use (default: all)")
@@ -89,6 +94,7 @@ def _parser() -> Parser:
 # Option → argument of the task's function, by task. Others make no sense there.
 _ARGUMENTS: dict[str, dict[str, str]] = {
     "people": {"people": "people", "target_epochs": "target_epochs", "epochs": "epochs", "cache": "cache"},
+    "facts": {"model": "model", "relations": "relations", "epochs": "epochs", "cache": "cache"},
     "tofu": {
         **{name: name for name in ("data", "split", "authors", "model", "retain_model", "target_epochs", "epochs", "cache")},
     },
@@ -112,7 +118,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
             f"--{option.replace('_', '-')} was given for {arguments.task}, which has no use for it; it is an option of "
             f"{' and '.join(of)}: leave it out."
         )
-    if arguments.task in ("muse", "wmdp") and arguments.model is None:
+    if arguments.task in ("facts", "muse", "wmdp") and arguments.model is None:
         raise EUAError(
             f"{arguments.task} was asked for without --model, but its rows say nothing to a small model trained from scratch: "
             "name the folder or hub name of a model that knows them."
@@ -138,10 +144,11 @@ def _bench(settings: dict[str, Any], output: Path, storage: str | None) -> Any:
 
 
 def _maker(task: str) -> Callable[..., Any]:
-    from eua.bench import muse, people, tofu, wmdp
+    from eua.bench import known, muse, people, tofu, wmdp
 
     makers: dict[str, Callable[..., Any]] = {
         "people": people.people,
+        "facts": known.facts,
         "tofu": tofu.tofu,
         "muse": muse.muse,
         "wmdp": wmdp.wmdp,
