@@ -145,6 +145,7 @@ def test_muse_is_read_from_its_configurations(tmp_path, model_folder):
     asked = {row["question"] for part in (task.validation, task.test) for row in part["retain"].rows}
     assert len(task.calibration) == 8
     assert not asked & set(task.calibration)
+    assert len(task.text) == 3
     assert verbatim([{"prompt": "a", "gt": "  b"}]) == [{"prompt": "a", "completion": " b"}]
 
 
