@@ -54,9 +54,7 @@ def _parser() -> Parser:
         "and the chosen ones are measured in full on a test split at several seeds. Run the same command again to go on.",
         (
             "eua bench people --output results --trials 6 --seeds 3 --methods eua,npo,rmu",
-            "eua bench tofu --data tofu --split forget10 --output results",
-            "eua bench muse --model muse-bench/MUSE-News_target --retain-model muse-bench/MUSE-News_retrain --output results",
-            "eua bench report --output results",
+            "eua bench tofu --data tofu --split forget10 --output tofu-results",
         ),
         usage="eua bench {people,facts,tofu,muse,wmdp,report} [OPTIONS]",
     )
