@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eua.bench.lasting import Unlearn, lasting
 from eua.bench.task import FORGOTTEN, EvaluationSet, Task
 from eua.data.rows import encode_rows
-from eua.evaluation.full_report import measure_all
-from eua.evaluation.membership import membership_aucs, membership_scores
+from eua.evaluation.full_report import UTILITY_SETS, measure_all
+from eua.evaluation.membership import membership_aucs, membership_scores, privacy_leakage, privacy_score
 from eua.evaluation.metrics import measure_answers
 from eua.evaluation.retain_model import RetainFigures, measure_retain_model
 from eua.evaluation.said import said_in_wordings, said_summary
@@ -72,14 +72,15 @@ def full_report(
     )
     sets = {name: one.rows for name, one in task.test.items()}
     target, _ = load_model(task.target)
+    retained = _retain_figures(task, target, tokenizer)
     report, rows = measure_all(
         model,
         tokenizer,
         sets,
         forget=[name for name, one in task.test.items() if one.forget],
-        utility=task.utility,
+        utility=task.utility or UTILITY_SETS,  # TOFU's, of which others have not all
         holdout=None if task.members else task.holdout or None,
-        retain_model=_retain_figures(task, target, tokenizer),
+        retain_model=retained,
         full_model=target,
         entities=task.entities or None,
         guard=guard,
@@ -88,13 +89,15 @@ def full_report(
     for name, of_set in report["sets"].items():
         written = [row["generated"] for row in rows if row["set"] == name]
         of_set["declined"] = sum(map(declines, written)) / len(written)
+    if task.members:
+        _add_membership(report, _membership(model, tokenizer, task), retained)
     figures, curves = lasting(model, tokenizer, task, unlearn)
     result = {
         "said": _said(model, tokenizer, task, guard),
         "objectives": objectives(model, tokenizer, {name: task.test[name] for name in task.validation}),
         "sets": report["sets"],
         "aggregates": report["aggregates"],
-        "membership": _membership(model, tokenizer, task) if task.members else report["membership_auc"],
+        "membership": report["membership_auc"],
         "separation": report["separation"],
         "left_out": report["left_out"],
         "perplexity": _perplexity(model, tokenizer, task.text),
@@ -122,9 +125,12 @@ def _retain_figures(task: Task, target: PreTrainedModel, tokenizer: PreTrainedTo
         model, _ = load_model(task.retain_model)
         rows = next(one.rows for one in task.test.values() if one.forget)
         holdout = None if task.members else task.holdout or None
-        _figures[task.digest] = measure_retain_model(
+        figures = measure_retain_model(
             model, tokenizer, rows, holdout=holdout, full_model=target, entities=task.entities or None
         )
+        if task.members:
+            figures = replace(figures, membership_auc=_membership(model, tokenizer, task))
+        _figures[task.digest] = figures
     return _figures[task.digest]
 
 
@@ -167,6 +173,19 @@ def _membership(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task
         for name, rows in (("members", task.members), ("holdout", task.holdout))
     ]
     return membership_aucs(*scores)
+
+
+def _add_membership(report: dict[str, Any], aucs: dict[str, float], figures: RetainFigures | None) -> None:
+    """Put membership inference of rows that are not among the sets into a report, as if they were."""
+    of_retain = figures.membership_auc if figures else {}
+    report["membership_auc"] = aucs
+    found = {"privacy_leakage": privacy_leakage(aucs["min_k"], of_retain.get("min_k", 0.5))}
+    score = privacy_score(aucs, of_retain) if of_retain else None
+    if score is not None:
+        found["privacy_score"] = score
+    report["aggregates"] |= found
+    for name in ("membership_auc", *found):
+        report["left_out"].pop(name, None)
 
 
 def _perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> float | None:

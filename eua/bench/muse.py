@@ -22,9 +22,10 @@ from eua.data.sources import Row
 from eua.errors import EUAError
 
 HUB = "muse-bench/MUSE-News"
-TRAINING = {"per_device_train_batch_size": 4, "retain_per_forget": 1}
+TRAINING = {"per_device_train_batch_size": 4, "retain_per_forget": 1, "overlap": "drop"}
 CALIBRATED = 0.4  # share of the questions to retain that calibrate the guard
 LEAST_PROMPTS = 4
+TEXTS = 50  # pieces of text whose perplexity is measured
 _QA, _TEXT = ("question", "answer"), ("text",)
 
 
@@ -83,7 +84,7 @@ def muse(
         calibration_groups=[f"question {place}" for place in range(calibrated)],
         members=pieces(_texts(data, "privleak", "forget"), pieces_of_text),
         holdout=pieces(_texts(data, "privleak", "holdout"), pieces_of_text),
-        text=_texts(data, "privleak", "retain"),
+        text=[row["prompt"] + row["completion"] for row in pieces(_texts(data, "privleak", "retain"), TEXTS)],
         training=TRAINING,
         epochs=(epochs / 2, epochs),
         blocks=AutoConfig.from_pretrained(model).num_hidden_layers,

@@ -92,7 +92,8 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         ),
         _table(
             "Said, by way of asking",
-            "The share of the facts to forget whose key is in at least one answer.",
+            "The share of the facts to forget whose key is in at least one answer, and the same of groups of "
+            "facts to retain, by their names.",
             by_method,
             _columns(by_method, ("metrics", "said"), first=SAID),
         ),

@@ -25,7 +25,8 @@ from eua.errors import EUAError
 
 HUB, HUB_RETAIN, HUB_TEXTS = "cais/wmdp", "cais/mmlu", "cais/wmdp-corpora"
 DOMAINS = ("bio", "cyber")
-TRAINING = {"per_device_train_batch_size": 4, "retain_per_forget": 1}
+TRAINING = {"per_device_train_batch_size": 4, "retain_per_forget": 1, "overlap": "drop"}
+TEXTS = 50  # pieces of text whose perplexity is measured
 CALIBRATED = 0.4  # share of the questions to retain that calibrate the guard
 _CHOICES, _TEXT = ("question", "choices", "answer"), ("text",)
 
@@ -78,7 +79,7 @@ def wmdp(
         test=sets(1),
         calibration=[row["question"] for row in kept[:calibrated]],
         calibration_groups=[f"question {place}" for place in range(calibrated)],
-        text=texts["retain"][-20:],
+        text=[row["prompt"] + row["completion"] for row in pieces(texts["retain"][::-1], TEXTS)],
         training=TRAINING,
         epochs=(epochs / 2, epochs),
         blocks=AutoConfig.from_pretrained(model).num_hidden_layers,

@@ -13,7 +13,7 @@ from eua.cli.demo import default_cache
 from eua.cli.options import Parser, count, positive
 from eua.errors import EUAError
 
-TASKS = ("people", "tofu", "muse", "wmdp", "facts")
+TASKS = ("people", "facts", "tofu", "muse", "wmdp")
 SETTINGS = "bench.json"  # what the command was asked for
 RESULTS, TABLE, PAGE = "results.json", "results.md", "bench.html"
 # Options that say what is compared, which `eua bench report` reads from the output folder.
@@ -43,6 +43,10 @@ def main(argv: Sequence[str]) -> None:
     _write(run_bench(bench, workers=arguments.workers, limit=arguments.limit), output)
 
 
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
 def _parser() -> Parser:
     parser = Parser(
         "bench",
@@ -50,12 +54,10 @@ def _parser() -> Parser:
         "and the chosen ones are measured in full on a test split at several seeds. Run the same command again to go on.",
         (
             "eua bench people --output results --trials 6 --seeds 3 --methods eua,npo,rmu",
-            "eua bench tofu --data tofu --split forget10 --output results",
-            "eua bench muse --model muse-bench/MUSE-News_target --retain-model muse-bench/MUSE-News_retrain --output results",
-            "eua bench facts --output results --trials 2 --methods eua,npo,simnpo",
-            "eua bench report --output results",
+            "eua bench tofu --data tofu --split forget10 --output tofu-results",
+            "eua bench facts --output facts-results --trials 2 --methods eua,npo,simnpo",
         ),
-        usage="eua bench {people,tofu,muse,wmdp,facts,report} [OPTIONS]",
+        usage="eua bench {people,facts,tofu,muse,wmdp,report} [OPTIONS]",
     )
     parser.add_argument(
         "task", choices=(*TASKS, "report"), help="what to compare methods on; report: write the results so far anew"
@@ -75,6 +77,7 @@ def _parser() -> Parser:
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder in which small models are kept")
     rows = parser.add_argument_group("rows and models")
     rows.add_argument("--people", type=positive(int), help="people: how many to make up (default: 100)")
+    rows.add_argument("--relations", type=_names, metavar="A,B,…", help="facts: relations to forget (default: one is drawn)")
     rows.add_argument("--data", help="folder or hub name of the rows (default: the published ones on the hub)")
     rows.add_argument("--split", help="tofu: forget01, forget05 or forget10; wmdp: bio or cyber")
     rows.add_argument("--authors", type=positive(int), help="tofu: retained authors to use (default: all)")
@@ -95,11 +98,14 @@ def _parser() -> Parser:
 # Option → argument of the task's function, by task. Others make no sense there.
 _ARGUMENTS: dict[str, dict[str, str]] = {
     "people": {"people": "people", "target_epochs": "target_epochs", "epochs": "epochs", "cache": "cache"},
+    "facts": {
+        **{name: name for name in ("model", "relations", "trained", "epochs", "cache")},
+        "facts": "forget",
+    },
     "tofu": {
         **{name: name for name in ("data", "split", "authors", "model", "retain_model", "target_epochs", "epochs", "cache")},
     },
     "muse": {"data": "data", "model": "model", "retain_model": "retain_model", "pieces": "pieces_of_text", "epochs": "epochs"},
-    "facts": {"model": "model", "facts": "forget", "trained": "trained", "epochs": "epochs", "cache": "cache"},
     "wmdp": {"data": "data", "split": "domain", "model": "model", "pieces": "pieces_of_text", "epochs": "epochs"},
 }
 _OF_TASKS = sorted({option for of_task in _ARGUMENTS.values() for option in of_task})
@@ -145,14 +151,14 @@ def _bench(settings: dict[str, Any], output: Path, storage: str | None) -> Any:
 
 
 def _maker(task: str) -> Callable[..., Any]:
-    from eua.bench import facts_bench, muse, people, tofu, wmdp
+    from eua.bench import known, muse, people, tofu, wmdp
 
     makers: dict[str, Callable[..., Any]] = {
         "people": people.people,
+        "facts": known.facts,
         "tofu": tofu.tofu,
         "muse": muse.muse,
         "wmdp": wmdp.wmdp,
-        "facts": facts_bench.facts,
     }
     return makers[task]
 

@@ -56,6 +56,7 @@ def test_area_under_the_front_on_constructed_points():
     points = [Point(0.5, 0.9), Point(0.0, 0.4), Point(0.7, 0.8)]
     assert area_under_front(points) == pytest.approx(0.4 * 0.5 + 0.9 * 0.5)
     assert front(points) == [Point(0.0, 0.4), Point(0.5, 0.9)]
+    assert front([*points, Point(0.5, 0.9)]) == [Point(0.0, 0.4), Point(0.5, 0.9)]
     assert area_under_front([*points, Point(0.5, 0.9)]) == pytest.approx(0.65)
 
 

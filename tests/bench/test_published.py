@@ -17,7 +17,7 @@ from eua.files import write_jsonl
 from tests.conftest import tiny_llama
 
 CITIES = ("Oslo", "Lima", "Quito", "Accra", "Hanoi", "Sofia", "Tunis", "Dakar", "Minsk", "Perth")
-SIZE = {"vocabulary": 300, "hidden_size": 64, "layers": 2}
+SIZE = {"vocabulary": 700, "hidden_size": 64, "layers": 2}
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +145,7 @@ def test_muse_is_read_from_its_configurations(tmp_path, model_folder):
     asked = {row["question"] for part in (task.validation, task.test) for row in part["retain"].rows}
     assert len(task.calibration) == 8
     assert not asked & set(task.calibration)
+    assert len(task.text) == 3
     assert verbatim([{"prompt": "a", "gt": "  b"}]) == [{"prompt": "a", "completion": " b"}]
 
 

@@ -89,6 +89,7 @@ def test_a_finished_or_failed_trial_is_not_handed_out_again(tmp_path):
     again = queue(tmp_path)
     again.add(PLANS[:2])
     assert again.take(PLANS[:2]) is None
+    assert len(again.study.get_trials()) == 2
     done = again.done(PLANS[:2])
     assert [trial.error for trial in done] == [None, "ValueError: the loss became nan"]
     assert done[1].result is None

@@ -1,0 +1,26 @@
+"""What a model knows as a task of the benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from eua.bench import known as known_module
+from eua.bench.measure import full_report, objectives
+from tests.bench.test_facts import world_facts  # noqa: F401
+
+
+def test_a_task_of_what_a_model_knows_can_be_measured(world_facts, trained_folder, known, tokenizer, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(known_module, "load_facts", lambda: world_facts)
+    relations = sorted({fact.relation for fact in world_facts})[:4]
+    task = known_module.facts(0, model=str(trained_folder), cache=tmp_path, relations=relations, forget=8, least=1)
+    task = replace(task, samples=1, new_tokens=24, relearning_steps=(1,))
+    assert len(task.forget) == 8
+    assert {fact.group for fact in task.facts} > {"forget"}
+    found = objectives(known, tokenizer, task.validation)
+    assert 0 < found["forget"] <= 1
+    report, _, _ = full_report(known, tokenizer, task)
+    assert report["said"]["any wording"] == 1.0
+    assert not [fact.group for fact in task.facts if "in context" in fact.group]  # asked for elsewhere
+    assert {f"any wording, {fact.group}" for fact in task.facts} - {"any wording, forget"} <= set(report["said"])
+    assert not [name for name in task.validation if "prefix" in name]
+    assert "forget_quality" in report["left_out"]  # there is no retain-only model
