@@ -34,7 +34,7 @@ def lasting(
 
     Returns:
         Figures by name, and the curves of relearning, of which the figures have the largest value after at least one step.
-        Where nothing else is said, a figure is the extraction strength of the rows to forget.
+        Where nothing else is said, a figure is the extraction strength of the rows to forget, every set counting the same.
     """
     forgotten = _forgotten(task)
     encoded = [encode_rows(rows, tokenizer, None, name) for name, rows in forgotten.items()]
@@ -75,7 +75,7 @@ def said(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequ
 
 
 def _forgotten(task: Task) -> dict[str, Sequence[Row]]:
-    """The test sets to forget in the wording of the rows: those that settings were chosen by."""
+    """The test sets to forget whose counterparts settings were chosen by, first the one in the wording of the rows."""
     return {name: one.rows for name, one in task.test.items() if one.forget and name in task.validation}
 
 

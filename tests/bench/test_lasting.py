@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from eua.bench.lasting import lasting, strength
+from eua.bench.lasting import lasting
+from eua.bench.measure import objectives
 from eua.data.rows import encode_rows
 from eua.model.loading import load_model
 
@@ -24,7 +25,7 @@ def target(task):
 def test_a_model_that_forgot_nothing_keeps_what_it_knows(task, target):
     model, tokenizer = target
     figures, curves = lasting(model, tokenizer, task)
-    known = strength(model, encode_rows(task.test["forget"].rows, tokenizer, None))
+    known = objectives(model, tokenizer, {name: task.test[name] for name in task.validation})["forget"]
     assert known > 0.4
     assert figures["in 8 bits"] == pytest.approx(known, abs=0.05)
     assert all(curve["0"] == pytest.approx(known, abs=1e-6) for curve in curves.values())

@@ -141,7 +141,8 @@ def _work_slowly(bench: Bench, plans) -> None:
 def test_a_benchmark_whose_worker_was_killed_ends_as_an_uninterrupted_one(bench, results, tmp_path):
     broken = replace(bench, output=tmp_path)
     plans = broken.tuning_plans(broken.make_task(0))
-    worker = multiprocessing.get_context("fork").Process(target=_work_slowly, args=(broken, plans))
+    # Spawned: the threads of a process that has trained are not there in a fork, which waits for them forever.
+    worker = multiprocessing.get_context("spawn").Process(target=_work_slowly, args=(broken, plans), daemon=True)
     worker.start()
     deadline = time.monotonic() + PATIENCE
     while not (tmp_path / "stuck").exists():
