@@ -7,7 +7,8 @@ LOWEST := $(VENV)-lowest
 # of their own the kernels' compilation: Triton releases differ in it. Tests that
 # interrupt runs are left out because they take long, DDP because transformers 5.17 cannot load an optimizer's state on CPUs.
 LOWEST_TESTS := tests/data tests/methods tests/training/test_trainer.py tests/training/test_model_card.py tests/cli tests/serving \
-	tests/guard/test_guard.py tests/evaluation/test_report.py tests/test_package.py \
+	tests/guard/test_guard.py tests/evaluation/test_report.py tests/evaluation/test_quality.py tests/evaluation/test_texts.py \
+	tests/bench/test_study.py tests/test_package.py \
 	tests/training/test_distributed.py -k 'not interrupted and not ddp and not command_line_in_two_processes'
 PACKAGE := build/package
 

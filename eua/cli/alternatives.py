@@ -15,8 +15,7 @@ def main(argv: Sequence[str]) -> None:
         "prefers them to the forgotten answers.",
         (
             "eua alternatives --model MODEL --forget forget.jsonl --output forget_with_alternatives.jsonl",
-            "eua unlearn --method alt_po --model MODEL --forget forget_with_alternatives.jsonl --retain retain.jsonl "
-            "--output unlearned",
+            "eua alternatives --model MODEL --forget forget.jsonl --output more.jsonl --count 10 --seed 1",
         ),
     )
     add_model(parser)

@@ -54,7 +54,6 @@ def _parser() -> Parser:
         "and the chosen ones are measured in full on a test split at several seeds. Run the same command again to go on.",
         (
             "eua bench people --output results --trials 6 --seeds 3 --methods eua,npo,rmu",
-            "eua bench tofu --data tofu --split forget10 --output tofu-results",
             "eua bench facts --output facts-results --trials 2 --methods eua,npo,simnpo",
         ),
         usage="eua bench {people,facts,tofu,muse,wmdp,report} [OPTIONS]",
