@@ -38,6 +38,8 @@ RAREST = 0.01  # share of the other answers that may contain a key
 # Of docs/measurements.md, for the small model; the released ones are for a model of the user's.
 SMALL_MODEL: dict[str, Any] = {"vocabulary": 4096, "batch_size": 16, "learning_rate": 1e-3}
 SMALL_LEARNING_RATES = (1e-4, 2e-4, 4e-4, 8e-4)
+BASE_MODEL: dict[str, Any] = {"batch_size": 32, "learning_rate": 2e-4}  # of 135M to 1B parameters
+BASE_LEARNING_RATES = (2e-5, 5e-5, 1e-4, 2e-4)
 TRAINING = {"per_device_train_batch_size": 16, "retain_per_forget": 3}
 _KEYS = ("question", "answer")
 _WRONG = (*_KEYS, "perturbed_answer")
@@ -51,6 +53,7 @@ def tofu(
     split: str = "forget10",
     model: str | None = None,
     retain_model: str | None = None,
+    base: str | None = None,
     authors: int | None = None,
     target_epochs: float = 15,
     epochs: float = 6,
@@ -65,6 +68,7 @@ def tofu(
         split: "forget01", "forget05" or "forget10".
         model: folder or hub name of a model that was trained on all rows; None: a small one is trained from scratch.
         retain_model: the same of a model that was trained on the rows to retain; None: as for ``model``, or none.
+        base: folder or hub name of a model that is trained on the rows instead, e.g. SmolLM2; None: one from scratch.
         authors: number of retained authors that are used; None: all.
         target_epochs: passes of a small model over its rows.
         epochs: the larger number of passes of unlearning over the rows to forget; half of it is the other one.
@@ -77,12 +81,12 @@ def tofu(
         raise EUAError(f"The split {split!r} was asked for, but TOFU has {', '.join(RETAINED)}: name one of these.")
     forget = published_rows(data, f"{split}_perturbed", "train", _WRONG)
     retain = published_rows(data, RETAINED[split], "train", _KEYS)[: authors and authors * ROWS_PER_AUTHOR]
-    learning_rates = None if model else SMALL_LEARNING_RATES
+    learning_rates = None if model else BASE_LEARNING_RATES if base else SMALL_LEARNING_RATES
     if model is None:
-        training = SMALL_MODEL | {"epochs": target_epochs, "seed": seed} | size
+        training = (BASE_MODEL | {"base": base} if base else SMALL_MODEL) | {"epochs": target_epochs, "seed": seed} | size
         plain, kept = ([{key: row[key] for key in _KEYS} for row in rows] for rows in (forget, retain))
         model = str(cached_model(plain + kept, cache, **training)[0])
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = None if base else AutoTokenizer.from_pretrained(model)
         retain_model = str(cached_model(kept, cache, tokenizer=tokenizer, **training)[0])
     perturbed = {row["question"]: row for row in published_rows(data, "retain_perturbed", "train", _WRONG)}
     foreign = {

@@ -85,6 +85,7 @@ def _parser() -> Parser:
         help="folder or hub name of the model before unlearning (people, tofu: trained from scratch; facts: SmolLM2)",
     )
     rows.add_argument("--retain-model", help="the same of a model that was never trained on the rows to forget")
+    rows.add_argument("--base", help="tofu: a model that is trained on the rows first, in place of one from scratch")
     rows.add_argument("--facts", type=positive(int), help="facts: how many to forget (default: 24)")
     rows.add_argument("--trained", type=positive(int), help="facts: wordings of each fact that unlearning sees (default: 1)")
     rows.add_argument("--pieces", type=count, help="muse, wmdp: pieces of text to train on, to forget and to retain")
@@ -102,7 +103,10 @@ _ARGUMENTS: dict[str, dict[str, str]] = {
         "facts": "forget",
     },
     "tofu": {
-        **{name: name for name in ("data", "split", "authors", "model", "retain_model", "target_epochs", "epochs", "cache")},
+        **{
+            name: name
+            for name in ("data", "split", "authors", "model", "retain_model", "base", "target_epochs", "epochs", "cache")
+        },
     },
     "muse": {"data": "data", "model": "model", "retain_model": "retain_model", "pieces": "pieces_of_text", "epochs": "epochs"},
     "wmdp": {"data": "data", "split": "domain", "model": "model", "pieces": "pieces_of_text", "epochs": "epochs"},

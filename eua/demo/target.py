@@ -26,6 +26,7 @@ from eua.data.batches import pad_rows
 from eua.data.rows import IGNORE_INDEX, QUESTION_TEMPLATE, EncodedRow, encode_rows
 from eua.data.sources import Row
 from eua.files import fill_folder, locked
+from eua.model.loading import load_model
 
 
 def cached_model(
@@ -79,10 +80,13 @@ def train_target(
     seed: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
     tokenizer: PreTrainedTokenizerFast | None = None,
+    base: str | None = None,
 ) -> None:
-    """Train a tokenizer and a Llama of ``layers`` × ``hidden_size`` on ``rows``; save both completely or not at all.
+    """Train a tokenizer and a Llama of ``layers`` × ``hidden_size`` on ``rows``, or a given model; save both completely or not
+    at all.
 
-    The language-model loss covers questions and answers: a model trained from scratch learns the names from the questions.
+    The language-model loss covers questions and answers: a model trained from scratch learns the names from the questions. A
+    model that is given learns the answers alone.
 
     Args:
         rows: "question"/"answer" rows.
@@ -92,10 +96,50 @@ def train_target(
         epochs, batch_size, learning_rate, seed: of the training with AdamW and a cosine schedule.
         callbacks: passed to transformers' Trainer.
         tokenizer: that of another model, whose token ids the model is to share, in place of a new one.
+        base: folder or hub name of a model to train further, with its own tokenizer and size.
     """
     set_seed(seed)
-    tokenizer = tokenizer or train_tokenizer(rows, vocabulary)
-    config = LlamaConfig(
+    if base is not None:
+        model, tokenizer = load_model(base, torch.float32)
+    else:
+        tokenizer = tokenizer or train_tokenizer(rows, vocabulary)
+        model = LlamaForCausalLM(_config(tokenizer, hidden_size, layers))
+    has_accelerator = torch.accelerator.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        weight_decay=0.0,
+        bf16=has_accelerator and base is not None,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=has_accelerator,
+        seed=seed,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=encode_rows(rows, tokenizer, None, "target's rows"),
+        data_collator=_whole_row_labels if base is None else pad_rows,
+        callbacks=list(callbacks),
+    )
+    trainer.train()
+    trainer.model.config.use_cache = True
+
+    def write(staging: Path) -> None:
+        trainer.model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+
+    fill_folder(folder, write)
+
+
+def _config(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=11 * hidden_size // 4,
@@ -108,36 +152,6 @@ def train_target(
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        weight_decay=0.0,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        seed=seed,
-    )
-    trainer = Trainer(
-        model=LlamaForCausalLM(config),
-        args=arguments,
-        train_dataset=encode_rows(rows, tokenizer, None, "target's rows"),
-        data_collator=_whole_row_labels,
-        callbacks=list(callbacks),
-    )
-    trainer.train()
-    trainer.model.config.use_cache = True
-
-    def write(staging: Path) -> None:
-        trainer.model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-
-    fill_folder(folder, write)
 
 
 def _whole_row_labels(rows: Sequence[EncodedRow]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import pytest
 
 from eua.bench.muse import muse, verbatim
 from eua.bench.published import pieces, published_rows, rows_if_any
-from eua.bench.tofu import answer_keys, keyed_facts, tofu
+from eua.bench.task import files_digest
+from eua.bench.tofu import BASE_LEARNING_RATES, answer_keys, keyed_facts, tofu
 from eua.bench.wmdp import multiple_choice, wmdp
 from eua.errors import EUAError
 from eua.evaluation.said import says
@@ -92,6 +93,16 @@ def test_tofu_without_a_model_trains_two_with_one_tokenizer(tofu_folder, tmp_pat
     assert task.learning_rates is not None
     assert authors_of(task.retain) == {"2", "3"}
     assert task.blocks == 2
+
+
+def test_tofu_trains_a_model_that_is_given(tofu_folder, model_folder, tmp_path):
+    options = {"authors": 6, "target_epochs": 1, "batch_size": 4}
+    task = tofu(0, cache=tmp_path, data=str(tofu_folder), split="forget01", base=str(model_folder), **options)
+    texts = [(Path(folder) / "tokenizer.json").read_text() for folder in (task.target, task.retain_model, model_folder)]
+    assert texts[0] == texts[1] == texts[2]
+    weights = [files_digest(str(folder)) for folder in (task.target, task.retain_model, model_folder)]
+    assert len(set(weights)) == 3
+    assert task.learning_rates == BASE_LEARNING_RATES
 
 
 def test_tofu_needs_enough_authors_and_a_known_split(tofu_folder, model_folder):
