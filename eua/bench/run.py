@@ -26,9 +26,12 @@ from eua.bench.grids import check_methods, trials_of
 from eua.bench.study import GRACE, HEARTBEAT, Done, Plan, TrialQueue, default_storage
 from eua.bench.task import MakeTask, Task
 from eua.bench.trial import RETAIN_ONLY, TARGET, Phase, run_trial
-from eua.errors import EUAError
+from eua.errors import EUAError, in_one_line
 
 TUNING_SEED = 0
+# A line of the progress table: extraction strengths are those of the split.
+_LINE = "  {:>7}  {:<18} {:>4} {:>8}  {:>7} {:>7}  {}"
+_HEAD = _LINE.format("trial", "method", "seed", "seconds", "forget", "retain", "settings")
 _POLL = 0.5  # seconds between two looks at trials that other processes are working on
 
 
@@ -73,8 +76,9 @@ class Bench:
     def report_plans(self, task: Task, choices: Mapping[str, Choice | None]) -> list[Plan]:
         """All trials of the report phase: every chosen setting, and the models to compare with, at every seed."""
         chosen = [(method, choice.trial.plan.settings) for method, choice in choices.items() if choice is not None]
-        plans = [Plan(method, settings, seed) for method, settings in chosen for seed in range(self.seeds)]
-        return [*self._compared(task, self.seeds), *plans]
+        plans = [Plan(method, settings, seed) for seed in range(self.seeds) for method, settings in chosen]
+        compared = self._compared(task, self.seeds)
+        return sorted([*compared, *plans], key=lambda plan: plan.seed)  # a seed's models are measured once for all its trials
 
     def _compared(self, task: Task, seeds: int) -> list[Plan]:
         models = [TARGET] if task.retain_model is None else [TARGET, RETAIN_ONLY]
@@ -102,7 +106,7 @@ def run_bench(bench: Bench, *, workers: int | None = None, limit: float | None =
     queue.belongs_to(task.digest, bench.name)
     queue.add(plans)
     workers = workers or default_workers()
-    print(f"Tuning: {len(plans)} trials on the validation split of {bench.name}, {workers} at a time.", flush=True)
+    print(f"Tuning: {len(plans)} trials on the validation split of {bench.name}, {workers} at a time.\n{_HEAD}", flush=True)
     if workers == 1 and len(_gpus()) <= 1:
         _both_phases(bench, task, deadline)
     else:
@@ -221,21 +225,21 @@ def work(bench: Bench, phase: Phase, plans: Sequence[Plan], deadline: float | No
             time.sleep(_POLL)
             continue
         trial, plan = taken
+        started = time.monotonic()
         with queue.alive(trial):
             try:
                 result = run_trial(task(plan.seed), plan, phase, bench.output)
             except Exception as error:  # whatever a method does; the others go on
                 queue.fail(trial, error)
-                outcome = f"failed: {error}"
+                figures = ("failed", "", in_one_line(error))
             else:
                 queue.finish(trial, result)
-                outcome = "forget {forget:.3f}, retain {retain:.3f}".format(**result["objectives"])
-        print(f"  [{len(ended) + 1}/{len(plans)}] {describe(plan)}: {outcome}", flush=True)
+                figures = (*(f"{result['objectives'][name]:.3f}" for name in ("forget", "retain")), _in_words(plan))
+        seconds = f"{time.monotonic() - started:.0f}"
+        print(_LINE.format(f"{len(ended) + 1}/{len(plans)}", plan.method, plan.seed, seconds, *figures), flush=True)
 
 
-def describe(plan: Plan) -> str:
-    """A plan in one line."""
-    settings = ", ".join(
+def _in_words(plan: Plan) -> str:
+    return ", ".join(
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in plan.settings.items()
     )
-    return f"{plan.method}, seed {plan.seed}" + (f" ({settings})" if settings else "")
