@@ -226,6 +226,7 @@ def work(bench: Bench, phase: Phase, plans: Sequence[Plan], deadline: float | No
             continue
         trial, plan = taken
         started = time.monotonic()
+        figures: tuple[str, ...]
         with queue.alive(trial):
             try:
                 result = run_trial(task(plan.seed), plan, phase, bench.output)
