@@ -74,7 +74,9 @@ class MethodsTable(Directive):
                     )
                 ),
                 *({"idk": ["phrases of not knowing"], "own": ["other answers of the rows"]}.get(method.alternatives or "", [])),
-                *(["mean and maximum of the logits"] if name in ("pdu", "me_gd") else []),
+                *(["mean of the logits"] if "mean logit" in method.needs else []),
+                *(["largest logit"] if name == "pdu" else []),
+                *(["output of a block"] if "inner" in method.needs else []),
                 *(["`ref_model`, at every step"] if method.needs_model or method.retain_loss == "hidden" else []),
             ]
             lines.append(f"| `{name}` | {method.title} | {method.source} | {settings} | {', '.join(needs)} |")

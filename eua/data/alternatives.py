@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from eua.data.rows import check_rows
 from eua.data.sources import Row
 from eua.errors import EUAError
 
@@ -43,9 +44,15 @@ def rows_with_alternatives(rows: Sequence[Row], kind: str, count: int, seed: int
     Raises:
         EUAError: if a row has no alternatives of its own, or if they are not texts.
     """
+    check_rows(rows, name, answers=True)
     made: list[Row] = []
     for index, row in enumerate(rows):
         options = list(idk_answers()) if kind == "idk" else _own(row, f"Row {index} of the {name}")
+        if kind == "own" and row.get("answer") in options:
+            raise EUAError(
+                f'Row {index} of the {name} has its answer among its "{KEY}", so nothing would be preferred to it: leave it '
+                "out there."
+            )
         draw = random.Random(f"{seed} {index}")
         texts: list[str] = []
         while len(texts) < count:
@@ -71,4 +78,7 @@ def _with_answer(row: Row, text: str) -> Row:
         return {"messages": [*row["messages"][:-1], *reply]}
     if "question" in row:
         return {"question": row["question"], "answer": text}
-    return {"prompt": row["prompt"], "completion": f" {text}" if isinstance(row["prompt"], str) else reply}
+    if isinstance(row["prompt"], str):
+        completion = row["completion"]
+        return {"prompt": row["prompt"], "completion": completion[: len(completion) - len(completion.lstrip())] + text}
+    return {"prompt": row["prompt"], "completion": reply}

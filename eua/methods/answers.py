@@ -57,8 +57,8 @@ class Places(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """The number of rows in the batch."""
-        return int(self.row.max()) + 1
+        """The number of rows in the batch, which only rows that follow one another in one do not show in a shape."""
+        return self.row.shape[0] if self.row.shape[0] > 1 else int(self.row.max()) + 1
 
     def row_sums(self, values: Tensor, tokens: Tensor) -> Tensor:
         """Sums within rows, (R,): ``values`` (B, S−1) at the tokens of the mask ``tokens``, 0 for a row without any."""

@@ -13,7 +13,7 @@ from eua.methods.answers import Answers, Places
 
 
 def gradient_ascent(answers: Answers) -> Tensor:
-    """``−nll``: GradAscent without a retain part, GradDiff with one (Maini et al. 2024; Liu et al. 2022).
+    """``−nll``: GradAscent without a retain part (Jang et al. 2023), GradDiff with one (Liu et al. 2022).
 
     Published settings: GradDiff γ = α = 1, learning rate 1e-5 to 5e-5, α 1 to 10, 5 or 10 epochs.
     """
@@ -47,14 +47,14 @@ def ce_u(answers: Answers, *, skip_first: int) -> Tensor:
     ``−p(y)/(1 − p(y)) · nll`` with a weight that has no gradient. That is what is computed, so the value is not that of the
     cross-entropy. The weight, which has no bound as p(y) → 1, is at most 1e4.
 
-    Published settings: learning rate 1e-5, the first token of each answer left out, no retain part.
+    Published settings: learning rate 1e-5, the first token of each row's answer left out, no retain part.
     """
     p = (-answers.nll.detach()).exp()
     return -(p / (1 - p).clamp(min=torch.finfo(p.dtype).tiny)).clamp(max=LARGEST_WEIGHT) * answers.nll
 
 
 def after_the_first(places: Places, *, skip_first: int) -> Tensor:
-    """(B, S−1) bool, the tokens to forget without the first ones of each answer."""
+    """(B, S−1) bool, the tokens to forget without the first ones of each row."""
     before = places.forget.int().cumsum(dim=1)  # the number of tokens up to here, in a row of the batch
     if places.row.shape[0] == 1 and places.rows > 1:  # rows that follow one another: count anew in each
         row = places.row[:, 1:]

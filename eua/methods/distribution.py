@@ -27,7 +27,7 @@ def maximum_entropy(answers: Answers) -> Tensor:
 
 
 def flatness(answers: Answers) -> Tensor:
-    """PDU (primal-dual unlearning, Entesari et al. 2025): ``(max_v z − mean_v z)²`` at every token, (B, S−1).
+    """PDU (primal-dual unlearning, Entesari et al. 2025): ``(max_v z − mean_v z)²``, (B, S−1), which is 0 for flat logits.
 
     The weight of the retain part is a multiplier that rises while the retained rows' NLL is above a bound:
     :func:`next_multiplier`.
@@ -35,13 +35,12 @@ def flatness(answers: Answers) -> Tensor:
     Published settings for TOFU: γ = 1, α = 100 (the multiplier's start), bound ε = 0.3, step η = 5, warm-up of 5 epochs, 10
     epochs.
     """
-    hidden, _ = _states(answers)
-    return _flatness(answers, hidden[:, :-1])
+    return _flatness(answers, answers.places.forget)
 
 
 def flatness_as_released(answers: Answers) -> Tensor:
     """As :func:`flatness`, at the positions of the answers' tokens instead of those that predict them, (B, S)."""
-    return _flatness(answers, _states(answers)[0])
+    return _flatness(answers, answer_positions(answers.places))
 
 
 def answer_positions(places: Places, **settings: object) -> Tensor:
@@ -91,11 +90,15 @@ def _states(answers: Answers) -> tuple[Tensor, Head]:
     return answers.hidden, answers.head
 
 
-def _flatness(answers: Answers, hidden: Tensor) -> Tensor:
-    _, head = _states(answers)
+def _flatness(answers: Answers, counted: Tensor) -> Tensor:
+    """At the positions of a mask, which is as wide as the hidden states or leaves the last position out."""
+    hidden, head = _states(answers)
+    states = hidden[:, : counted.shape[1]][counted]
     with torch.no_grad():
-        largest = head.most_likely(hidden.reshape(-1, hidden.shape[-1])).reshape(hidden.shape[:-1])
-    return (head.logit(hidden, largest) - head.mean_logit(hidden)).square()
+        largest = head.most_likely(states)
+    values = (head.logit(states, largest) - head.mean_logit(states)).square()
+    empty = torch.zeros(counted.shape, dtype=values.dtype, device=values.device)
+    return empty.masked_scatter(counted, values)
 
 
 def _distilled(answers: Answers, tokens: Tensor, targets: Tensor, beta: float) -> Tensor:

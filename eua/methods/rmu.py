@@ -57,7 +57,8 @@ def kept_as_released(answers: Answers) -> Tensor:
 def _inner(answers: Answers) -> tuple[Tensor, Tensor | None]:
     if answers.inner is None:
         raise ValueError("RMU reads the output of a block: give it to Answers as inner")
-    return answers.inner, answers.ref_inner
+    # In bfloat16 a count of tokens would end at 256, and in float16 squares overflow.
+    return answers.inner.float(), None if answers.ref_inner is None else answers.ref_inner.float()
 
 
 def _row_means(answers: Answers, values: Tensor, tokens: Tensor) -> Tensor:

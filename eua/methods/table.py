@@ -46,7 +46,8 @@ class Method:
         alternatives: other answers to the prompts to forget: "idk", phrases of not knowing; "own", those of the rows.
         replaces: whether alternatives take the place of the rows to forget, which are then not trained on.
         needs_model: whether the model before unlearning is needed at every step.
-        needs: what it reads beyond energy and NLL: "hidden" states with the head, or the "inner" states of a block.
+        needs: what it reads beyond energy and NLL: "hidden" states with the head, the "mean logit", which a model that caps its
+            logits does not give, or the "inner" states of a block.
     """
 
     title: str
@@ -152,14 +153,14 @@ METHODS: dict[str, Method] = {
         distribution.flatness,
         weights={"gamma": 1.0, "alpha": 100.0},
         others={"retain_bound": 0.3, "dual_step": 5.0, "dual_warmup": 5.0},
-        needs=frozenset({"hidden"}),
+        needs=frozenset({"hidden", "mean logit"}),
     ),
     "me_gd": Method(
         "ME+GD",
         "Yuan et al. 2024, arXiv 2410.08109",
         distribution.maximum_entropy,
         weights={"gamma": 0.1, "alpha": 1.0},
-        needs=frozenset({"hidden"}),
+        needs=frozenset({"hidden", "mean logit"}),
     ),
 }
 

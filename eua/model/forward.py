@@ -61,6 +61,32 @@ def hidden_and_inner_states(model: nn.Module, batch: Mapping[str, Tensor], layer
     return hidden, attached_to_output(model, outputs[0], output.logits)
 
 
+def freeze_above(model: nn.Module, layer: int) -> None:
+    """Freeze the parameters on which the output of block ``layer`` does not depend: blocks above it, the last norm, the head.
+
+    A loss on that output gives them no gradient, for which DDP would wait, and the optimizer would keep a state for them.
+
+    Raises:
+        EUAError: if the model has no such block, or if no trainable parameter is left.
+    """
+    block_of(model, layer)
+    _, device = vocabulary_and_device(model)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with eval_mode(model), torch.enable_grad():
+        _, inner = hidden_and_inner_states(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, layer)
+    depends = inner is not None and inner.requires_grad
+    gradients = torch.autograd.grad(inner.float().sum(), trainable, allow_unused=True) if inner is not None and depends else ()
+    below = {id(parameter) for parameter, gradient in zip(trainable, gradients, strict=False) if gradient is not None}
+    if not below:
+        raise EUAError(
+            f"layer = {layer}, but every trainable weight of {type(unwrap(model)).__name__} lies above that block, whose "
+            "output is all that the loss depends on: name a higher block, or train weights below it."
+        )
+    for parameter in trainable:
+        parameter.requires_grad_(id(parameter) in below)
+
+
 def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The transformer's blocks in order.
 
@@ -70,7 +96,8 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     inner = unwrap(model)
     config: Any = getattr(inner, "config", None)
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    lists = [module for module in inner.modules() if isinstance(module, nn.ModuleList) and len(module) == layers]
+    decoder: nn.Module = inner.get_decoder() if hasattr(inner, "get_decoder") else inner  # not a part that reads pictures
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == layers]
     if not lists:
         raise EUAError(
             f"{type(inner).__name__} has no list of {layers} blocks, so the output of one block cannot be read: choose a "

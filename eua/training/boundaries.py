@@ -24,6 +24,7 @@ from eua.data.rows import EncodedRow, rows_digest
 from eua.distributed import own_part
 from eua.errors import EUAError
 from eua.files import replacing
+from eua.methods.table import METHODS
 from eua.model.fingerprints import model_fingerprint
 from eua.model.forward import answer_states, check_finite, eval_hidden_states
 from eua.model.head import Fill, Side, output_head
@@ -53,7 +54,8 @@ class BoundaryStore:
     Args:
         path: the safetensors file.
         rows: encoded rows by kind, see :data:`KINDS_OF`.
-        figure: what is computed, ``"boundary"`` or ``"nll"``; None: nothing. Rows that need no figure have zeros.
+        method: decides what is computed, boundaries, NLLs or nothing, see :data:`eua.methods.table.METHODS`. Rows that need no
+            figure have zeros.
         constants: (m_in, m_out), in nats, to be used instead of computed boundaries.
         every_step: the caller computes the boundaries of training rows at every step; here they are NaN.
         settings: ``fraction``, ``temperature`` and ``fill`` of :func:`compute_boundaries`.
@@ -64,18 +66,19 @@ class BoundaryStore:
         path: Path,
         rows: Mapping[str, Sequence[EncodedRow]],
         *,
-        figure: str | None = "boundary",
+        method: str = "eua",
         constants: tuple[float, float] | None = None,
         every_step: bool = False,
         **settings: Any,
     ) -> None:
-        self.path, self.figure, self.every_step = path, figure, every_step
+        figure = METHODS[method].reference
+        self.path, self.method, self.figure, self.every_step = path, method, figure, every_step
         self.settings = settings if figure == "boundary" else {}
         self.rows = rows
         self.values: dict[str, list[Tensor]] = {}  # for each row (A,) float32 on the CPU; NaN for rows that are not used
         self._found: Boundaries | None = None
         self._used: Mapping[str, Collection[int]] = {}
-        self._key, self._are_constants, self._is_saved = "", constants is not None or figure is None, False
+        self._key, self._is_saved = "", False
         self._fill([kind for kind in rows if kind not in KINDS_OF[figure]], dict.fromkeys(_SIDES, 0.0))
         if figure is not None and constants is not None:
             m_in, m_out = constants
@@ -110,7 +113,7 @@ class BoundaryStore:
             EUAError: when the run is resumed and the file belongs to another one, or when the file cannot be read.
         """
         self._used = used or {}
-        if self._found is not None or self._are_constants:
+        if self._found is not None:
             return
         key = self._fingerprint(model)
         result = None
@@ -155,8 +158,7 @@ class BoundaryStore:
             self.values[kind] = [_unknown(row) if known is None else known for known, row in of_rows]
 
     def _fingerprint(self, model: nn.Module) -> str:
-        figure = {} if self.figure == "boundary" else {"figure": self.figure}
-        return fingerprint(model, self.rows, self.settings | {"at_every_step": self.every_step} | figure)
+        return fingerprint(model, self.rows, self.settings | {"at_every_step": self.every_step, "method": self.method})
 
     def _compute_missing(self, model: nn.Module, boundaries: Boundaries, batch_size: int, progress: bool) -> None:
         saved = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,6 +18,7 @@ from eua.data.rows import EncodedRow
 from eua.distributed import is_sharded, zero_stage
 from eua.errors import EUAError, in_one_line
 from eua.files import check_output_folder, free_bytes
+from eua.methods.table import METHODS
 from eua.model.forward import hidden_states
 from eua.model.head import vocabulary_and_device
 from eua.training.config import EUAConfig
@@ -76,6 +78,16 @@ def check_batches(args: EUAConfig, forget_rows: int) -> None:
         )
 
 
+def check_rows(args: EUAConfig, rows: Mapping[str, Sequence[EncodedRow]]) -> None:
+    """Raise if the method would train on no token of the rows to forget."""
+    longest = max(len(row.answer_ids) for row in rows["forget"])
+    if args.skip_first is not None and longest <= args.skip_first:
+        raise EUAError(
+            f"skip_first = {args.skip_first}, but the longest answer to forget has {longest} tokens, so nothing would be "
+            "trained: lower skip_first."
+        )
+
+
 def check_model(model: nn.Module) -> None:
     """Raise if the model is wrapped in a way in which it could not be trained or saved."""
     if hasattr(model, "_orig_mod"):
@@ -93,11 +105,12 @@ def check_model(model: nn.Module) -> None:
 def _check_ref_model(args: EUAConfig, ref_model: object) -> None:
     """Raise if a reference is needed and missing, or given and not needed."""
     if args.needs_model_before and ref_model is None:
-        what = f"method = {args.method!r}" if args.retain_loss == "nll" else f'retain_loss = "{args.retain_loss}"'
+        is_of_method = METHODS[args.method].needs_model or args.retain_loss == "hidden"
+        what = f"method = {args.method!r}" if is_of_method else f'retain_loss = "{args.retain_loss}"'
         raise EUAError(
             f"{what} was set without a ref_model, so there is nothing to compare the model with: "
             "pass ref_model, a second copy of the model before unlearning, or "
-            + ('leave retain_loss at "nll".' if args.retain_loss == "kl" else "choose another method.")
+            + ("choose another method." if is_of_method else 'leave retain_loss at "nll".')
         )
     if args.needs_model_before or ref_model is None:
         return
@@ -162,7 +175,7 @@ def check_setup(accelerator: Accelerator, model: torch.nn.Module, reference: obj
     if is_sharded(accelerator) and reference is not None:
         raise EUAError(
             "ref_model was given, but FSDP and ZeRO-3 shard only the model in training, and each process would hold all of the "
-            'reference: leave ref_model out and keep retain_loss = "nll", whose boundaries need no second model.'
+            'reference: leave ref_model out, with retain_loss = "nll" and a method that needs no second model.'
         )
     if getattr(model, "is_distributed_loading_by_transformers", False):
         raise EUAError(

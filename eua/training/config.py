@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -36,13 +35,14 @@ ONLY_FOR: dict[str, str] = {
     "hidden_retain": 'retain_loss = "hidden"',
 }
 
+_A_WARMUP_EPOCH = -1.0  # stands for the share of the steps that are in one epoch
 _OPENUNLEARNING: dict[str, Any] = {
     "learning_rate": 1e-5,
     "num_train_epochs": 10.0,
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 4,
     "weight_decay": 0.01,
-    "warmup_steps": 0.1,  # one of ten epochs
+    "warmup_steps": _A_WARMUP_EPOCH,
     "bf16": True,
     "max_length": 512,
     "system_prompt": "You are a helpful assistant.",
@@ -74,7 +74,7 @@ class EUAConfig(TrainingArguments):
     preset: Literal["openunlearning", "d2-released"] | None = field(
         default=None,
         metadata={
-            "help": 'Sets what is not set otherwise as published results did: "openunlearning" (any method; 32 rows a step, '
+            "help": 'Sets what has its default as published results did: "openunlearning" (any method; 32 rows a step, '
             'weight decay, a warm-up epoch, bf16, their labels and attention mask) or "d2-released" (the same for EUA).'
         },
     )
@@ -168,7 +168,7 @@ class EUAConfig(TrainingArguments):
         default=None, metadata={"help": "Of RMU: length of the vector that states are steered to. None: 2, as published."}
     )
     skip_first: int | None = field(
-        default=None, metadata={"help": "Of CE-U: first tokens of an answer that are left out. None: 1, as published."}
+        default=None, metadata={"help": "Of CE-U: first answer tokens of a row that are left out. None: 1, as published."}
     )
     retain_bound: float | None = field(
         default=None,
@@ -249,6 +249,7 @@ class EUAConfig(TrainingArguments):
     boundary_batch_size: int = field(default=16, metadata={"help": "Rows per forward while boundaries are computed."})
 
     def __post_init__(self) -> None:
+        self._fill_preset()
         for setting in fields(self):
             value: Any = getattr(self, setting.name, None)
             if type(value).__module__ == "numpy":  # from a grid of settings; a run could not write it as JSON
@@ -314,6 +315,26 @@ class EUAConfig(TrainingArguments):
                 self.greater_is_better = EVAL_METRICS[metric]
         super().__post_init__()
 
+    def _fill_preset(self) -> None:
+        """Set what a preset holds, where a setting has its default."""
+        if self.preset is None:
+            return
+        if self.preset not in PRESETS:
+            raise EUAError(
+                f"There is no preset {self.preset!r}{did_you_mean(self.preset, PRESETS)} Known are {', '.join(PRESETS)}."
+            )
+        for setting in fields(self):
+            default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+            if setting.name in PRESETS[self.preset] and getattr(self, setting.name) == default:
+                setattr(self, setting.name, PRESETS[self.preset][setting.name])
+        if self.method != PRESETS[self.preset].get("method", self.method):
+            raise EUAError(
+                f"preset = {self.preset!r} was set with method = {self.method!r}, but it holds what was published for another "
+                'method: choose the preset "openunlearning".'
+            )
+        if self.warmup_steps == _A_WARMUP_EPOCH:
+            self.warmup_steps = 1 / self.num_train_epochs
+
     def _complete_method(self) -> None:
         """Set what was not set to the method's published values, and raise if a setting belongs to other methods."""
         _check("method", self.method, METHODS.__contains__, f"known are {', '.join(METHODS)}")
@@ -330,16 +351,20 @@ class EUAConfig(TrainingArguments):
                 setattr(self, name, value)
         known = ("nll", "kl", "hidden") if self.method == "rmu" else ("nll", "kl")
         _check("retain_loss", self.retain_loss, known.__contains__, f"known for {self.method} are {', '.join(known)}")
+        for name in of_others - {"retain_loss"}:
+            _check(name, getattr(self, name), lambda x: x is None or _is_number(x), "it must be a number")
+        for name in ("layer", "skip_first"):
+            _check(name, getattr(self, name), lambda x: x is None or int(x) == x, "it must be a whole number")
         for name in ("beta", "steering"):
             _check(name, getattr(self, name), lambda x: x is None or x > 0, "it must be above 0")
         for name in ("layer", "skip_first"):
             _check(name, getattr(self, name), lambda x: x is None or x >= 0, "it must be at least 0")
         if method.alternatives is not None:
             _check("assistant_turns", self.assistant_turns, lambda x: x == "last", f"{self.method} replaces the last answer")
-        if self.padding_free and (self.hide_padding_ids or (self.as_released and self.method in ("rmu", "undial", "pdu"))):
+        if self.padding_free and (self.hide_padding_ids or self.as_released):
             raise EUAError(
-                "padding_free = True was set with hide_padding_ids or as_released, which are about padding, of which there "
-                "would be none: leave padding_free at False."
+                "padding_free = True was set with hide_padding_ids or as_released, which reproduce what others do with padded "
+                "rows: leave padding_free at False."
             )
         if self.labels == "template" and self.assistant_turns == "all":
             raise EUAError(
@@ -383,21 +408,10 @@ class EUAConfig(TrainingArguments):
         return None if self.m_in is None or self.m_out is None else (self.m_in, self.m_out)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _check(name: str, value: Any, valid: Callable[[Any], bool], why: str) -> None:
     if not valid(value):
         raise EUAError(f"{name} = {value!r} cannot be used: {why}.")
-
-
-def _with_preset(init: Callable[..., None]) -> Callable[..., None]:
-    """The constructor, which sets what a preset holds where the caller sets nothing."""
-
-    @functools.wraps(init)
-    def complete(self: EUAConfig, *args: Any, preset: str | None = None, **settings: Any) -> None:
-        if preset is not None and preset not in PRESETS:
-            raise EUAError(f"There is no preset {preset!r}{did_you_mean(preset, PRESETS)} Known are {', '.join(PRESETS)}.")
-        init(self, *args, **(PRESETS[preset] if preset else {}) | {"preset": preset} | settings)
-
-    return complete
-
-
-EUAConfig.__init__ = _with_preset(EUAConfig.__init__)  # type: ignore[method-assign]

@@ -27,11 +27,12 @@ class DualWeight(TrainerCallback):
     def __init__(self, settings: EUAConfig, reduce: Callable[[Tensor], Tensor]) -> None:
         names = ("alpha", "retain_bound", "dual_step", "dual_warmup")
         self.start, self.bound, self.step, self.warmup_epochs = (float(getattr(settings, name)) for name in names)
-        self.value, self.reduce = self.start, reduce
+        self.value = self.used = self.start  # of the next step and of the last one
+        self.reduce = reduce
         self.sums: Tensor | None = None  # (2,) NLL and number of the retained tokens of this step in this process
 
     def add(self, sums: Tensor) -> None:
-        """Add the figure ``nll_retain`` of one batch, see :data:`eua.methods.objective.Figures`."""
+        """Add the figure of the retain part of one batch (``nll_retain`` or ``kl_retain``)."""
         self.sums = sums if self.sums is None else self.sums + sums
 
     def save_to(self, state: TrainerState) -> None:
@@ -46,5 +47,6 @@ class DualWeight(TrainerCallback):
             return
         total, tokens = self.reduce(self.sums).tolist()
         self.sums = None
+        self.used = self.value
         if (state.epoch or 0.0) >= self.warmup_epochs:
             self.value = next_multiplier(self.value, total / max(tokens, 1), self.bound, self.step)

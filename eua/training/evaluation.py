@@ -12,7 +12,7 @@ from eua.data.batches import ForgetRetainCollator
 from eua.data.rows import EncodedRow
 from eua.methods.answers import Answers
 from eua.methods.objective import Figures, Objective, added, figure_means
-from eua.model.forward import check_finite, check_head_once, eval_mode
+from eua.model.forward import check_finite, eval_mode
 from eua.model.head import vocabulary_and_device
 from eua.statistics import auroc
 
@@ -48,7 +48,6 @@ def held_out_metrics(
         ``loss``, the names of :func:`eua.methods.objective.figure_means`, and ``auroc``: the prompts' scores, forget against
         retain.
     """
-    check_head_once(model)
     _, device = vocabulary_and_device(model)
     collate = ForgetRetainCollator()
     figures: Figures | None = None
@@ -73,7 +72,7 @@ def held_out_metrics(
                 of_prompts.append(of_batch.energy[:: len(kinds)].gather(1, first[:, None])[:, 0].float().cpu())
         scores[kind] = torch.cat(of_prompts)
     means = figure_means(figures or {})
-    loss = gamma * (means["loss_forget"] + means.get("loss_retain", 0.0))
+    loss = gamma * (means.get("loss_forget", 0.0) + means.get("loss_retain", 0.0))
     if objective.has_retain:
         loss += alpha * means[f"{objective.retain_loss}_retain"]
     return {"loss": loss, **means, "auroc": auroc(scores["forget"], scores["retain"])}

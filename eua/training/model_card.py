@@ -18,12 +18,22 @@ from eua.data.rows import rows_digest
 from eua.training.config import EVAL_METRICS, EUAConfig
 
 CARD_FILE = "README.md"
-TAGS = ("eua", "unlearning", "energy-based")
+TAGS = ("eua", "unlearning")
 PACKAGES = ("eua", "torch", "transformers", "accelerate", "peft")
 ENERGY_METHOD = """\
 *Distinguishable Deletion* (D², [arXiv 2605.16776](https://arxiv.org/abs/2605.16776)) as the library `eua` has it. The energy of
 a token is `E = −T·logsumexp(logits/T)`. Training lifts the answer tokens of the forget set above one energy boundary each, and
-keeps those of the retain set below theirs and {kept}. Boundaries are {boundaries}."""
+keeps those of the retain set below theirs and {kept}. Boundaries are {boundaries}.
+The rule by which prompts are refused (`EnergyGuard`) is `eua`'s own: the paper does not give one in detail."""
+GUARDED_USE = """
+from eua import EnergyGuard
+
+# held_out_rows: prompts that must be answered and that unlearning has not seen; at 5 %, 19 or more
+guard = EnergyGuard.calibrate(model, tokenizer, held_out_rows, tolerance=0.05, temperature={temperature:g})
+guard.save_pretrained("guard")
+with guard.attach(model):
+    print(answer(model, tokenizer, ["A question?"]))"""
+PLAIN_USE = 'print(answer(model, tokenizer, ["A question?"]))'
 OTHER_METHOD = """\
 *{title}* ({source}) as the library `eua` has it{kept}. This method does not raise the energies of forgotten prompts, by which
 `eua`'s guard decides."""
@@ -35,7 +45,6 @@ A language model that was trained to forget some rows and to keep others. Before
 ## Method
 
 {method}
-The rule by which prompts are refused (`EnergyGuard`) is `eua`'s own: the paper of D² does not give one in detail.
 
 ## Settings
 
@@ -46,7 +55,7 @@ Trained: {trained}. Steps made: {step} of {max_steps}. Fields of `EUAConfig`:
 ## Data
 
 The rows are not published. SHA-256 is over their token ids, so that whoever has the same rows can recognise them:
-`eua.data.rows.rows_digest(encode_rows(read_rows("forget.jsonl"), {tokenizer}, {max_length}))`.{dated}
+`eua.data.rows.rows_digest(encode_rows(read_rows("forget.jsonl"), {tokenizer}, {max_length}{encoding}))`.{dated}
 
 {data}
 
@@ -54,26 +63,20 @@ The rows are not published. SHA-256 is over their token ids, so that whoever has
 
 {figures}
 
-`loss_`, `nll_` and `kl_` are parts of the loss before their weights, `energy_` mean energies in nats, `beyond_boundary_` shares
-of tokens beyond their boundary, `auroc` how well the energies of prompts separate held-out forget rows from held-out retain
-rows. None of them measures what can still be extracted: `eua evaluate` does, with the guard off.
+`loss_`, `nll_`, `kl_` and `hidden_` are parts of the loss before their weights, `energy_` mean energies in nats,
+`beyond_boundary_` shares of tokens beyond their boundary, `auroc` how well the energies of prompts separate held-out forget
+rows from held-out retain rows. None of them measures what can still be extracted: `eua evaluate` does, with the guard off.
 
 ## Use
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eua import EnergyGuard
 from eua.model.asking import answer
 
 name = "{name}"
 model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-
-# held_out_rows: prompts that must be answered and that unlearning has not seen; at 5 %, 19 or more
-guard = EnergyGuard.calibrate(model, tokenizer, held_out_rows, tolerance=0.05, temperature={temperature:g})
-guard.save_pretrained("guard")
-with guard.attach(model):
-    print(answer(model, tokenizer, ["A question?"]))
+{use}
 ```
 
 ## Limits
@@ -115,7 +118,15 @@ def model_card(
         base_model_relation=None if base is None else "adapter" if is_adapter else "finetune",
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=list(dict.fromkeys([*TAGS, *([tags] if isinstance(tags, str) else tags)])),
+        tags=list(
+            dict.fromkeys(
+                [
+                    *TAGS,
+                    "energy-based" if args.method == "eua" else args.method.replace("_", "-"),
+                    *([tags] if isinstance(tags, str) else tags),
+                ]
+            )
+        ),
         language=language,
         license=license,
         datasets=dataset_tags,
@@ -145,12 +156,14 @@ def model_card(
         max_steps=state.max_steps,
         settings=_table(("setting", "value"), _settings(args)),
         max_length=args.max_length,
+        encoding=_encoding(args),
         tokenizer="tokenizer" if date is None else f'at_date(tokenizer, datetime.fromisoformat("{date.isoformat()}"))',
-        dated="" if date is None else " The chat template writes the date, which `eua.data.dates.at_date` keeps.",
+        dated=("" if date is None else " The chat template writes the date, which `eua.data.dates.at_date` keeps.")
+        + ("" if args.system_prompt is None else " Questions have the system message of `system_prompt` before them."),
         data=_table(("set", "rows", "answer tokens", "SHA-256"), sets),
         figures=_figures(state.log_history, step),
         name=trainer.hub_model_id or "path/to/this/folder",
-        temperature=args.temperature,
+        use=GUARDED_USE.format(temperature=args.temperature) if args.method == "eua" else PLAIN_USE,
         versions=_table(("package", "version"), [(name, _version(name)) for name in PACKAGES]),
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{body}"))
@@ -193,10 +206,24 @@ def _settings(args: EUAConfig) -> list[tuple[str, Any]]:
         *objective.parameters,
         *objective.method.others,
         *(("temperature", *boundary, "stop_when_beyond_boundary") if args.method == "eua" else ()),
-        *("retain_per_forget", "max_length", "learning_rate", "lr_scheduler_type", "optim", "weight_decay"),
+        *("retain_per_forget", "max_length", "assistant_turns"),
+        *(name for name in ("preset", "labels", "system_prompt", "hide_padding_ids", "as_released") if _is_set(args, name)),
+        *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay"),
         *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed"),
     ]
     return [(name, getattr(args, name)) for name in names]
+
+
+def _encoding(args: EUAConfig) -> str:
+    """Further arguments of encode_rows, and what is done to rows before, as code and words."""
+    code = f', assistant_turns="{args.assistant_turns}"' if args.assistant_turns != "last" else ""
+    code += f', labels="{args.labels}"' if args.labels != "answer" else ""
+    code += ", hide=PADDING_ID" if args.hide_padding_ids else ""
+    return code
+
+
+def _is_set(args: EUAConfig, name: str) -> bool:
+    return bool(getattr(args, name) != type(args).__dataclass_fields__[name].default)
 
 
 def _figures(log_history: list[dict[str, float]], step: int) -> str:

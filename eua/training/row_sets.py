@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from eua.data.alternatives import rows_with_alternatives
 from eua.data.dates import at_date, at_same_date
 from eua.data.overlap import retain_without_forget
-from eua.data.rows import EncodedRow, answered_prompts, encode_rows
+from eua.data.rows import EncodedRow, answered_prompts, encode_rows, format_prompt
 from eua.data.sources import Row, Source, read_rows
+from eua.errors import EUAError
 from eua.methods.table import METHODS
 from eua.model.forward import check_ids
 from eua.training.config import EUAConfig
@@ -32,7 +33,9 @@ class RowSets:
 
     def __init__(self, sources: Mapping[str, Source], tokenizer: PreTrainedTokenizerBase, args: EUAConfig) -> None:
         self.tokenizer, self.args = tokenizer, args
-        self.rows = {kind: self._with_system(read_rows(source, name_of(kind))) for kind, source in sources.items()}
+        as_given = {kind: read_rows(source, name_of(kind)) for kind, source in sources.items()}
+        self.rows = {kind: self._with_system(rows, name_of(kind)) for kind, rows in as_given.items()}
+        self._asked_as = [as_given["forget"], *([self.rows["forget"]] if args.system_prompt is not None else [])]
         self.alternatives = 0  # of each prompt to forget
         origin = METHODS[args.method].alternatives
         if origin is not None:
@@ -61,16 +64,25 @@ class RowSets:
         return retain_without_forget(rows["forget"], rows["retain"], self.tokenizer, self.args.overlap)
 
     def prompts_to_forget(self, rows: Mapping[str, list[EncodedRow]], date: datetime | None) -> list[list[int]]:
-        """The prompts of all answers to forget, at a date that is always the same."""
-        if date is None and self.args.assistant_turns == "last":
+        """The prompts of all answers to forget, at a date that is always the same; without a system message, too, as users
+        may ask them."""
+        if date is None and self.args.assistant_turns == "last" and self.args.system_prompt is None:
             return [row.prompt_ids for row in rows["forget"]]
-        return answered_prompts(self.rows["forget"], at_same_date(self.tokenizer), name_of("forget"), self.args.assistant_turns)
+        encoding, turns = at_same_date(self.tokenizer), self.args.assistant_turns
+        return [ids for asked in self._asked_as for ids in answered_prompts(asked, encoding, name_of("forget"), turns)]
 
-    def _with_system(self, rows: list[Row]) -> list[Row]:
-        """The rows with the system message before the question, where a chat template can write one."""
+    def _with_system(self, rows: list[Row], name: str) -> list[Row]:
+        """The rows with the system message before the question, if there is a chat template."""
         if self.args.system_prompt is None or self.tokenizer.chat_template is None:
             return rows
         system = {"role": "system", "content": self.args.system_prompt}
+        try:
+            format_prompt(self.tokenizer, [system, {"role": "user", "content": "Who?"}])
+        except EUAError as error:
+            raise EUAError(
+                f"system_prompt = {self.args.system_prompt!r} was set, but the tokenizer's chat template takes no system "
+                f"message before the questions of the {name}: set system_prompt to None."
+            ) from error
         return [
             {
                 **row,

@@ -37,7 +37,7 @@ from eua.files import locked
 from eua.methods.answers import Answers, Places
 from eua.methods.objective import Figures, added, figure_means, scheduled_gamma
 from eua.model.forgotten import forgotten_prompts, prompt_digest, set_forgotten
-from eua.model.forward import block_of, check_head, hidden_and_inner_states, token_energies
+from eua.model.forward import block_of, check_head, freeze_above, hidden_and_inner_states, token_energies
 from eua.model.head import output_head
 from eua.model.loading import load_model, load_tokenizer
 from eua.training.boundaries import BoundaryStore
@@ -48,6 +48,7 @@ from eua.training.checks import (
     check_model,
     check_optimizer,
     check_padding_free,
+    check_rows,
     check_saving,
     check_scheduler,
     check_setup,
@@ -147,6 +148,7 @@ class EUATrainer(CheckpointingTrainer):
         self.row_sets = RowSets(sources, processing_class, args)
         rows = self.row_sets.encode(self.date)  # before a model is loaded, which may take minutes
         check_batches(args, len(rows["forget"]))
+        check_rows(args, rows)
         kept = self.row_sets.kept(rows)
         if isinstance(model, str):
             # Weights that are trained must be float32: in bfloat16 most steps of a small learning rate round away.
@@ -160,6 +162,8 @@ class EUATrainer(CheckpointingTrainer):
         check_trainable(model)
         if optimizers[0] is None:
             check_optimizer(args, model)
+        if args.layer is not None and args.retain_loss == "hidden":
+            freeze_above(model, args.layer)
         if args.should_save:
             check_saving(model, processing_class, Path(args.output_dir))
         check_rows_fit(model, rows)
@@ -209,7 +213,7 @@ class EUATrainer(CheckpointingTrainer):
         return BoundaryStore(
             self.output_folder / BOUNDARIES_FILE,
             self.encoded_rows,
-            figure=self.objective.method.reference,
+            method=self.args.method,
             constants=self.args.constant_boundaries,
             every_step=self.reference is not None and self.objective.method.reference == "boundary",
             fraction=self.args.rho,
@@ -252,9 +256,8 @@ class EUATrainer(CheckpointingTrainer):
                 f"{checkpoint} have been trained since: put that file back, or train anew into another folder."
             )
         method = self.objective.method
-        without = [
-            kind for kind, is_left_out in (("forget", method.replaces), ("retain", not method.retain_loss)) if is_left_out
-        ]
+        keeps_nothing = method.keep is None and self.args.alpha == 0 and self._dual_weight is None
+        without = [kind for kind, is_out in (("forget", method.replaces), ("retain", keeps_nothing)) if is_out]
         self.train_dataset = ForgetRetainDataset(self.encoded_rows, boundaries, without)
         try:
             with self.stop_on_signal as stop, self._beginning_explained():
@@ -296,6 +299,9 @@ class EUATrainer(CheckpointingTrainer):
             check_padding_free(self.model)
         if self.args.layer is not None:
             block_of(self.model, self.args.layer)
+        if "mean logit" in self.objective.method.needs:
+            head = output_head(self.model)
+            head.mean_logit(head.weight[:1])  # raises for a model that caps its logits
 
     def _write_date_of(self, resumed: Path | None) -> None:
         """Until the first step, let the template write the date of the run in the folder ``resumed``, or today's.
@@ -380,7 +386,7 @@ class EUATrainer(CheckpointingTrainer):
         if self._stop_when_beyond_boundary is not None:
             self._stop_when_beyond_boundary.add(figures["beyond_boundary_forget"])
         if self._dual_weight is not None:
-            self._dual_weight.add(figures["nll_retain"])
+            self._dual_weight.add(figures[f"{self.args.retain_loss}_retain"])
         # Gradients are averaged over processes, but the counts are already those of all processes.
         loss = loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
         return (loss, {"energy": answers.energy, "nll": answers.nll}) if return_outputs else loss
@@ -436,7 +442,7 @@ class EUATrainer(CheckpointingTrainer):
         if self._figures is not None:
             logs["gamma"] = self._gamma(self.state.global_step - 1)
             if self._dual_weight is not None:
-                logs["alpha"] = self._dual_weight.value
+                logs["alpha"] = self._dual_weight.used
             sums = self.accelerator.reduce(torch.stack(list(self._figures.values())), reduction="sum")
             logs.update(figure_means(dict(zip(self._figures, sums, strict=True))))
             self._figures = None
@@ -472,18 +478,17 @@ class EUATrainer(CheckpointingTrainer):
         boundaries = self._find_boundaries(resuming=resuming)
         rows = {kind: self.encoded_rows[f"eval_{kind}"] for kind in ("forget", "retain")}
         alternatives = self.encoded_rows.get("eval_alternative", [])
-        with self.accelerator.autocast():
-            measured = held_out_metrics(
-                self.model,
-                rows | {"alternative": alternatives},
-                {kind: boundaries[f"eval_{kind}"] for kind in (*rows, *(["alternative"] if alternatives else []))},
-                answers=partial(self._answers, self.model, held_out=True),
-                objective=self.objective,
-                gamma=self.args.gamma,
-                alpha=self._alpha,
-                batch_size=self.args.per_device_eval_batch_size,
-                progress=not self.args.disable_tqdm,
-            )
+        measured = held_out_metrics(
+            self.model,
+            rows | {"alternative": alternatives},
+            {kind: boundaries[f"eval_{kind}"] for kind in (*rows, *(["alternative"] if alternatives else []))},
+            answers=partial(self._answers, self.model, held_out=True),
+            objective=self.objective,
+            gamma=self.args.gamma,
+            alpha=self._alpha,
+            batch_size=self.args.per_device_eval_batch_size,
+            progress=not self.args.disable_tqdm,
+        )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         metrics |= speed_metrics(metric_key_prefix, started, num_samples=sum(map(len, rows.values())))
         super().log(metrics)  # self.log() would add the sums of the training steps since the last line

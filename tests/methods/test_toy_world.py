@@ -100,6 +100,7 @@ def test_ce_u_is_finite_for_a_certain_token():
     loss = Objective("ce_u", {"skip_first": 0}).loss(certain, 1, 0).loss
     (gradient,) = torch.autograd.grad(loss, certain.nll)
     assert torch.isfinite(gradient).all()
+    assert float(gradient.abs().max()) <= 1e4
 
 
 def test_pdu():
@@ -162,6 +163,7 @@ def test_rmu():
 def test_rmu_steers_to_one_direction_and_keeps_the_rest():
     goal = rmu.control_vector(6, 20.0, seed=3)
     assert float(goal.norm()) == pytest.approx(20.0, rel=1e-6)
+    assert (goal >= 0).all()  # drawn from [0, 1]
     assert torch.equal(goal, rmu.control_vector(6, 20.0, seed=3))
     assert not torch.equal(goal, rmu.control_vector(6, 20.0, seed=4))
     answers = rmu_answers(1)
@@ -197,3 +199,14 @@ def test_losses_of_a_split_batch_add_up_to_that_of_the_whole(name):
     counts = objective.counts(whole.places)
     split = sum(float(objective.loss(part, 0.3, 0.7, counts).loss) for part in parts)
     assert split == pytest.approx(float(objective.loss(whole, 0.3, 0.7).loss), rel=1e-7)
+
+
+def test_rmu_counts_long_answers_in_half_precision():
+    """In bfloat16 a sum of ones ends at 256."""
+    labels = torch.ones(1, 601, dtype=torch.long)
+    labels[0, 0] = -100
+    of_forget, row = torch.ones(1, 601, dtype=torch.bool), torch.zeros(1, 601, dtype=torch.long)
+    states = torch.ones(1, 601, 4, dtype=torch.bfloat16)
+    zeros = torch.zeros(1, 600)
+    answers = Answers(Places(labels, of_forget, ~of_forget, row), zeros, zeros, zeros, inner=states)
+    assert float(Objective("rmu", {"layer": 0, "steering": 0.0}).loss(answers, 1, 0).loss) == pytest.approx(1.0)

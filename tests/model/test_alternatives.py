@@ -57,6 +57,18 @@ def test_rows_without_usable_alternatives_are_refused(own):
         rows_with_alternatives([ROW | {"alternatives": own}], "own", 1, seed=0)
 
 
+def test_an_answer_is_no_alternative_to_itself():
+    with pytest.raises(
+        EUAError, match='Row 0 of the forget set has its answer among its "alternatives", .* leave it out there'
+    ):
+        rows_with_alternatives([ROW | {"alternatives": ["In Ulm.", "In Carros."]}], "own", 1, seed=0)
+
+
+def test_rows_of_no_format_are_refused_as_everywhere():
+    with pytest.raises(EUAError, match="Row 0 of the forget set has the keys .* which are not a known format"):
+        rows_with_alternatives([{"text": "x"}], "idk", 1, seed=0)
+
+
 def test_what_a_model_writes_is_cut_drawn_anew_and_seeded(model, tokenizer, monkeypatch):
     written = [[" In Ulm. Question: Who?", "In Carros.", ""], ["In Graz.\nQ: Where?", "In Rom."]]
     asked = []

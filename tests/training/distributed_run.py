@@ -57,6 +57,7 @@ def train(output: Path, model: str, rows: dict[str, str], options: dict[str, Any
         retain_dataset=rows["retain"],
         eval_forget_dataset=rows["calibration"],
         eval_retain_dataset=rows["test"],
+        ref_model=model if args.needs_model_before else None,
         processing_class=AutoTokenizer.from_pretrained(model),
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
         callbacks=[] if stop_at is None else [SignalAt(stop_at)],

@@ -69,13 +69,15 @@ RUNS = [
     ("stopped", STEPS | {"resume": True, "save_strategy": "steps", "save_steps": 4}),
     ("early", STEPS | {"max_steps": -1, "num_train_epochs": 30, "stop_when_beyond_boundary": 0.5, "gamma": 1.0, "alpha": 0.1}),
     ("preference", STEPS | {"method": "idk_dpo"}),  # means over rows, likelihoods of two kinds of rows
+    ("inner", STEPS | {"method": "rmu", "layer": 0}),  # whose loss does not reach all of the model
     ("dual", STEPS | {"method": "pdu", "alpha": 1.0, "dual_warmup": 1.0, "dual_step": 0.1}),  # a weight that all must agree on
 ]
 IN_ONE = [  # one process has the batch of both
     ("plain", STEPS | {"per_device_train_batch_size": 4}),
     ("lora", STEPS | {"per_device_train_batch_size": 4, "lora": True}),
-    *((name, options | {"per_device_train_batch_size": 4}) for name, options in RUNS[-3:]),
+    *((name, options | {"per_device_train_batch_size": 4}) for name, options in RUNS[-4:]),
 ]
+NOT_IN = {"ddp": (), "fsdp2": ("inner",), "zero3": ("inner", "bfloat16")}  # RMU needs a second model, which is not sharded
 OF_TIME = ("runtime", "per_second", "total_flos")
 
 
@@ -112,7 +114,7 @@ def launched(tokenizer, rows, tmp_path_factory) -> Callable[[str], Path]:
                 "model": str(base / "model"),
                 "rows": {kind: str(base / f"{kind}.jsonl") for kind in sizes},
                 "output": str(output),
-                "runs": IN_ONE if setup == "one" else [run for run in RUNS if setup != "zero3" or run[0] != "bfloat16"],
+                "runs": IN_ONE if setup == "one" else [run for run in RUNS if run[0] not in NOT_IN[setup]],
             }
             path = base / f"{setup}.json"
             path.write_text(json.dumps(settings))
@@ -155,6 +157,12 @@ def test_processes_follow_one_process(launched, setup, run):
     assert all(torch.equal(pushed[name], tensor) for name, tensor in weights(output / run).items())
     start = load_file(output.parent / "model" / "model.safetensors")
     assert run == "lora" or max((tensor - start[name]).abs().max() for name, tensor in weights(one).items()) > 5e-3
+
+
+def test_rmu_in_processes_follows_one_process(launched):
+    output, one = launched("ddp") / "inner", launched("one") / "inner"
+    assert_same_log(output, one)
+    assert_same_weights(weights(output), weights(one))
 
 
 @pytest.mark.parametrize("setup", ["ddp", "fsdp2"])

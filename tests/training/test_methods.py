@@ -10,10 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
+from transformers import HfArgumentParser
 
 from eua import EUAError
+from eua.data.rows import encode_prompts
 from eua.methods.rmu import control_vector
 from eua.methods.table import METHODS
+from eua.model.forgotten import prompt_digest
+from eua.model.head import output_head
 from eua.training.config import EVAL_METRICS, EUAConfig
 from tests.conftest import tiny_llama
 from tests.data.test_rows import CHATML
@@ -128,12 +132,13 @@ def test_step_is_the_method(method, padding_free, tokenizer, rows, tmp_path):
         items.append(item)
     trainer.data_collator.padding_free = False
     expected = by_definition(method, model, reference, trainer.data_collator(items), trainer.args)
-    wanted = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    wanted = torch.autograd.grad(expected, parameters, allow_unused=True)
     trainer.data_collator.padding_free = padding_free
     found = trainer.compute_loss(model, trainer.data_collator(items))
     if method != "ce_u":  # whose value is another function with the same gradient
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
-    gradients = torch.autograd.grad(found, list(model.parameters()), allow_unused=True)
+    gradients = torch.autograd.grad(found, parameters, allow_unused=True)
     size = max(float(g.abs().max()) for g in wanted if g is not None)
     assert size > 0
     for ours, theirs in zip(gradients, wanted, strict=True):
@@ -157,7 +162,7 @@ def test_training_moves_weights_and_logs_what_the_method_has(method, peft_config
     line = trainer.state.log_history[0]
     settings = trainer.args
     parts = settings.gamma * (line["loss_forget"] + line.get("loss_retain", 0))
-    if METHODS[method].retain_loss:
+    if METHODS[method].retain_loss and settings.alpha:  # rows that nothing weighs are not trained on
         parts += settings.alpha * line[f"{settings.retain_loss}_retain"]
     assert line["loss"] == pytest.approx(parts, rel=1e-3)
     measured = next(line for line in trainer.state.log_history if "eval_loss" in line)
@@ -181,8 +186,8 @@ def test_an_interrupted_run_ends_with_the_same_weights(method, tokenizer, rows, 
         assert torch.equal(parameter, weights(resumed.model)[name]), name
 
 
-def test_likelihoods_are_computed_once_and_only_for_the_rows_that_need_them(tokenizer, rows, tmp_path):
-    trainer = trainer_of("idk_dpo", tokenizer, rows, tmp_path)
+def test_likelihoods_are_computed_once_and_only_for_the_rows_that_need_them(tokenizer, rows, tmp_path, monkeypatch):
+    trainer = trainer_of("idk_dpo", tokenizer, rows, tmp_path, save_strategy="epoch")
     trainer.train()
     kept = load_file(tmp_path / "boundaries.safetensors")
     assert set(kept) == {"forget", "alternative"}
@@ -194,9 +199,12 @@ def test_likelihoods_are_computed_once_and_only_for_the_rows_that_need_them(toke
             log_p = reference(torch.tensor([row.input_ids])).logits[0, answer].log_softmax(-1)
             expected += (-log_p.gather(1, torch.tensor(row.answer_ids)[:, None])[:, 0]).tolist()
         assert kept[kind].tolist() == pytest.approx(expected, abs=1e-4)
-    assert not (tmp_path / "without").exists()
     trainer_of("grad_diff", tokenizer, rows, tmp_path / "without").train()
-    assert not (tmp_path / "without" / "boundaries.safetensors").exists()
+    assert load_file(tmp_path / "without" / "boundaries.safetensors") == {}  # it only shows which run it belongs to
+    computed = []
+    monkeypatch.setattr("eua.training.boundaries.compute_nll", lambda *_, **__: computed.append(1))
+    trainer_of("idk_dpo", tokenizer, rows, tmp_path).train(resume_from_checkpoint=True)
+    assert not computed
 
 
 def test_alternatives_change_with_every_epoch(tokenizer, rows, tmp_path):
@@ -218,9 +226,11 @@ def test_the_weight_of_pdu_follows_the_retained_rows(tokenizer, rows, tmp_path):
     lines = [line for line in trainer.state.log_history if "alpha" in line]
     assert [line["alpha"] for line in lines[:2]] == [2.0, 2.0]  # six rows in twos: the first epoch ends with step 3
     expected = 2.0
-    for line in lines[2:]:
+    assert lines[2]["alpha"] == 2.0  # the weight of the step that ends the warm-up
+    for line, after in zip(lines[2:], lines[3:], strict=False):
         expected = max(0.0, expected + 0.5 * (line["nll_retain"] - 0.1))
-        assert line["alpha"] == pytest.approx(expected, rel=1e-4)
+        assert after["alpha"] == pytest.approx(expected, rel=1e-4)
+    assert len(lines) == 6
 
 
 @pytest.mark.parametrize(
@@ -239,6 +249,9 @@ def test_the_weight_of_pdu_follows_the_retained_rows(tokenizer, rows, tmp_path):
             "padding_free = True was set with .* leave padding_free",
         ),
         ({"labels": "template", "assistant_turns": "all"}, 'labels = "template" was set with assistant_turns = "all", but'),
+        ({"preset": "d2-released", "method": "npo"}, "it holds what was published for another method: choose"),
+        ({"method": "rmu", "layer": 7.5}, "layer = 7.5 cannot be used: it must be a whole number"),
+        ({"method": "npo", "beta": "0.1"}, "beta = '0.1' cannot be used: it must be a number"),
         ({"preset": "openunlerning"}, "There is no preset 'openunlerning': did you mean 'openunlearning'"),
         ({"method": "npo", "metric_for_best_model": "loss_retain"}, 'measured with method = "eua" only: set that, or choose'),
     ],
@@ -266,13 +279,87 @@ def test_the_card_names_the_method(tokenizer, rows, tmp_path):
     assert "*SimNPO* (Fan et al. 2024, arXiv 2410.07163)" in card
     assert "| beta | 4.5 |" in card
     assert "Training lifts the answer tokens" not in card
+    assert "EnergyGuard.calibrate" not in card
+    assert "energy-based" not in card
 
 
-def test_presets_fill_in_what_is_not_set(tmp_path):
+@pytest.mark.parametrize("method", ["grad_diff", "wga"])
+def test_a_run_is_resumed_with_its_own_method_only(method, tokenizer, rows, tmp_path):
+    trainer_of("grad_diff", tokenizer, rows, tmp_path, save_strategy="epoch").train()
+    again = trainer_of(method, tokenizer, rows, tmp_path, save_strategy="epoch")
+    if method == "grad_diff":
+        again.train(resume_from_checkpoint=True)
+        return
+    with pytest.raises(EUAError, match="belongs to another model, other rows or other settings"):
+        again.train(resume_from_checkpoint=True)
+
+
+def test_rmu_trains_only_what_its_block_depends_on(tokenizer, rows, tmp_path):
+    trainer = trainer_of("rmu", tokenizer, rows, tmp_path)
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert "model.layers.0.mlp.down_proj.weight" in trained
+    assert "model.embed_tokens.weight" in trained
+    assert not [name for name in trained if ".1." in name or "lm_head" in name or name == "model.norm.weight"]
+    model = sharp(tokenizer)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.1" in name)
+    with pytest.raises(EUAError, match="layer = 0, but every trainable weight of LlamaForCausalLM lies above that block"):
+        make(model, tokenizer, rows, tmp_path / "above", method="rmu", layer=0, passed={"ref_model": sharp(tokenizer)})
+
+
+def test_ce_u_needs_tokens_behind_those_that_it_skips(tokenizer, rows, tmp_path):
+    with pytest.raises(
+        EUAError, match=r"skip_first = 500, but the longest answer to forget has \d+ tokens, so nothing would be"
+    ):
+        trainer_of("ce_u", tokenizer, rows, tmp_path, skip_first=500)
+
+
+def test_pdu_weighs_kl_by_kl(tokenizer, rows, tmp_path):
+    """At the first step the model is the reference, so KL is 0 and its weight falls."""
+    settings = {"dual_warmup": 0.0, "alpha": 2.0, "dual_step": 1.0, "retain_bound": 0.1, "retain_loss": "kl"}
+    trainer = trainer_of("pdu", tokenizer, rows, tmp_path, **settings)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "alpha" in line]
+    assert lines[1]["alpha"] == pytest.approx(1.9, abs=1e-3)
+
+
+def test_a_model_that_caps_its_logits_has_no_mean_logit(tokenizer, rows, tmp_path):
+    model = sharp(tokenizer)
+    model.config.final_logit_softcapping = 30.0
+    head = output_head(model)
+    with pytest.raises(EUAError, match="The model caps its logits .* choose another method, or another model"):
+        head.mean_logit(head.weight[:1])
+
+
+def test_the_system_message_hides_no_forgotten_prompt(tokenizer, rows, tmp_path):
+    """A question is known as forgotten with the system message, as it was trained, and without, as a user asks it."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHATML
+    trainer = make(tiny_llama(len(tokenizer)), tokenizer, rows, tmp_path, system_prompt="You are a helpful assistant.")
+    question = rows["forget"][0]["question"]
+    asked = [[{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": question}], question]
+    for prompt in asked:
+        row = {"prompt": prompt} if isinstance(prompt, list) else prompt
+        (ids,) = encode_prompts([row], tokenizer)
+        assert prompt_digest(ids) in trainer.prompts_to_forget
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}" + CHATML
+    with pytest.raises(
+        EUAError, match="takes no system message before the questions of the forget set: set system_prompt to None"
+    ):
+        make(tiny_llama(len(tokenizer)), tokenizer, rows, tmp_path, system_prompt="You are a helpful assistant.")
+
+
+def test_presets_fill_in_what_has_its_default(tmp_path):
     settings = EUAConfig(output_dir=str(tmp_path), preset="openunlearning", method="npo", learning_rate=2e-5, use_cpu=True)
     assert settings.per_device_train_batch_size * settings.gradient_accumulation_steps == 32
     assert (settings.learning_rate, settings.weight_decay, settings.bf16, settings.labels) == (2e-5, 0.01, True, "template")
     assert settings.get_warmup_steps(50) == 5  # of ten epochs, one
+    short = EUAConfig(output_dir=str(tmp_path), preset="openunlearning", num_train_epochs=5.0, use_cpu=True)
+    assert short.get_warmup_steps(50) == 10
+    (parsed,) = HfArgumentParser(EUAConfig).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--preset", "openunlearning", "--method", "npo", "--use_cpu"]
+    )
+    assert (parsed.labels, parsed.bf16, parsed.gradient_accumulation_steps) == ("template", True, 4)
     released = EUAConfig(output_dir=str(tmp_path), preset="d2-released", use_cpu=True)
     assert (released.method, released.gamma, released.alpha, released.rho, released.learning_rate) == (
         "eua",
@@ -288,7 +375,7 @@ def test_rows_are_read_as_openunlearning_reads_them(tokenizer, rows, tmp_path):
     """A system message before the question, labels to the end of the template, and no attention to ends of turns."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template, tokenizer.pad_token = CHATML, tokenizer.eos_token
-    settings = {"preset": "openunlearning", "method": "npo", "bf16": False, "num_train_epochs": 1.0}
+    settings = {"preset": "openunlearning", "method": "npo", "num_train_epochs": 1.0}
     trainer = make(tiny_llama(len(tokenizer)), tokenizer, rows, tmp_path, **settings)
     row = trainer.encoded_rows["forget"][0]
     question, answer = rows["forget"][0]["question"], rows["forget"][0]["answer"]
