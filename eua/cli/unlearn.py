@@ -55,7 +55,8 @@ def _parser(show_all: bool) -> tuple[Parser, dict[str, Setting]]:
     parser = Parser(
         "unlearn",
         "Energy-based unlearning alignment (D²): forgotten tokens rise above one energy boundary, and retained ones stay below "
-        "another; or another method (--method). ROWS is a JSONL, JSON, CSV or Parquet file, or a data set on the Hub (locuslab/TOFU:forget10:train).",
+        "another. --method chooses another method. ROWS is a JSONL, JSON, CSV or Parquet file, or a data set on the Hub "
+        "(locuslab/TOFU:forget10:train).",
         (
             "eua unlearn --model MODEL --forget forget.jsonl --retain retain.jsonl --output unlearned --learning-rate 2e-4",
             "eua unlearn --config run.yaml --resume",

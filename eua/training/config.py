@@ -326,14 +326,13 @@ class EUAConfig(TrainingArguments):
         for setting in fields(self):
             default = setting.default if setting.default_factory is MISSING else setting.default_factory()
             if setting.name in PRESETS[self.preset] and getattr(self, setting.name) == default:
-                setattr(self, setting.name, PRESETS[self.preset][setting.name])
+                value = PRESETS[self.preset][setting.name]
+                setattr(self, setting.name, 1 / self.num_train_epochs if value == _A_WARMUP_EPOCH else value)
         if self.method != PRESETS[self.preset].get("method", self.method):
             raise EUAError(
                 f"preset = {self.preset!r} was set with method = {self.method!r}, but it holds what was published for another "
                 'method: choose the preset "openunlearning".'
             )
-        if self.warmup_steps == _A_WARMUP_EPOCH:
-            self.warmup_steps = 1 / self.num_train_epochs
 
     def _complete_method(self) -> None:
         """Set what was not set to the method's published values, and raise if a setting belongs to other methods."""
