@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from eua.data.batches import pad_rows
@@ -96,7 +97,7 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     inner = unwrap(model)
     config: Any = getattr(inner, "config", None)
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    decoder: nn.Module = inner.get_decoder() if hasattr(inner, "get_decoder") else inner  # not a part that reads pictures
+    decoder = inner.get_decoder() if isinstance(inner, PreTrainedModel) else inner  # not a part that reads pictures
     lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == layers]
     if not lists:
         raise EUAError(
