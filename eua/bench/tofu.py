@@ -22,9 +22,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from eua.bench.facts import FORGET
 from eua.bench.published import every_second, published_rows, rows_if_any
-from eua.bench.task import EvaluationSet, Task
+from eua.bench.task import FORGOTTEN, EvaluationSet, Task
 from eua.data.sources import Row
 from eua.demo.target import cached_model
 from eua.errors import EUAError
@@ -146,7 +145,7 @@ def keyed_facts(rows: Sequence[Row], answers: Sequence[str]) -> list[KeyedFact]:
         keys = answer_keys(row["question"], row["answer"], counts, len(answers))
         wordings = [row["question"], *([row["paraphrased_question"]] if row.get("paraphrased_question") else [])]
         if keys:
-            facts.append(KeyedFact(row["question"], FORGET, keys, tuple(wordings), answer=row["answer"]))
+            facts.append(KeyedFact(row["question"], FORGOTTEN, keys, tuple(wordings), answer=row["answer"]))
     return facts
 
 
