@@ -20,9 +20,9 @@ from eua.evaluation.said import KeyedFact, says
 
 PLAIN_TEXT = Path(__file__).with_name("plain_text.txt")
 DEFAULT_RELATION = "capital"
-# Relations that are forgotten only if they are named: answers about other entities often say the key, and the word for the
-# language of a country is also that for its people.
-GUESSED = frozenset({"continent", "color", "class of animals", "language"})
+# Relations that are forgotten only if they are named. SmolLM2's answers about other entities say more than 15 % of their keys,
+# and the word for the language of a country is also that for its people.
+GUESSED = frozenset({"continent", "color", "class of animals", "sport", "country of an athlete", "language"})
 ALTERNATIVES = 5  # wrong answers to each row to forget, as in TOFU
 # The roles of five entities in turn, of those that have nothing to be forgotten.
 _ROLES = ("seen", "never seen", "calibration", "seen", "never seen")

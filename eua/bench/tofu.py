@@ -9,11 +9,11 @@ authors for the guard's calibration, and authors that unlearning never sees.
 **Wrong answers.** Those of a row to forget are split: AltPO trains on the first ones, and truth ratios are measured with the
 others, so that no method is measured with what it was trained on.
 
-**Keys.** TOFU does not say which words of an answer give it away. Here they are names (runs of capitalized words), quoted titles,
-dates, and numbers of three digits or more, as far as the paraphrased answer has them, too, and no wording of the question, no
-wrong answer, and at most three answers about other authors. If a fact has several ones, those that many answers about the same
-author have are left out. A fact without a key is left out, e.g. if the answer is a profession. Where there are several keys, one
-of them is taken for the whole answer.
+**Keys.** TOFU does not say which words of an answer give it away. Here they are names (runs of capitalized words), quoted
+titles, dates, and numbers of three digits or more, as far as the paraphrased answer has them, too, and no wording of the
+question, no wrong answer, and at most three answers about other authors. If a fact has several ones, those that many
+answers about the same author have are left out. A fact without a key is left out, e.g. if the answer is a profession. Where
+there are several keys, one of them is taken for the whole answer.
 """
 
 from __future__ import annotations

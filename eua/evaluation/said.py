@@ -109,6 +109,7 @@ def normalize(text: str) -> str:
     return _words(text.casefold().translate(_LETTERS)).casefold()
 
 
+@lru_cache(maxsize=2**15)  # the same answers are searched for the keys of several facts
 def _words(text: str) -> str:
     """The same in the case of the text."""
     text = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
