@@ -172,7 +172,7 @@ class _Draw:
         return self._forgotten
 
     def _of_both_halves(self, found: Sequence[int], count: int) -> list[int]:
-        """So many of the facts, as many of each half as there are."""
+        """Facts to forget, the same number of each half if there are enough."""
         shuffled = self.rng.sample(found, len(found))
         halves = [[index for index in shuffled if half_of(self.facts[index].subject) == half] for half in (0, 1)]
         first = min(max(count // 2, count - len(halves[1])), len(halves[0]))
