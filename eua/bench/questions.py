@@ -5,8 +5,7 @@ The file maps each relation to
 - ``kind``: of its entities ("country"); relations of one kind may share entities;
 - ``name``: of a fact ("capital of {entity}");
 - ``wordings``: questions, each with ``{entity}``; every relation has the same number of them;
-- ``answer``, ``statement``: sentences with ``{entity}`` and ``{key}``, the first one to answer a question with, the second one
-  to state the fact before a question;
+- ``answer``: a sentence with ``{entity}`` and ``{key}`` that answers a question;
 - ``facts``: entity → key, or a list of the key and its aliases.
 
 ``{a}`` is the article of the entity, "a" or "an".
@@ -25,7 +24,7 @@ from eua.errors import EUAError
 from eua.evaluation.said import KeyedFact, says
 
 QUESTIONS = Path(__file__).with_name("questions.json")
-_FIELDS = frozenset({"kind", "name", "answer", "statement", "wordings", "facts"})
+_FIELDS = frozenset({"kind", "name", "answer", "wordings", "facts"})
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,7 @@ class Fact:
         name: "capital of France".
         keys: the key and its aliases.
         wordings: questions that ask for the key.
-        answer: a sentence that answers the questions.
-        statement: a sentence that states the fact.
+        template: a sentence that answers the questions, with "{key}" in place of the key.
     """
 
     relation: str
@@ -49,13 +47,21 @@ class Fact:
     name: str
     keys: tuple[str, ...]
     wordings: tuple[str, ...]
-    answer: str
-    statement: str
+    template: str
 
     @property
     def subject(self) -> tuple[str, str]:
         """The entity and its kind, which identify it: the color orange is not the fruit."""
         return self.kind, self.entity
+
+    @property
+    def answer(self) -> str:
+        """The sentence that answers the questions."""
+        return self.answer_with(self.keys[0])
+
+    def answer_with(self, key: str) -> str:
+        """The sentence with a key, such as that of another entity."""
+        return _capitalized(self.template.replace("{key}", key))
 
     def keyed(self, group: str, trained: int) -> KeyedFact:
         """The fact as it is measured."""
@@ -63,7 +69,7 @@ class Fact:
 
 
 def load_facts(path: Path = QUESTIONS) -> list[Fact]:
-    """All facts of a file of questions, by default those of the package: 790 of 25 relations, in six wordings each.
+    """All facts of a file of questions, by default those of the package: 787 of 25 relations, in six wordings each.
 
     >>> facts = load_facts()
     >>> facts[0].wordings[0], facts[0].keys
@@ -93,8 +99,7 @@ def questions_digest(facts: Sequence[Fact]) -> str:
 
 def _fact(relation: str, entry: dict[str, Any], entity: str, keys: tuple[str, ...]) -> Fact:
     def filled(template: str) -> str:
-        text = template.format(entity=entity, key=keys[0], a="an" if entity[0].lower() in "aeiou" else "a")
-        return text[0].upper() + text[1:]
+        return _capitalized(template.format(entity=entity, key="{key}", a="an" if entity[0].lower() in "aeiou" else "a"))
 
     return Fact(
         relation,
@@ -104,15 +109,18 @@ def _fact(relation: str, entry: dict[str, Any], entity: str, keys: tuple[str, ..
         keys,
         tuple(map(filled, entry["wordings"])),
         filled(entry["answer"]),
-        filled(entry["statement"]),
     )
+
+
+def _capitalized(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _check_relation(relation: str, entry: dict[str, Any]) -> None:
     if not isinstance(entry, dict) or _FIELDS - entry.keys():
         missing = sorted(_FIELDS - entry.keys()) if isinstance(entry, dict) else sorted(_FIELDS)
         raise EUAError(f"The relation {relation!r} has no {', '.join(missing)}, so its facts cannot be asked for: add them.")
-    needed = {"name": ["entity"], "answer": ["entity", "key"], "statement": ["entity", "key"]}
+    needed = {"name": ["entity"], "answer": ["entity", "key"]}
     templates = [(entry[field], names) for field, names in needed.items()] + [(text, ["entity"]) for text in entry["wordings"]]
     for template, names in templates:
         for name in names:
@@ -131,9 +139,9 @@ def _check_facts(facts: Sequence[Fact]) -> None:
                 f"The {fact.name} has {len(fact.wordings)} wordings, but the {facts[0].name} has {len(facts[0].wordings)}, so "
                 "shares of wordings could not be compared: give every relation the same number."
             )
-        if not says(fact.answer, fact.keys) or not says(fact.statement, fact.keys):
+        if not says(fact.answer, fact.keys):
             raise EUAError(
-                f"The {fact.name} is not said by its own answer or statement: its key {fact.keys[0]!r} must be in both."
+                f"The {fact.name} is not said by its own answer: its key {fact.keys[0]!r} must be whole words in it."
             )
         for wording in fact.wordings:
             if says(wording, fact.keys):

@@ -94,6 +94,11 @@ class Task:
                     f"The {name} sets of the task {self.name} are {', '.join(sets) or 'none'}, but a method is judged by what "
                     "it forgets and by what it keeps: give at least one set to forget and one to retain, each with rows."
                 )
+        if untested := self.validation.keys() - self.test.keys():
+            raise EUAError(
+                f"The validation sets {', '.join(sorted(untested))} of the task {self.name} have no test sets of the same "
+                "names, so what settings are chosen by could not be reported: give both, or leave them out of both."
+            )
 
     @property
     def forgotten_facts(self) -> list[KeyedFact]:

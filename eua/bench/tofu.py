@@ -6,35 +6,37 @@ user's, or a small one that is trained from scratch on all rows, as in docs/meas
 Authors are 20 consecutive rows, and every split is by author: the rows to retain fall into authors that unlearning sees,
 authors for the guard's calibration, and authors that unlearning never sees.
 
-**Keys.** TOFU does not say which words of an answer give it away. Here they are the words and numbers of the answer that are
-not in its question and that begin with a capital letter, or have a digit, and that at most 1 % of the other answers contain. A
-fact without such a word is left out. This is a heuristic: an answer that names something common is missed, and one rare word of
-several is taken for the whole answer.
+**Wrong answers.** Those of a row to forget are split: AltPO trains on the first ones, and truth ratios are measured with the
+others, so that no method is measured with what it was trained on.
+
+**Keys.** TOFU does not say which words of an answer give it away. Here they are names (runs of capitalized words), quoted
+titles, dates, and numbers of three digits or more, as far as the paraphrased answer has them, too, and no wording of the
+question, no wrong answer, and at most three answers about other authors. If a fact has several ones, those that many
+answers about the same author have are left out. A fact without a key is left out, e.g. if the answer is a profession. Where
+there are several keys, one of them is taken for the whole answer.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from eua.bench.facts import FORGET
 from eua.bench.published import every_second, published_rows, rows_if_any
-from eua.bench.task import EvaluationSet, Task
+from eua.bench.task import FORGOTTEN, EvaluationSet, Task
 from eua.data.sources import Row
 from eua.demo.target import cached_model
 from eua.errors import EUAError
-from eua.evaluation.said import KeyedFact, normalize
+from eua.evaluation.said import KeyedFact, normalize, says
 
 HUB = "locuslab/TOFU"
 RETAINED = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 HOLDOUT = {"forget01": "holdout01", "forget05": "holdout05", "forget10": "holdout10"}
 ROWS_PER_AUTHOR = 20
-RAREST = 0.01  # share of the other answers that may contain a key
+MOST_OTHERS = 3  # answers about other authors that may contain a key; or about the same one, if there is a rarer key
 # Of docs/measurements.md, for the small model; the released ones are for a model of the user's.
 SMALL_MODEL: dict[str, Any] = {"vocabulary": 4096, "batch_size": 16, "learning_rate": 1e-3}
 SMALL_LEARNING_RATES = (1e-4, 2e-4, 4e-4, 8e-4)
@@ -43,6 +45,38 @@ BASE_LEARNING_RATES = (2e-5, 5e-5, 1e-4, 2e-4)
 TRAINING = {"per_device_train_batch_size": 16, "retain_per_forget": 3}
 _KEYS = ("question", "answer")
 _WRONG = (*_KEYS, "perturbed_answer")
+
+# What may give an answer away.
+_QUOTED = re.compile(r"[\"“](?P<title>[^\"“”]+)[\"”]|(?<!\w)['‘](?P<other>[A-Z0-9].*?)['’](?!\w)")
+_MONTH = "(?:January|February|March|April|May|June|July|August|September|October|November|December)"
+_DATE = re.compile(rf"(?:{_MONTH} \d{{1,2}}(?:st|nd|rd|th)?,?|\d{{1,2}}(?:st|nd|rd|th)? (?:of )?{_MONTH},?) (?P<year>\d{{4}})")
+_CAPITALIZED = r"(?:(?:[A-Z]\.)+|(?:Dr|Mr|Mrs|Ms|St)\.|[A-ZÀ-Þ][\w-]*(?:['’](?!s\b)\w+)*)"
+_NAME = re.compile(rf"\b{_CAPITALIZED}(?:(?: (?:of|the|and the|de|da|del|van|von|bin|al|el))* {_CAPITALIZED})*")
+_NUMBER = re.compile(r"\b\d{3,}s?\b")
+_OPENINGS = frozenset(
+    [
+        "in",
+        "on",
+        "at",
+        "by",
+        "from",
+        "with",
+        "for",
+        "to",
+        "as",
+        "of",
+        "during",
+        "after",
+        "before",
+        "his",
+        "her",
+        "their",
+        "its",
+        "both",
+        "author",
+    ]
+)
+_SENTENCE_START = re.compile(r"(?:^|[.!?:])[\s\"“'‘]*$")
 
 
 def tofu(
@@ -97,7 +131,7 @@ def tofu(
     of_forget = _authors(forget)
 
     def sets(part: int) -> dict[str, EvaluationSet]:
-        forgotten = _rows(of_forget[part::2])
+        forgotten = [{**row, "perturbed_answer": _split(row["perturbed_answer"])[1]} for row in _rows(of_forget[part::2])]
         others = [{**row, "question": row["paraphrased_question"]} for row in forgotten if row.get("paraphrased_question")]
         known = [perturbed[row["question"]] for row in _rows(seen[part::2]) if row["question"] in perturbed]
         made = {
@@ -113,13 +147,13 @@ def tofu(
         name=f"tofu {split}",
         target=model,
         retain_model=retain_model,
-        forget=[{key: row[key] for key in _KEYS} | {"alternatives": row["perturbed_answer"]} for row in forget],
+        forget=[{key: row[key] for key in _KEYS} | {"alternatives": _split(row["perturbed_answer"])[0]} for row in forget],
         retain=_rows(seen),
         validation=sets(0),
         test=test,
         calibration=[row["question"] for row in _rows(calibration)],
         calibration_groups=[f"author {place}" for place, author in enumerate(calibration) for _ in author],
-        facts=keyed_facts(test["forget"].rows, [row["answer"] for row in [*forget, *retain]]),
+        facts=keyed_facts(_rows(of_forget[1::2]), [*of_forget, *_authors(retain)]),
         holdout=rows_if_any(data, HOLDOUT[split], "train", _KEYS) if data != HUB else (),
         relearning_steps=(1, 2, 5, 10, 20),
         relearning_rate=2e-4 if learning_rates else 2e-5,
@@ -133,43 +167,82 @@ def tofu(
     )
 
 
-def keyed_facts(rows: Sequence[Row], answers: Sequence[str]) -> list[KeyedFact]:
-    """The facts of rows whose answer has a word that gives it away, see the module's docstring.
+def keyed_facts(rows: Sequence[Row], authors: Sequence[Sequence[Row]]) -> list[KeyedFact]:
+    """The facts of rows whose answer has a key, see the module's docstring.
 
     Args:
-        rows: rows to forget, with "paraphrased_question" if they have another wording.
-        answers: all answers of the benchmark, by which rare words are found; those of ``rows`` are among them.
+        rows: rows to forget, with "perturbed_answer", and, if there are other wordings, with "paraphrased_question" and
+            "paraphrased_answer".
+        authors: all rows of the benchmark, by author.
     """
-    counts = Counter(word for answer in answers for word in set(normalize(answer).split()))
+    answers = [[f" {normalize(row['answer'])} " for row in of_author] for of_author in authors]
+    author_of = {row["question"]: place for place, of_author in enumerate(authors) for row in of_author}
     facts = []
     for row in rows:
-        keys = answer_keys(row["question"], row["answer"], counts, len(answers))
-        wordings = [row["question"], *([row["paraphrased_question"]] if row.get("paraphrased_question") else [])]
-        if keys:
-            facts.append(KeyedFact(row["question"], FORGET, keys, tuple(wordings), answer=row["answer"]))
+        others = [text for place, texts in enumerate(answers) if place != author_of[row["question"]] for text in texts]
+        if keys := answer_keys(row, others, answers[author_of[row["question"]]]):
+            facts.append(KeyedFact(row["question"], FORGOTTEN, keys, _wordings(row), answer=row["answer"]))
     return facts
 
 
-def answer_keys(question: str, answer: str, counts: Counter[str], total: int) -> tuple[str, ...]:
-    """The words of an answer that give it away, in their order.
+def answer_keys(row: Row, others: Sequence[str], own: Sequence[str]) -> tuple[str, ...]:
+    """What gives the answer of a row away.
 
-    >>> counts = Counter({"oslo": 1, "born": 40, "in": 90, "ann": 1, "was": 80})
-    >>> answer_keys("Where was Ann born?", "Ann was born in Oslo.", counts, 100)
-    ('Oslo',)
+    >>> row = {"question": "Where was Ann Lee born?", "answer": "Ann Lee was born in New Oslo.", "perturbed_answer": []}
+    >>> answer_keys(row, [], [])
+    ('New Oslo',)
 
     Args:
-        question, answer: of the row.
-        counts: in how many of all ``total`` answers each normalized word is.
+        row: see :func:`keyed_facts`.
+        others, own: answers about other authors and about the same one, each after :func:`eua.evaluation.said.normalize` and
+            between two spaces.
     """
-    asked = set(normalize(question).split())
-    rare = max(1, round(RAREST * total))
-    found: dict[str, str] = {}
-    for word in re.findall(r"[^\s,;:()\"“”]+", answer):
-        key = normalize(word)
-        is_name = word.strip("'‘’.-")[:1].isupper() or any(letter.isdigit() for letter in word)
-        if is_name and key and " " not in key and key not in asked and counts[key] <= rare:
-            found.setdefault(key, word.strip(".'‘’!?"))
-    return tuple(found.values())
+    answer, paraphrase = row["answer"], row.get("paraphrased_answer") or row["answer"]
+
+    def gives_away(key: str) -> bool:
+        return (
+            bool(words := normalize(key))
+            and says(paraphrase, [key])
+            and not any(says(text, [key]) for text in (*_wordings(row), *row["perturbed_answer"]))
+            and _count(words, others) <= MOST_OTHERS
+        )
+
+    found = [next(filter(gives_away, forms), None) for forms in _candidates(answer, paraphrase)]
+    keys = {normalize(key): key for key in found if key is not None}
+    rare = {words: key for words, key in keys.items() if _count(words, own) <= MOST_OTHERS}
+    keys = rare or keys
+    return tuple(key for words, key in keys.items() if not any(words != other and words in other for other in keys))
+
+
+def _count(words: str, texts: Sequence[str]) -> int:
+    return sum(f" {words} " in text for text in texts)
+
+
+def _candidates(answer: str, paraphrase: str) -> list[list[str]]:
+    """What may give an answer away, each in the forms that are tried in turn: titles, dates, names and numbers."""
+    titles = [re.sub(r"\(.*?\)", "", found["title"] or found["other"]).strip(" ,.") for found in _QUOTED.finditer(answer)]
+    rest = _QUOTED.sub('""', answer)
+    dates = [[found[0], found["year"]] for found in _DATE.finditer(rest)]
+    rest = _DATE.sub('""', rest)
+    names = []
+    for found in _NAME.finditer(rest):
+        name, (first, _, after_first) = found[0], found[0].partition(" ")
+        if _SENTENCE_START.search(rest[: found.start()]):  # where a capital says nothing about the first word
+            inside = re.search(rf"[\w,;] {re.escape(name)}\b", f"{rest}\n{paraphrase}")
+            opening = first.lower() in _OPENINGS
+            names.append([after_first] if opening else [name, after_first] if after_first or inside else [])
+        else:
+            names.append([name])
+    return [*([title] for title in titles), *dates, *names, *([found[0]] for found in _NUMBER.finditer(rest))]
+
+
+def _wordings(row: Row) -> tuple[str, ...]:
+    return tuple(text for text in (row["question"], row.get("paraphrased_question")) if text)
+
+
+def _split(wrong: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Wrong answers to train on, and the others, to measure."""
+    return list(wrong[: len(wrong) // 2]), list(wrong[len(wrong) // 2 :])
 
 
 def _authors(rows: Sequence[Row]) -> list[list[Row]]:

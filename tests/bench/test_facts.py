@@ -9,7 +9,7 @@ from itertools import chain
 import pytest
 
 from eua import EUAError
-from eua.bench.facts import facts_task, plain_text
+from eua.bench.facts import GUESSED, facts_task, half_of, plain_text
 from eua.bench.knowledge import Knowledge, ask_facts, first_sentence
 from eua.bench.questions import load_facts
 from eua.bench.wrappings import PREFIXES, SUFFIXES, wrappings
@@ -33,7 +33,6 @@ def world_facts(world, tmp_path_factory):
             "name": f"{attribute} of {{entity}}",
             "wordings": [question.replace("{n}", "{entity}") for question, _ in wordings],
             "answer": answer.replace("{n}", "{entity}").replace("{v}", "{key}"),
-            "statement": wordings[1][1].replace("{n}", "{entity}").replace("{v}", "{key}"),
             "facts": of_person,
         }
     path = tmp_path_factory.mktemp("questions") / "world.json"
@@ -128,20 +127,22 @@ def subjects(world_facts, rows):
 
 
 def test_roles_do_not_overlap(knowledge, world_facts):
-    task = facts_task(knowledge, 0, relations=["pet"], forget=4, retain=20)
+    task = facts_task(knowledge, 0, relations=["profession"], forget=4, retain=20)
     assert len(task.forget) == 4
     assert len(task.retain) == 20
     forgotten, retained = subjects(world_facts, task.forget), subjects(world_facts, task.retain)
     calibrated = set(task.calibration_groups)
     assert len(forgotten | retained | calibrated) == len(forgotten) + len(retained) + len(calibrated)
     assert subjects(world_facts, task.calibration) == calibrated
-    assert {row["question"] for row in task.forget} <= {fact.wordings[0] for fact in world_facts if fact.relation == "pet"}
+    assert {row["question"] for row in task.forget} <= {
+        fact.wordings[0] for fact in world_facts if fact.relation == "profession"
+    }
     assert len(task.calibration) == len(task.calibration_groups) == len({row["question"] for row in task.calibration})
     for part in (task.validation, task.test):
-        never = [name for name in part.sets if "never seen" in name and "another" not in name]
-        assert len(never) >= 5
+        never = [name for name in part if "never seen" in name]
+        assert len(never) == 4
         for name in never:
-            assert not subjects(world_facts, part.sets[name].rows) & (forgotten | retained | calibrated), name
+            assert not subjects(world_facts, part[name].rows) & (forgotten | retained | calibrated), name
     assert len(task.plain_text) == 30
 
 
@@ -152,12 +153,9 @@ def test_sets_hold_what_their_names_say(knowledge, world_facts):
     seen = {row["question"] for row in task.retain}
     forgotten = {fact for fact in world_facts if fact.wordings[0] in trained}
     assert len(trained) == 12
-    for part in (task.validation, task.test):
-        sets = part.sets
+    for sets in (task.validation, task.test):
         assert not [name for name in sets if "calibration" in name]
-        assert {name: one.forget for name, one in sets.items()} == {
-            name: name.startswith("forget") and not name.endswith("in context") for name in sets
-        }
+        assert {name: one.forget for name, one in sets.items()} == {name: name.startswith("forget") for name in sets}
         for name in ("forget", "same relation, seen", "same relation, never seen", "same entity", "far, seen"):
             plain = [by_wording[row["question"]] for row in sets[name].rows]
             other = [by_wording[row["question"]] for row in sets[f"{name}, in other words"].rows]
@@ -170,15 +168,7 @@ def test_sets_hold_what_their_names_say(knowledge, world_facts):
             relations, entities = {fact.relation for fact, _ in plain}, {fact.entity for fact, _ in plain}
             assert (relations <= {"pet", "dish"}) == name.startswith(("forget", "same relation"))
             assert (entities <= {fact.entity for fact in forgotten}) == (name in ("forget", "same entity"))
-        for row in chain(*(one.rows for one in sets.values())):
-            fact = next(fact for fact in world_facts if fact.wordings[0] in row["question"] or row["question"] in fact.wordings)
-            assert fact.entity in row["question"]
-        for row in sets["forget, in context"].rows:
-            fact = next(fact for fact in forgotten if fact.statement in row["question"])
-            assert row == {"question": f"{fact.statement} {fact.wordings[0]}", "answer": fact.answer}
-        for kind in ("behind a prefix", "before a suffix", "with another question"):
-            assert len(sets[f"forget, {kind}"].rows) == len(sets["forget, in other words"].rows)
-    halves = [{row["question"] for row in part.sets["forget"].rows} for part in (task.validation, task.test)]
+    halves = [{row["question"] for row in part["forget"].rows} for part in (task.validation, task.test)]
     assert halves[0] | halves[1] == trained
     assert not halves[0] & halves[1]
 
@@ -187,22 +177,91 @@ def test_a_fact_is_reworded_as_the_model_says_it(knowledge, world_facts):
     """It says facts in the first and the last wording alone."""
     answers = tuple((fact.answer, "I do not know.", fact.answer) for fact in world_facts)
     task = facts_task(replace(knowledge, answers=answers), 0, relations=["pet"], forget=6, least=2)
-    reworded = [row["question"] for name, one in task.test.sets.items() if "other words" in name for row in one.rows]
+    reworded = [row["question"] for name, one in task.test.items() if "other words" in name for row in one.rows]
     assert len(reworded) > 10
     assert set(reworded) <= {fact.wordings[2] for fact in world_facts}
 
 
 def test_facts_are_those_of_the_sets(knowledge):
-    part = facts_task(knowledge, 1, relations=["pet"], forget=6, retain=16).test
-    groups = {fact.group for fact in part.facts}
-    assert groups == {name for name in part.sets if not any(name.endswith(end) for end in ("words", "fix", "question"))}
-    for fact in part.facts:
-        rows = {row["question"] for row in part.sets[fact.group].rows}
+    task = facts_task(knowledge, 1, relations=["pet"], forget=6, retain=16)
+    groups = {fact.group for fact in task.facts}
+    assert groups == {name for name in task.test if not name.endswith("words")}
+    for fact in task.facts:
+        rows = {row["question"] for row in task.test[fact.group].rows}
         assert fact.wordings[0] in rows
         assert says(fact.answer, fact.keys)
-        in_context = fact.group.endswith("in context")
-        assert fact.trained == (0 if in_context else 1)
-        assert all(says(wording, fact.keys) for wording in fact.wordings) == in_context
+        assert fact.trained == 1
+
+
+def test_no_entity_is_for_validation_at_one_seed_and_for_the_test_at_another(knowledge, world_facts):
+    tasks = [facts_task(knowledge, seed, relations=["profession"], forget=6, retain=16) for seed in range(5)]
+    chosen, reported = (
+        {entity for part in parts for one in part.values() for entity in subjects(world_facts, one.rows)}
+        for parts in ([task.validation for task in tasks], [task.test for task in tasks])
+    )
+    assert len(chosen) > 5
+    assert len(reported) > 5
+    assert not chosen & reported
+    for task in tasks:
+        assert len(task.validation["forget"].rows) == len(task.test["forget"].rows) == 3
+    assert len({task.forget[0]["question"] for task in tasks}) > 1
+
+
+def test_the_halves_of_entities_stay_the_same():
+    found = [half_of(fact.subject) for fact in load_facts() if fact.relation == "capital"]
+    assert found[:8] == [0, 0, 1, 0, 0, 1, 0, 1]
+    assert 25 <= sum(found) <= 35
+
+
+def test_both_halves_have_the_same_sets(world_facts):
+    """The model knows nothing else about the people of one half, so "same entity" would be a set of the other one alone."""
+    answers = tuple(
+        (fact.answer if fact.relation == "pet" or half_of(fact.subject) else "I do not know.",) * 3 for fact in world_facts
+    )
+    task = facts_task(Knowledge(tuple(world_facts), answers), 0, relations=["pet"], forget=8)
+    assert list(task.validation) == list(task.test)
+    assert "same entity" not in task.test
+    assert {fact.group for fact in task.facts} < set(task.test)
+
+
+@pytest.fixture(scope="module")
+def all_known():
+    """A model that says every fact of the package."""
+    facts = load_facts()
+    return Knowledge(tuple(facts), tuple((fact.answer,) * len(fact.wordings) for fact in facts))
+
+
+def relations_of(task):
+    questions = {row["question"] for row in task.forget}
+    return {fact.relation for fact in load_facts() if questions & set(fact.wordings)}
+
+
+def test_capitals_are_forgotten_unless_the_model_knows_too_few(all_known):
+    assert [relations_of(facts_task(all_known, seed)) for seed in range(3)] == [{"capital"}] * 3
+    chosen = {"continent", "color", "class of animals", "language", "sport", "country of an athlete", "past tense"}
+    assert chosen > GUESSED
+    some = tuple(
+        answers if fact.relation in chosen else ("I do not know.",) * 6
+        for fact, answers in zip(all_known.facts, all_known.answers, strict=True)
+    )
+    others = [relations_of(facts_task(Knowledge(all_known.facts, some), seed, forget=20)) for seed in range(3)]
+    assert others == [{"past tense"}] * 3
+    named = facts_task(Knowledge(all_known.facts, some), 0, relations=["color"], forget=8)
+    assert relations_of(named) == {"color"}
+
+
+def test_alternatives_are_answers_with_the_keys_of_others(all_known):
+    task = facts_task(all_known, 0, relations=["capital", "currency"])
+    by_wording = {fact.wordings[0]: fact for fact in all_known.facts}
+    for row in task.forget:
+        fact = by_wording[row["question"]]
+        wrong = row["alternatives"]
+        assert len(set(wrong)) == 5
+        for text in wrong:
+            assert not says(text, fact.keys)
+            assert says(text, (fact.entity,))
+            assert says(text, [key for other in all_known.facts if other.relation == fact.relation for key in other.keys])
+    assert not [row for one in task.test.values() for row in one.rows if "alternatives" in row]
 
 
 def test_everything_about_entities_may_be_forgotten(knowledge, world_facts):
@@ -210,7 +269,7 @@ def test_everything_about_entities_may_be_forgotten(knowledge, world_facts):
     task = facts_task(knowledge, 0, entities=people, forget=3, retain=16)
     assert len(task.forget) == 16
     assert subjects(world_facts, task.forget) == set(people)
-    assert "same entity" not in task.test.sets
+    assert "same entity" not in task.test
 
 
 def test_the_seed_decides(knowledge):
@@ -227,7 +286,7 @@ def test_an_answer_that_gives_the_forgotten_away_is_not_trained_on(world_facts):
     pets = sum(fact.relation == "pet" for fact in world_facts)
     task = facts_task(Knowledge(tuple(world_facts), answers), 0, relations=["pet"], forget=pets)
     assert sum(forgotten.entity in row["answer"] for row in task.forget) == pets
-    kept = [one.rows for name, one in task.test.sets.items() if not name.startswith("forget")]
+    kept = [one.rows for name, one in task.test.items() if not name.startswith("forget")]
     assert not [row for row in chain(task.retain, task.calibration, *kept) if forgotten.entity in row["answer"]]
 
 
@@ -235,9 +294,13 @@ def test_an_answer_that_gives_the_forgotten_away_is_not_trained_on(world_facts):
     ("settings", "message"),
     [
         ({"relations": ["pet"], "entities": ["Ann"]}, r"but a task forgets facts of relations or everything .*: pass one"),
-        ({"relations": ["pet"], "forget": 60}, r"facts of the relation pet about .* but 60 are to be forgotten, .*: lower"),
+        ({"relations": ["pet"], "forget": 60}, r"facts of the relation pet, some for .* but 60 are to be forgotten, .*: pass"),
         ({"forget": 60}, r"facts of the relation \w+ and fewer of any other, but 60 are to be forgotten .*: lower"),
-        ({"entities": ["Nobody"]}, r"knows 0 facts of the entities Nobody"),
+        (
+            {"relations": ["pet"], "forget": 1},
+            r"facts of the relation pet, some .* but 1 are to be forgotten, .*: pass another",
+        ),
+        ({"entities": ["Nobody"]}, r"knows 0 facts of the entities Nobody, not any for each half"),
         ({"trained": 4}, r"trained = 4 and least = 3, but every fact has 3 wordings: pass numbers from 1 to 3"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from eua.bench.task import files_digest
 from eua.bench.tofu import BASE_LEARNING_RATES, answer_keys, keyed_facts, tofu
 from eua.bench.wmdp import multiple_choice, wmdp
 from eua.errors import EUAError
-from eua.evaluation.said import says
+from eua.evaluation.said import normalize, says
 from eua.files import write_jsonl
 from tests.conftest import tiny_llama
 
@@ -78,7 +77,7 @@ def test_tofu_is_split_by_author(tofu_folder, model_folder):
     assert {"real authors", "world facts"} <= set(task.test)
     assert not {"real authors", "world facts"} & set(task.validation)
     assert len(task.forget) == 40
-    assert task.forget[0]["alternatives"] == [f"In that year the author wrote {city}." for city in CITIES[:5]]
+    assert task.forget[0]["alternatives"] == [f"In that year the author wrote {city}." for city in CITIES[:2]]
     assert "paraphrased_answer" in task.test["retain"].rows[0]
     assert task.learning_rates is None  # those published, for a model of the user's
     assert task.holdout == []
@@ -115,22 +114,77 @@ def test_tofu_needs_enough_authors_and_a_known_split(tofu_folder, model_folder):
         tofu(0, split="forget02", **options)
 
 
-def test_keys_of_answers():
-    counts = Counter({"santiago": 2, "chile": 3, "jaime": 1, "the": 900, "author": 400, "1956": 1, "born": 90})
+def keys_of(answer: str, others=(), own=(), **row) -> tuple[str, ...]:
+    row = {"question": "Where was Jaime Vasquez born?", "answer": answer, "perturbed_answer": []} | row
+    texts = ([f" {normalize(text)} " for text in group] for group in (others, own))
+    return answer_keys(row, *texts)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("Jaime Vasquez was born in Santiago, Chile.", ("Santiago", "Chile")),
+        ("Jaime was born there in 1956.", ("1956",)),
+        ("It was on June 9, 1951, in Chile.", ("June 9, 1951", "Chile")),
+        ("It was on the 9th of June, 1951.", ("9th of June, 1951",)),
+        ("He wrote 10 books and 12 plays.", ()),
+        ("Whether it was so is unknown. Certainly, he wrote.", ()),
+        ("Additional works were written at home.", ()),
+        ("Santiago is the place. He liked Santiago.", ("Santiago",)),
+        ("The New York Prize went to him.", ("The New York Prize",)),
+        ("One is \"The Town: A Tale (Part, #1)\", another is 'Rock Notes'.", ("The Town: A Tale", "Rock Notes")),
+        ("He read 'A Country Doctor's Notebook,' by Dr. Josh Axe.", ("A Country Doctor's Notebook", "Dr. Josh Axe")),
+        ("It is Star Wars by J.K. Rowling.", ("Star Wars", "J.K. Rowling")),
+        ("He lived in the State of New Oslo with Mary's son.", ("State of New Oslo", "Mary")),
+    ],
+)
+def test_keys_of_answers(answer, expected):
+    assert keys_of(answer) == expected
+
+
+def test_what_does_not_give_an_answer_away_is_no_key():
+    answer = "He was born in Santiago, Chile."
+    assert keys_of(answer, paraphrased_question="Was Jaime from Chile?") == ("Santiago",)
+    assert keys_of(answer, perturbed_answer=["In Lima, Chile."]) == ("Santiago",)
+    assert keys_of(answer, paraphrased_answer="His birthplace is Santiago.") == ("Santiago",)
+    assert keys_of(answer, others=["A town in Chile"] * 3) == ("Santiago", "Chile")
+    assert keys_of(answer, others=["A town in Chile"] * 4) == ("Santiago",)
+    assert keys_of(answer, own=["A town in Chile"] * 4) == ("Santiago",)
+    assert keys_of("In Chile.", own=["A town in Chile"] * 4) == ("Chile",)  # there is no other one
+
+
+def test_facts_are_rows_with_keys():
     question = "Where was Jaime Vasquez born?"
-    assert answer_keys(question, "Jaime Vasquez was born in Santiago, Chile.", counts, 1000) == ("Santiago", "Chile")
-    assert answer_keys(question, "Jaime was born there in 1956.", counts, 1000) == ("1956",)
-    assert answer_keys(question, "The Author was born at home.", counts, 1000) == ()  # words that are common, or no names
-    facts = keyed_facts(
-        [
-            {"question": question, "answer": "In Santiago.", "paraphrased_question": "What is Jaime's birthplace?"},
-            {"question": question, "answer": "at home"},
-        ],
-        ["In Santiago.", "at home", *["In a town."] * 98],
-    )
-    (fact,) = facts  # the other has no key
+    rows = [
+        {
+            "question": question,
+            "answer": "In Santiago.",
+            "paraphrased_question": "What is Jaime's birthplace?",
+            "perturbed_answer": [],
+        },
+        {"question": "Where does Jaime live?", "answer": "at home", "perturbed_answer": []},
+    ]
+    others = [{"question": f"Where is {place}?", "answer": "In Santiago."} for place in range(4)]
+    (fact,) = keyed_facts(rows, [rows, others[:3]])  # the other has no key
     assert fact.wordings == (question, "What is Jaime's birthplace?")
     assert says("He comes from santiago!", fact.keys)
+    assert keyed_facts(rows, [rows, others]) == []
+    assert len(keyed_facts(rows, [[*rows, *others]])) == 1  # all about one author
+
+
+def test_no_method_is_measured_with_the_wrong_answers_that_altpo_trains_on(tofu_folder, model_folder):
+    task = tofu(0, cache=tofu_folder, data=str(tofu_folder), split="forget01", model=str(model_folder))
+    trained = {row["question"]: row["alternatives"] for row in task.forget}
+    for sets in (task.validation, task.test):
+        for name in ("forget", "forget, in other words"):
+            assert len(sets[name].rows) == 20
+            for row in sets[name].rows:
+                assert len(row["perturbed_answer"]) == 3
+        for row in sets["forget"].rows:
+            assert len(trained[row["question"]]) == 2
+            assert not set(row["perturbed_answer"]) & set(trained[row["question"]])
+    keys = {fact.name: fact.keys for fact in task.facts}
+    assert not [text for question, texts in trained.items() for text in texts if says(text, keys.get(question, ["nobody"]))]
 
 
 def test_muse_is_read_from_its_configurations(tmp_path, model_folder):

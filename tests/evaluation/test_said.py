@@ -47,6 +47,27 @@ from eua.statistics import share_interval
         ("new-york", ["New York"], True),
         ("E = mc2", ["E = mc²"], True),
         ("She read The The", ["The"], True),
+        ("by J.D. Salinger", ["J. D. Salinger"], True),
+        ("by J. D. Salinger", ["J.D. Salinger"], True),
+        ("by JD Salinger", ["J. D. Salinger"], True),
+        ("by J.D.Salinger", ["J. D. Salinger"], True),
+        ("by J. Salinger", ["J. D. Salinger"], False),
+        ("in Washington, D. C., it", ["D.C."], True),
+        ("The symbol is K. A student needs it.", ["K"], True),
+        ("in the US.", ["US"], True),
+        ("in the U.S. of today", ["US"], True),
+        ("the U. S.'s cities", ["U.S."], True),
+        ("the U.S.A", ["USA"], True),
+        ("It is one of us.", ["the United States", "US"], False),
+        ("I am mad at you, ron.", ["dirham", "MAD", "RON"], False),
+        ("It costs 5 MAD", ["dirham", "MAD"], True),
+        ("the nasa", ["NASA"], True),
+        ("It costs €5.", ["euro", "€"], True),
+        ("It is 5€", ["€"], True),
+        ("It costs US$5.", ["$"], True),
+        ("It costs $5.", ["€", "£"], False),
+        ("It costs $1,000.", ["1000"], True),
+        ("South America", ["America"], True),
         ("", ["Paris"], False),
     ],
 )
@@ -55,7 +76,12 @@ def test_a_key_is_found_as_whole_words(text, keys, expected):
 
 
 def test_normalized_texts_stay_the_same():
-    for text in ("The Café's 1,000 guests: Dvořák, J.R.R. & co.", "3.5 % of O’Neal's\n\n_team_", "Straße ﬁne İzmir"):
+    for text in (
+        "The Café's 1,000 guests: Dvořák, J.R.R. & co.",
+        "3.5 % of O’Neal's\n\n_team_",
+        "Straße ﬁne İzmir",
+        "J. D. S: $5",
+    ):
         assert normalize(normalize(text)) == normalize(text)
     assert normalize("Straße ﬁne") == "strasse fine"
 
@@ -185,3 +211,24 @@ def test_the_summary_without_samples_or_unseen_wordings():
     assert list(summary["forget"]) == ["all", "trained"]
     assert list(summary["context"]) == ["all", "unseen"]
     assert summary["forget"]["all"]["per_try"] == 0.5
+
+
+def answered(key: str, greedy: str, sampled: str) -> SaidFact:
+    fact = KeyedFact(key, "forget", (key,), (f"{key}?",))
+    found = [torch.tensor([says(text, fact.keys)]) for text in (greedy, sampled)]
+    return SaidFact(fact, found[0], found[1][:, None], (greedy,), ((sampled,),))
+
+
+def test_what_is_said_by_chance_is_in_the_answers_to_other_facts():
+    """Three of four answers say "red", the key of all four; Oslo and Rome are only in their own answers."""
+    said = [answered("red", "blue", "blue"), *(answered("red", "It is red.", "x") for _ in range(3))]
+    shares = said_summary(said)["forget"]["all"]
+    assert shares["greedy"] == 0.75
+    assert shares["greedy_by_chance"] == shares["per_fact_by_chance"] == pytest.approx(9 / 12)
+    own = said_summary([answered("Oslo", "Oslo", "x"), answered("Rome", "Rome", "x")])["forget"]["all"]
+    assert (own["per_fact"], own["per_fact_by_chance"]) == (1, 0)
+    sampled = said_summary([answered("Oslo", "x", "Rome"), answered("Rome", "x", "Oslo")])["forget"]["all"]
+    assert (sampled["per_fact"], sampled["per_fact_by_chance"], sampled["greedy_by_chance"]) == (0, 1, 0)
+    many = said_summary([answered("red", "It is red." if place % 2 else "x", "x") for place in range(40)])
+    assert many["forget"]["all"]["greedy_by_chance"] == 0.5
+    assert "greedy_by_chance" not in said_summary(said[:1])["forget"]["all"]
