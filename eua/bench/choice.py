@@ -67,11 +67,29 @@ def front(points: Sequence[Point]) -> list[Point]:
     return kept
 
 
+def relative_to(target: Point, points: Sequence[Point]) -> list[Point]:
+    """What is left of the target's measures, at most 1: (1, 1) is a method that changes nothing.
+
+    >>> relative_to(Point(0.5, 0.8), [Point(0.25, 0.8), Point(0.6, 0.4)])
+    [Point(forget=0.5, retain=1.0), Point(forget=1.0, retain=0.5)]
+
+    Args:
+        target: the model before unlearning. Where one of its measures is 0, there is nothing to forget or to keep, and a
+            method's counts as 1.
+    """
+
+    def share(value: float, whole: float) -> float:
+        return min(value / whole, 1.0) if whole > 0 else 1.0
+
+    return [Point(share(point.forget, target.forget), share(point.retain, target.retain)) for point in points]
+
+
 def area_under_front(points: Sequence[Point]) -> float:
     """The area of the unit square that is worse than some point: ``∫₀¹ max {retain : forget ≤ f} df``, in [0, 1].
 
-    1 is a method that forgets everything and keeps everything, 0 one that forgets nothing or keeps nothing: the model before
-    unlearning, of which all is left, adds nothing. It is the hypervolume of the two measures with the reference point (1, 0).
+    1 is a method that forgets everything and keeps everything, 0 one that forgets nothing or keeps nothing. Of points relative
+    to the model before unlearning, see :func:`relative_to`, that model itself adds nothing. It is the hypervolume of the two
+    measures with the reference point (1, 0).
 
     >>> area_under_front([Point(0.5, 0.9), Point(0.0, 0.6)])
     0.75

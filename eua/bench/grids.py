@@ -1,11 +1,15 @@
 """The settings that are tried for each method: grids that have been published, cut to one number of trials for all methods.
 
 The grids are those of OpenUnlearning's released checkpoints (398 of TOFU's forget10, Llama 3.2 1B, each for 5 and for 10
-epochs) and of its scripts for methods of the community; D²'s is around its released settings. Two things depend on the task:
-numbers of epochs, and learning rates, because models smaller than 1B parameters need larger ones. A task that names its
-learning rates gives every method the same ones.
+epochs) and of its scripts for methods of the community. EUA's is this project's own: NPO's learning rates, and values of γ and
+ρ around D²'s released settings. Every method that trains on rows to retain is tried with one of them per row to forget, as
+published, and with three.
 
-A grid is cut by stratified sampling: among the trials, each value of a setting occurs as often as every other, up to one.
+Three things depend on the task: the numbers of epochs, the blocks, and the learning rates, because models smaller than 1B
+parameters need larger ones. A task multiplies every method's published learning rates by one factor.
+
+The settings of a grid have one order, of which a benchmark takes the first ones. Among these, each value of a setting occurs as
+often as every other, up to one.
 """
 
 from __future__ import annotations
@@ -13,20 +17,22 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from eua.bench.task import Task
 from eua.errors import EUAError, did_you_mean
+from eua.methods.table import METHODS
 
 Settings = dict[str, Any]  # fields of EUAConfig
 
 PUBLISHED_BLOCKS = 16  # of the model for which the grids were made
 _FEW = (1e-5, 2e-5, 5e-5)
 _MANY = (1e-5, 2e-5, 3e-5, 4e-5, 5e-5)
-_TRIES = 1000  # shuffles, before settings are drawn that are only different from each other
+_RETAIN_PER_FORGET = (1, 3)  # rows in a batch: the published number, and that of docs/measurements.md
 
 
 @dataclass(frozen=True)
@@ -36,10 +42,12 @@ class Grid:
     Attributes:
         learning_rates: those published.
         settings: field of EUAConfig → the values to try. Other settings keep the method's published values.
+        of_epochs: field of EUAConfig → its value as a share of the trial's epochs.
     """
 
     learning_rates: Sequence[float]
     settings: Mapping[str, Sequence[Any]]
+    of_epochs: Mapping[str, float] = field(default_factory=dict)
 
 
 GRIDS: dict[str, Grid] = {
@@ -55,23 +63,54 @@ GRIDS: dict[str, Grid] = {
     "satimp": Grid(_MANY, {"beta": (5, 6), "gamma": (1,), "alpha": (1, 0.1, 0.01)}),
     "ce_u": Grid(_MANY, {}),
     "undial": Grid((1e-5, 1e-4, 3e-4), {"beta": (3, 10, 30), "alpha": (1, 2, 5)}),
-    "pdu": Grid(_MANY, {"dual_warmup": ()}),
+    "pdu": Grid(_MANY, {}, {"dual_warmup": 0.5}),  # published: 5 of 10 epochs
     "me_gd": Grid(_MANY, {}),
     "eua": Grid(_FEW, {"gamma": (0.01, 0.05, 0.2), "rho": (0.1, 0.3)}),
 }
 
 
 def check_methods(methods: Sequence[str]) -> None:
-    """Raise for a method that does not exist.
+    """Raise for a method that does not exist, and for one that is named twice.
 
     Raises:
-        EUAError: if so.
+        EUAError: if there is one.
     """
     for method in methods:
         if method not in GRIDS:
             raise EUAError(
                 f"There is no method {method!r}{did_you_mean(method, GRIDS)} Known are {', '.join(GRIDS)}: name some of these."
             )
+    for method in dict.fromkeys(methods):
+        if methods.count(method) > 1:
+            raise EUAError(
+                f"The method {method} was named {methods.count(method)} times, but its trials are the same each time: name it "
+                "once."
+            )
+
+
+def methods_on(task: Task, names: Sequence[str] | None = None) -> list[str]:
+    """The methods to compare on a task: those that are named, or all that can train on its rows.
+
+    AltPO trains on other answers to the rows to forget, which not every task has.
+
+    Raises:
+        EUAError: see :func:`check_methods`; if a method is named that cannot train on the task's rows.
+    """
+    lacking = [method for method in GRIDS if METHODS[method].alternatives == "own" and not _has_alternatives(task)]
+    if names is None:
+        return [method for method in GRIDS if method not in lacking]
+    check_methods(names)
+    for method in names:
+        if method in lacking:
+            raise EUAError(
+                f"{method} was asked for, but it trains on other answers to the rows to forget, and those of the task "
+                f'{task.name} have no "alternatives": leave it out, or choose a task that has them, such as people or tofu.'
+            )
+    return list(names)
+
+
+def _has_alternatives(task: Task) -> bool:
+    return all(row.get("alternatives") for row in task.forget)
 
 
 def axes(method: str, task: Task) -> dict[str, Sequence[Any]]:
@@ -81,10 +120,10 @@ def axes(method: str, task: Task) -> dict[str, Sequence[Any]]:
     if "layer" in settings:
         scaled = (max(1, round(block * task.blocks / PUBLISHED_BLOCKS)) for block in settings["layer"])
         settings["layer"] = tuple(dict.fromkeys(min(block, task.blocks - 1) for block in scaled))
-    if "dual_warmup" in settings:  # published: 5 of 10 epochs
-        settings["dual_warmup"] = (min(task.epochs) / 2,)
+    if METHODS[method].retain_loss is not None:
+        settings["retain_per_forget"] = _RETAIN_PER_FORGET
     return {
-        "learning_rate": task.learning_rates or grid.learning_rates,
+        "learning_rate": tuple(rate * task.rate_factor for rate in grid.learning_rates),
         "num_train_epochs": task.epochs,
         **settings,
     }
@@ -93,23 +132,21 @@ def axes(method: str, task: Task) -> dict[str, Sequence[Any]]:
 def trials_of(method: str, task: Task, count: int) -> list[Settings]:
     """``count`` different settings of a method, spread over its grid: the same ones wherever and whenever they are drawn.
 
+    They begin with those of every smaller count, so a benchmark can be given more trials later.
+
     Raises:
         EUAError: if the grid has fewer.
     """
     values = axes(method, task)
-    whole = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
-    if count > len(whole):
+    size = math.prod(map(len, values.values()))
+    if count > size:
         raise EUAError(
-            f"{count} trials were asked for, but the grid of {method} on the task {task.name} has {len(whole)} settings, and "
-            f"every method gets as many as the others: ask for at most {len(whole)}, or leave {method} out."
+            f"{count} trials were asked for, but the grid of {method} on the task {task.name} has {size} settings, and "
+            f"every method gets as many as the others: ask for at most {size}, or leave {method} out."
         )
-    rng = random.Random(f"{method} {count}")
-    for _ in range(_TRIES):
-        columns = [_balanced(list(column), count, rng) for column in values.values()]
-        points = [dict(zip(values, point, strict=True)) for point in zip(*columns, strict=True)]
-        if len({settings_key(point) for point in points}) == count:
-            return points
-    return rng.sample(whole, count)
+    drawn = itertools.islice(_in_order(values, random.Random(method)), count)
+    shares = GRIDS[method].of_epochs
+    return [point | {name: share * point["num_train_epochs"] for name, share in shares.items()} for point in drawn]
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:
@@ -117,9 +154,20 @@ def settings_key(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _balanced(values: list[Any], count: int, rng: random.Random) -> list[Any]:
-    """``count`` of the values in random order, each as often as every other, up to one."""
-    rng.shuffle(values)
-    drawn = [values[i % len(values)] for i in range(count)]
-    rng.shuffle(drawn)
-    return drawn
+def _in_order(values: Mapping[str, Sequence[Any]], rng: random.Random) -> Iterator[Settings]:
+    """All settings of a grid in random order, each once.
+
+    No value of a setting comes again before every other one has come, as long as there are such settings.
+    """
+    rest = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+    left: dict[str, list[Any]] = {name: [] for name in values}  # the values that have to come before another comes again
+    while rest:
+        for name, of_name in left.items():
+            of_name += () if of_name else values[name]
+        due = [point for point in rest if all(point[name] in of_name for name, of_name in left.items())]
+        point = rng.choice(due or rest)
+        rest.remove(point)
+        for name, of_name in left.items():
+            if point[name] in of_name:
+                of_name.remove(point[name])
+        yield point

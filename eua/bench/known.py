@@ -20,7 +20,7 @@ from eua.bench.task import Task
 from eua.model.loading import load_model
 
 TRAINING: dict[str, Any] = {"per_device_train_batch_size": 8, "retain_per_forget": 3}
-LEARNING_RATES = (2e-5, 5e-5, 1e-4, 2e-4)  # models of 135M parameters need a few times the published ones
+RATE_FACTOR = 4.0  # models of 135M parameters need a few times the published learning rates
 
 
 def facts(
@@ -64,7 +64,7 @@ def facts(
         text=task.plain_text,
         unrelated=task.plain_text,
         training=TRAINING,
-        learning_rates=LEARNING_RATES,
+        rate_factor=RATE_FACTOR,
         epochs=(epochs / 2, epochs),
         blocks=AutoConfig.from_pretrained(model).num_hidden_layers,
         tolerance=max(0.05, 1 / (1 + groups)),

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import NamedTuple
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eua.bench.task import Task
@@ -15,52 +17,72 @@ from eua.data.sources import Row
 from eua.evaluation.metrics import measure_answers
 from eua.evaluation.quantization import quantized
 from eua.evaluation.relearning import relearning_curve
-from eua.evaluation.said import KeyedFact, said_in_wordings
+from eua.evaluation.said import KeyedFact, normalize, said_in_wordings
+from eua.guard.guard import EnergyGuard
 
 Unlearn = Callable[[PreTrainedModel, Sequence[Row], Sequence[Row]], PreTrainedModel]  # of a model, rows to forget and to retain
 Curves = dict[str, dict[str, float]]  # rows that were relearned on → number of steps → extraction strength
+STATED, KEPT = "said where the prompt states it", "after a second request, retained rows"
+SHOULD_STAY = (STATED, KEPT)  # how the names of figures begin of which more is better; of the others, less is better
+
+
+class Lasting(NamedTuple):
+    """What lasts: figures by name, the curves of relearning, and what could not be measured, and why.
+
+    The figures have the largest value of each curve after at least one step, and the share of facts that greedy answers say at
+    its end.
+    """
+
+    figures: dict[str, float]
+    curves: Curves
+    left_out: dict[str, str]
 
 
 def lasting(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, unlearn: Unlearn | None = None
-) -> tuple[dict[str, float], Curves]:
-    """What a model still says of the test set to forget when it is changed, asked in other ways or goes on living, guard off.
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    unlearn: Unlearn | None = None,
+    guard: EnergyGuard | None = None,
+) -> Lasting:
+    """What a model still says of the test set to forget when it is changed, trained further, or asked in other ways.
+
+    Where nothing else is said, a figure is the mean extraction strength of the rows to forget, and the guard is off.
 
     Args:
         model, tokenizer: those after unlearning, or others to compare with.
         task: what was forgotten.
         unlearn: unlearns further rows with the same method and settings; None for models from which nothing was unlearned,
             which are not given a second request.
-
-    Returns:
-        Figures by name, and the curves of relearning, of which the figures have the largest value after at least one step.
-        Where nothing else is said, a figure is the extraction strength of the rows to forget, every set counting the same.
+        guard: with it, what is said in answers to other prompts is also reported with the guard on.
     """
-    forgotten = _forgotten(task)
-    encoded = [encode_rows(rows, tokenizer, None, name) for name, rows in forgotten.items()]
+    encoded = [row for name, rows in _forgotten(task).items() for row in encode_rows(rows, tokenizer, None, name)]
 
     def left(changed: PreTrainedModel) -> float:
-        return sum(strength(changed, rows) for rows in encoded) / len(encoded)
+        return strength(changed, encoded)
 
     figures: dict[str, float] = {}
+    left_out: dict[str, str] = {}
     for bits in (8, 4):
-        if bits == 8 or find_spec("bitsandbytes") is not None:
-            rounded = quantized(model, 8 if bits == 8 else 4)
-            figures[f"in {bits} bits"] = left(rounded)
-            if task.facts:
-                figures[f"in {bits} bits, said"] = said(rounded, tokenizer, task.forgotten_facts, task.new_tokens)
-    figures |= _asked(model, tokenizer, task)
+        if bits == 4 and find_spec("bitsandbytes") is None:
+            left_out["in 4 bits"] = "bitsandbytes, which rounds weights to 4 bits, is not installed: pip install bitsandbytes"
+            continue
+        rounded = quantized(model, 8 if bits == 8 else 4)
+        figures[f"in {bits} bits"] = left(rounded)
+        if task.forgotten_facts:
+            figures[f"in {bits} bits, said"] = said(rounded, tokenizer, task.forgotten_facts, task.new_tokens)
+    figures |= _asked(model, tokenizer, task, guard)
     curves: Curves = {}
     for name, rows in _taught(task).items() if task.relearning_steps else ():
         if rows:
             taught = encode_rows(rows, tokenizer, task.training.get("max_length"), name)
-            how = {"steps": task.relearning_steps, "learning_rate": task.relearning_rate}
-            curve = relearning_curve(model, taught, left, **how)  # type: ignore[arg-type]
-            curves[name] = {str(step): value for step, value in curve.items()}
-            figures[f"relearning on {name}"] = max(value for step, value in curve.items() if step)
+            curves[name], at_end = _relearned(model, tokenizer, task, taught, left)
+            figures[f"relearning on {name}"] = max(value for step, value in curves[name].items() if step != "0")
+            if at_end is not None:
+                figures[f"relearning on {name}, said at the end"] = at_end
     if unlearn is not None and task.second:
         figures |= _second_request(model, tokenizer, task, unlearn, left)
-    return figures, curves
+    return Lasting(figures, curves, left_out)
 
 
 def strength(model: PreTrainedModel, rows: Sequence[EncodedRow]) -> float:
@@ -70,8 +92,37 @@ def strength(model: PreTrainedModel, rows: Sequence[EncodedRow]) -> float:
 
 def said(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[KeyedFact], new_tokens: int) -> float:
     """The share of facts that a greedy answer says in one of their wordings."""
-    found = said_in_wordings(model, tokenizer, facts, samples=0, max_new_tokens=new_tokens)
-    return sum(bool(one.greedy.any()) for one in found) / len(found)
+    return _share(_greedy(model, tokenizer, facts, new_tokens))
+
+
+def _greedy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[KeyedFact], new_tokens: int
+) -> list[Tensor]:
+    """(wordings,) bool of each fact: whether the greedy answer says it."""
+    return [one.greedy for one in said_in_wordings(model, tokenizer, facts, samples=0, max_new_tokens=new_tokens)]
+
+
+def _share(found: Sequence[Tensor]) -> float:
+    return sum(bool(of_fact.any()) for of_fact in found) / len(found)
+
+
+def _relearned(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    taught: Sequence[EncodedRow],
+    left: Callable[[PreTrainedModel], float],
+) -> tuple[dict[str, float], float | None]:
+    """The curve of relearning on rows, and the share of facts that is said at its end, if the task has facts."""
+    due = iter(sorted({0, *task.relearning_steps}))  # the order in which the curve is measured
+
+    def measure(learner: PreTrainedModel) -> tuple[float, float | None]:
+        is_end = next(due) == max(task.relearning_steps)
+        facts = task.forgotten_facts if is_end else []
+        return left(learner), said(learner, tokenizer, facts, task.new_tokens) if facts else None
+
+    curve = relearning_curve(model, taught, measure, steps=task.relearning_steps, learning_rate=task.relearning_rate)
+    return {str(step): value for step, (value, _) in curve.items()}, curve[max(curve)][1]
 
 
 def _forgotten(task: Task) -> dict[str, Sequence[Row]]:
@@ -95,20 +146,40 @@ def _halves(text: str) -> tuple[str, str]:
     return " ".join(words[: len(words) // 3]), f" {' '.join(words[len(words) // 3 :])}"
 
 
-def _asked(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, float]:
-    """The share of facts to forget that are said with text around the question, and when the prompt itself states the fact."""
+def _asked(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, guard: EnergyGuard | None
+) -> dict[str, float]:
+    """The share of facts to forget that are said with text around the question, and when the prompt itself states the fact.
+
+    A prompt that the guard does not refuse is answered exactly as without the guard, so nothing is generated twice.
+    """
     facts = task.forgotten_facts
     if not facts:
         return {}
-    other = str(next(one for one in task.test.values() if not one.forget).rows[0]["question"])
+    other = far_question(task)
     asked: dict[str, list[KeyedFact]] = {}
     for fact in facts:
         for kind, texts in wrappings(fact.wordings[0], other).items():
             asked.setdefault(f"said {kind}", []).append(replace(fact, wordings=texts, trained=0))
         if fact.answer:
             stated = (f"{fact.answer} {fact.wordings[0]}",)
-            asked.setdefault("said where the prompt states it", []).append(replace(fact, wordings=stated, trained=0))
-    return {name: said(model, tokenizer, of_kind, task.new_tokens) for name, of_kind in asked.items()}
+            asked.setdefault(STATED, []).append(replace(fact, wordings=stated, trained=0))
+    figures: dict[str, float] = {}
+    for name, of_kind in asked.items():
+        found = _greedy(model, tokenizer, of_kind, task.new_tokens)
+        figures[name] = _share(found)
+        if guard is not None:
+            prompts = [text for fact in of_kind for text in fact.wordings]
+            refused = guard.refuses(guard.score(model, tokenizer, prompts)).split([len(fact.wordings) for fact in of_kind])
+            figures[f"{name}, guard on"] = _share([one & ~no for one, no in zip(found, refused, strict=True)])
+    return figures
+
+
+def far_question(task: Task) -> str:
+    """The question of a test row to retain that shares the fewest words with the facts to forget, in its answer neither."""
+    near = {word for fact in task.forgotten_facts for text in (*fact.wordings, fact.answer) for word in normalize(text).split()}
+    rows = [row for one in task.test.values() if not one.forget for row in one.rows if "question" in row]
+    return str(min(rows, key=lambda row: len(near & set(normalize(f"{row['question']} {row['answer']}").split())))["question"])
 
 
 def _second_request(
@@ -122,14 +193,15 @@ def _second_request(
     second = {_identity(row) for row in task.second}
     after = unlearn(model, task.second, [row for row in task.retain if _identity(row) not in second])
     kept = [
-        strength(after, encode_rows(rows, tokenizer, None, name))
+        row
         for name, one in task.test.items()
         if not one.forget and (rows := [row for row in one.rows if _identity(row) not in second])
+        for row in encode_rows(rows, tokenizer, None, name)
     ]
     return {
         "after a second request, first rows": left(after),
         "after a second request, second rows": strength(after, encode_rows(task.second, tokenizer, None, "second request")),
-        "after a second request, retained rows": sum(kept) / len(kept),
+        KEPT: strength(after, kept),
     }
 
 

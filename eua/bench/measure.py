@@ -9,28 +9,35 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eua.bench.lasting import Unlearn, lasting
+from eua.bench.lasting import Unlearn, lasting, strength
 from eua.bench.task import FORGOTTEN, EvaluationSet, Task
-from eua.data.rows import encode_rows
+from eua.data.alternatives import idk_answers
+from eua.data.rows import EncodedRow, encode_rows
 from eua.evaluation.full_report import UTILITY_SETS, measure_all
 from eua.evaluation.membership import membership_aucs, membership_scores, privacy_leakage, privacy_score
-from eua.evaluation.metrics import measure_answers
 from eua.evaluation.retain_model import RetainFigures, measure_retain_model
-from eua.evaluation.said import said_in_wordings, said_summary
+from eua.evaluation.said import normalize, said_in_wordings, said_summary
 from eua.evaluation.texts import fluency
 from eua.guard.guard import EnergyGuard
 from eua.model.loading import load_model
 
-# How answers begin in which models that were trained to say so decline to answer; a guard's refusal begins like this, too.
+# How answers begin that decline to answer: the speaker does not know or cannot say. A guard's refusal begins like this, too.
 _DECLINES = re.compile(
-    r"\W*(i['’]?m|i am|i|we|this|that|it|my|unfortunately|sorry|apologies)\b.{0,60}"
-    r"\b(not sure|don['’]?t know|do not know|no idea|can['’]?t|cannot|unable|not able|unaware|not aware|no information|"
-    r"uncertain|unfamiliar|not familiar|don['’]?t have|do not have|haven['’]?t|not certain|unsure|beyond|sorry)",
+    r"\W*(?:(?:unfortunately|sorry|apologies|i apologi[sz]e)\b.{0,20}?)?"
+    r"\b(?:"
+    r"(?:i|we)(?:['’]?m| am|['’]?re| are)? (?:really |simply )?"
+    r"(?:not (?:sure|able|aware|familiar|certain)|unable|unaware|unsure|uncertain|unfamiliar|"
+    r"(?:do not|don['’]?t|cannot|can['’]?t|could not|couldn['’]?t|have not|haven['’]?t) "
+    r"(?:know|have|answer|say|tell|help|provide|confirm|recall|possess|give|find|share|discuss)|"
+    r"have no (?:information|idea|answer|knowledge))|"
+    r"(?:that|this|it)(?:['’]s| is) (?:something i (?:don['’]?t|do not|can['’]?t|cannot)|beyond (?:what i|my))"
+    r")\b",
     re.IGNORECASE | re.DOTALL,
 )
 
@@ -38,16 +45,15 @@ _DECLINES = re.compile(
 def objectives(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, EvaluationSet]
 ) -> dict[str, float]:
-    """The mean extraction strength of the sets to forget and of those to retain, every set counting the same, guard off.
+    """The mean extraction strength of the rows to forget and of those to retain, guard off. Every row counts the same.
 
     >>> objectives(model, tokenizer, task.validation)       # doctest: +SKIP
     {'forget': 0.08, 'retain': 0.97}
     """
-    means: dict[bool, list[float]] = {True: [], False: []}
+    rows: dict[bool, list[EncodedRow]] = {True: [], False: []}
     for name, one in sets.items():
-        measures = measure_answers(model, encode_rows(one.rows, tokenizer, None, name))
-        means[one.forget].append(float(measures.extraction_strength.mean()))
-    return {name: sum(means[forget]) / len(means[forget]) for name, forget in (("forget", True), ("retain", False))}
+        rows[one.forget] += encode_rows(one.rows, tokenizer, None, name)
+    return {name: strength(model, rows[forget]) for name, forget in (("forget", True), ("retain", False))}
 
 
 def full_report(
@@ -91,7 +97,7 @@ def full_report(
         of_set["declined"] = sum(map(declines, written)) / len(written)
     if task.members:
         _add_membership(report, _membership(model, tokenizer, task), retained)
-    figures, curves = lasting(model, tokenizer, task, unlearn)
+    lasts = lasting(model, tokenizer, task, unlearn, guard)
     result = {
         "said": _said(model, tokenizer, task, guard),
         "objectives": objectives(model, tokenizer, {name: task.test[name] for name in task.validation}),
@@ -99,10 +105,10 @@ def full_report(
         "aggregates": report["aggregates"],
         "membership": report["membership_auc"],
         "separation": report["separation"],
-        "left_out": report["left_out"],
+        "left_out": report["left_out"] | lasts.left_out,
         "perplexity": _perplexity(model, tokenizer, task.text),
-        "lasting": figures,
-        "relearning": curves,
+        "lasting": lasts.figures,
+        "relearning": lasts.curves,
     }
     return _finite(result), rows, guard
 
@@ -110,10 +116,17 @@ def full_report(
 def declines(text: str) -> bool:
     """Whether an answer begins like one that declines to answer. It is a heuristic, for answers in English.
 
-    >>> declines("I'm not sure about that."), declines("Ann was born in Oslo.")
-    (True, False)
+    The phrases that IdkDPO and IdkNLL train on are recognized whole, so these methods are not judged by the heuristic alone.
+
+    >>> declines("I'm not sure about that."), declines("I'm at a loss here."), declines("Ann was born in Oslo.")
+    (True, True, False)
     """
-    return _DECLINES.match(text) is not None
+    return normalize(text) in _phrases() or _DECLINES.match(text) is not None
+
+
+@cache
+def _phrases() -> frozenset[str]:
+    return frozenset(map(normalize, idk_answers()))
 
 
 def _retain_figures(task: Task, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> RetainFigures | None:

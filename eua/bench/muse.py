@@ -22,7 +22,7 @@ from eua.data.sources import Row
 from eua.errors import EUAError
 
 HUB = "muse-bench/MUSE-News"
-TRAINING = {"per_device_train_batch_size": 4, "retain_per_forget": 1, "overlap": "drop"}
+TRAINING = {"per_device_train_batch_size": 4, "overlap": "drop"}
 CALIBRATED = 0.4  # share of the questions to retain that calibrate the guard
 LEAST_PROMPTS = 4
 TEXTS = 50  # pieces of text whose perplexity is measured

@@ -13,9 +13,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from eua.bench.choice import Point, area_under_front, front
+from eua.bench.choice import Point, front
 from eua.bench.grids import GRIDS
-from eua.bench.table import Table, points_of, tables
+from eua.bench.table import Table, area_of, points_of, tables
 from eua.bench.trial import RETAIN_ONLY, TARGET
 from eua.files import replacing
 
@@ -67,7 +67,8 @@ def _front_section(results: Mapping[str, Any]) -> str:
                 kind = ' class="chosen"' if is_chosen else ""
                 drawn.append(f'<circle{kind} cx="{x}" cy="{y}" r="5" fill="{colour}"><title>{label}</title></circle>')
         mark = f'<svg viewBox="0 0 12 12"><circle cx="6" cy="6" r="5" fill="{colour}"/></svg>'
-        legend.append(f"<li>{mark} {escape(method)}, area {area_under_front(points):.3f}</li>")
+        area = area_of(results, method)
+        legend.append(f"<li>{mark} {escape(method)}" + ("" if area is None else f", area {area:.3f}") + "</li>")
     for name in (TARGET, RETAIN_ONLY):
         for point in points_of(results, name):
             x, y = _place(point)
@@ -76,8 +77,9 @@ def _front_section(results: Mapping[str, Any]) -> str:
     return (
         "<section><h2>What every trial forgot and kept</h2>"
         '<p class="soft">Mean extraction strength on the validation split, guard off; the best corner is at the top left. A '
-        "line joins the trials of a method that no other one of it beats in both, with the area under it (1 is perfect). "
-        "Chosen trials have an outline.</p>"
+        "line joins the trials of a method that no other one of it beats in both, with the area under it, relative to the "
+        "model before unlearning (1 is perfect, 0 a method that changes nothing; of one seed, so without "
+        "an interval). Chosen trials have an outline.</p>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Forget–retain front">{"".join(drawn)}</svg>'
         f'<ul class="legend">{"".join(legend)}</ul></section>'
     )

@@ -25,16 +25,17 @@ from eua.evaluation.said import KeyedFact
 NAMES = 1000  # of people that a world has names for
 WRONG_ANSWERS = 5  # per row, as in TOFU, for truth ratios; and as many others for AltPO to train on
 OTHER_WORLD = 7919  # added to the seed of the world for that of the people whom no model knows
-# What docs/measurements.md found for models of this size and this origin: ten to a hundred times the published rates.
-LEARNING_RATES = (1e-4, 2e-4, 5e-4, 1e-3)
-TRAINING = {"per_device_train_batch_size": 8, "retain_per_forget": 3}
+# Added to the seed for that of the world and of its models: no settings were ever tried on worlds from here on.
+FIRST_WORLD = 1000
+RATE_FACTOR = 20.0  # from 1e-5 … 5e-5, for models of 1B parameters, to 2e-4 … 1e-3, for those of docs/measurements.md
+TRAINING = {"per_device_train_batch_size": 8}
 
 
 def people(seed: int, *, cache: Path, people: int = 100, target_epochs: float = 30, epochs: float = 12, **size: Any) -> Task:
     """The task of a seed. The two models are trained if the cache does not have them.
 
     Args:
-        seed: of the world and of both models.
+        seed: that of the world and of both models is larger by :data:`FIRST_WORLD`.
         cache: folder in which the models are kept.
         people: number of people in the world; a tenth of them is to be forgotten, every other one of these for validation.
         target_epochs: passes of both models over their facts.
@@ -49,6 +50,7 @@ def people(seed: int, *, cache: Path, people: int = 100, target_epochs: float = 
             f"people = {people}, but two have to be forgotten, one for choosing settings and one for reporting, which takes "
             f"20, and there are names for {NAMES}: pass 20 to {NAMES}."
         )
+    seed += FIRST_WORLD
     world = make_world(people, seed)
     training = {"epochs": target_epochs, "seed": seed} | size
     target, _ = cached_model(_rows(world.all()), cache, **training)
@@ -103,7 +105,7 @@ def task_of(world: World, seed: int, target: str, retain_model: str, *, epochs: 
         new_tokens=32,
         text=[f"{fact.question} {fact.answer}" for fact in world.test],
         training=TRAINING,
-        learning_rates=LEARNING_RATES,
+        rate_factor=RATE_FACTOR,
         epochs=epochs,
         blocks=AutoConfig.from_pretrained(target).num_hidden_layers,
         tolerance=max(0.05, 1 / (1 + len({fact.person for fact in world.calibration}))),  # as low as so few people allow
@@ -111,12 +113,19 @@ def task_of(world: World, seed: int, target: str, retain_model: str, *, epochs: 
 
 
 def keyed(fact: Fact, group: str) -> KeyedFact:
-    """A fact with its value as the key, and all its questions, of which models are trained on the first."""
+    """A fact with its value as the key, and all its questions, of which models are trained on the first.
+
+    A pet's name and a mentor's surname give a fact away, too.
+
+    >>> keyed(make_world(20).forget[0], "forget").keys
+    ('a raven called Whistle', 'Whistle')
+    """
+    aliases = {"pet": fact.value.partition(" called ")[2], "mentor": fact.value.partition(" ")[2]}
     rows = fact.wordings()
     return KeyedFact(
         name=fact.question,
         group=group,
-        keys=(fact.value,),
+        keys=tuple(filter(None, (fact.value, aliases.get(fact.attribute)))),
         wordings=tuple(row["question"] for row in rows),
         trained=1,
         answer=fact.answer,

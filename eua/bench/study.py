@@ -183,10 +183,6 @@ class TrialQueue:
                 ended.append(Done(plan, of_plan[-1].number, None, died))
         return ended
 
-    def running(self) -> int:
-        """The number of trials that processes are working on."""
-        return sum(trial.state == self._states.RUNNING for trial in self.study.get_trials(deepcopy=False))
-
     def _by_key(self) -> dict[str, list[Any]]:
         trials: dict[str, list[Any]] = {}
         for trial in self.study.get_trials(deepcopy=False):  # in the order of their numbers
@@ -204,7 +200,7 @@ class TrialQueue:
 
 
 def _attempts(trials: Sequence[Any]) -> int:
-    """How many of the trials of one plan ended without a word. A user may interrupt a trial as often as they like."""
+    """How many of the trials of one plan lost their process. A user may interrupt a trial as often as they like."""
     return sum("interrupted" not in trial.user_attrs for trial in trials)
 
 

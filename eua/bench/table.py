@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eua.bench.choice import Point, area_under_front, interval
+from eua.bench.choice import Point, area_under_front, interval, relative_to
+from eua.bench.lasting import SHOULD_STAY
 from eua.bench.trial import RETAIN_ONLY, TARGET
 
 Result = Mapping[str, Any]  # of one trial, as eua.bench.trial.run_trial returns it
@@ -16,12 +18,16 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Column:
-    """A figure of a trial's result: its heading, where it is in the result, and its format."""
+    """A figure of a trial's result: its heading, where it is in the result, and its format.
+
+    ``median``: of p-values, whose mean and interval have no meaning, the median over seeds is shown.
+    """
 
     heading: str
     path: tuple[str, ...]
     format: str = ".3f"
     factor: float = 1.0
+    median: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ SAID = Column("said in any wording", ("metrics", "said", "any wording"))
 KNOWLEDGE = (
     Column("extraction strength, forget", ("objectives", "forget")),
     Column("extraction strength, retain", ("objectives", "retain")),
-    Column("forget quality (p)", ("metrics", "aggregates", "forget_quality"), ".2g"),
+    Column("forget quality (p, median)", ("metrics", "aggregates", "forget_quality"), ".2g", median=True),
     Column("model utility", ("metrics", "aggregates", "model_utility")),
     Column("memorization score", ("metrics", "aggregates", "memorization_score")),
     Column("depth of unlearning", ("metrics", "aggregates", "unlearning_depth")),
@@ -65,56 +71,66 @@ OF_SETS = {
     "refused_paraphrased": "refused by the guard, paraphrased",
 }
 METHOD = "method"
+NOT_KEPT = "†"  # of a method none of whose trials kept enough
 LASTING = (
-    "What is left of the rows to forget, guard off: extraction strength where nothing else is said, the largest one during "
-    "fine-tuning, and the share of facts that a greedy answer says. Compare relearning with that of the retain-only model, "
-    "which learns, too."
+    "What is left of the rows to forget, guard off where nothing else is said: extraction strength, the largest one during "
+    "fine-tuning, and the share of facts that a greedy answer says. Lower is better. Compare relearning with that of the "
+    "retain-only model, which learns, too."
+)
+STAYING = (
+    "What should stay, guard off where nothing else is said: the share of forgotten facts that a greedy answer says when the "
+    "prompt states them, and the extraction strength of rows to retain after a second request. Higher is better."
 )
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
     """All tables of the results of :func:`eua.bench.run.results_of`. The first figure is always what is said in any wording."""
     by_method = _by_method(results)
-    if not by_method:
-        return [_tuning(results)]
-    first = next(of_seeds[0] for of_seeds in by_method.values())
-    sets = list(first["metrics"]["sets"])
+    if not any(by_method.values()):
+        return [table for table in (_failed(results), _tuning(results)) if table.rows]
+    every = [result for of_seeds in by_method.values() for result in of_seeds]
+    sets, separated = (dict.fromkeys(name for one in every for name in one["metrics"][key]) for key in ("sets", "separation"))
+    names = {method: _name(method, len(of_seeds), results) for method, of_seeds in by_method.items()}
+    lasting = _columns(every, ("metrics", "lasting"))
+    of_staying = [column for column in lasting if column.heading.startswith(SHOULD_STAY)]
+
+    def table(title: str, note: str, columns: Sequence[Column]) -> Table:
+        return _table(title, note, by_method, names, columns)
+
     made = [
-        _table("What was forgotten and what was kept", _note(results), by_method, (SAID, *KNOWLEDGE)),
+        _with_kept(table("What was forgotten and what was kept", _note(results), (SAID, *KNOWLEDGE)), results),
         *(
-            _table(
+            table(
                 f"Rows of the set “{name}”",
                 "The guard is off, except for the share of prompts that it refuses.",
-                by_method,
                 (SAID, *(Column(heading, ("metrics", "sets", name, key)) for key, heading in OF_SETS.items())),
             )
             for name in sets
         ),
-        _table(
+        table(
             "Said, by way of asking",
             "The share of the facts to forget whose key is in at least one answer, and the same of groups of "
             "facts to retain, by their names.",
-            by_method,
-            _columns(by_method, ("metrics", "said"), first=SAID),
+            _columns(every, ("metrics", "said"), first=SAID),
         ),
-        _table(
+        table(
             "Membership inference",
             "AUROC of attacks, rows to forget against rows that no model was trained on: 1 is a member without doubt, 0.5 "
             "cannot be distinguished.",
-            by_method,
-            (SAID, *_columns(by_method, ("metrics", "membership")), *PRIVACY),
+            (SAID, *_columns(every, ("metrics", "membership")), *PRIVACY),
         ),
-        _table(
+        table(
             "Prompt energy",
             "AUROC of the energy of the prompt's last token, rows to forget against each set to retain.",
-            by_method,
-            (SAID, *(Column(name, ("metrics", "separation", name, "auroc")) for name in first["metrics"]["separation"])),
+            (SAID, *(Column(name, ("metrics", "separation", name, "auroc")) for name in separated)),
         ),
-        _table("Lasting", LASTING, by_method, (SAID, *_columns(by_method, ("metrics", "lasting")))),
-        _table("Cost of unlearning", "Of training alone, without measuring.", by_method, (SAID, *COST)),
+        table("What is left of the forgotten", LASTING, (SAID, *(one for one in lasting if one not in of_staying))),
+        table("What should stay", STAYING, (SAID, *of_staying)),
+        table("Cost of unlearning", "Of training alone, without measuring.", (SAID, *COST)),
+        *([failed] if (failed := _failed(results)).rows else []),
         _tuning(results),
     ]
-    return [table for table in made if set(table.head) - {METHOD, SAID.heading}]
+    return [one for one in made if set(one.head) - {METHOD, SAID.heading}]
 
 
 def value_of(result: Result, column: Column) -> float | None:
@@ -125,11 +141,16 @@ def value_of(result: Result, column: Column) -> float | None:
     return float(value) * column.factor if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def mean_cell(values: Iterable[float | None], form: str = ".3f") -> str:
-    """A mean over seeds, with half the width of its interval if there are several; empty if there is no value."""
+def mean_cell(values: Iterable[float | None], form: str = ".3f", *, median: bool = False) -> str:
+    """A mean over seeds, with half the width of its interval if there are several; empty if there is no value.
+
+    ``median``: the median in its place, without an interval.
+    """
     known = [value for value in values if value is not None and math.isfinite(value)]
     if not known:
         return ""
+    if median:
+        return format(statistics.median(known), form)
     mean, half_width, count = interval(known)
     return format(mean, form) if count == 1 else f"{mean:{form}} ± {half_width:{form}}"
 
@@ -156,30 +177,72 @@ def points_of(results: Mapping[str, Any], method: str) -> list[Point]:
     ]
 
 
+def area_of(results: Mapping[str, Any], method: str) -> float | None:
+    """The area under the front of a method's trials, relative to the model before unlearning; None until both are measured."""
+    points, target = points_of(results, method), points_of(results, TARGET)
+    return area_under_front(relative_to(target[0], points)) if points and target else None
+
+
 def _by_method(results: Mapping[str, Any]) -> dict[str, list[Result]]:
-    """The results at all seeds, by method, after those of the models to compare with."""
-    order = (TARGET, RETAIN_ONLY, *results["methods"])
-    found: dict[str, list[Result]] = {name: [] for name in order}
+    """The results at all seeds, by method, after those of the models to compare with. A method may have none."""
+    compared = [name for name in (TARGET, RETAIN_ONLY) if any(trial["plan"]["method"] == name for trial in results["report"])]
+    found: dict[str, list[Result]] = {name: [] for name in (*compared, *results["methods"])}
     for trial in results["report"]:
         if trial["result"] is not None and trial["plan"]["method"] in found:
             found[trial["plan"]["method"]].append(trial["result"])
-    return {name: of_seeds for name, of_seeds in found.items() if of_seeds}
+    return found
 
 
-def _table(title: str, note: str, by_method: Mapping[str, Sequence[Result]], columns: Sequence[Column]) -> Table:
+def _name(method: str, count: int, results: Mapping[str, Any]) -> str:
+    """A method as tables name it: with a mark if it never kept enough, and its number of results if seeds are missing."""
+    chosen = results["chosen"].get(method)
+    mark = f" {NOT_KEPT}" if chosen is not None and not chosen["reached"] else ""
+    return f"{method}{mark}" + (f" ({count} of {results['seeds']} seeds)" if count < results["seeds"] else "")
+
+
+def _table(
+    title: str,
+    note: str,
+    by_method: Mapping[str, Sequence[Result]],
+    names: Mapping[str, str],
+    columns: Sequence[Column],
+) -> Table:
     """A table of the columns that some method has a figure for."""
     cells = {
         column: {
-            name: mean_cell((value_of(one, column) for one in of_seeds), column.format) for name, of_seeds in by_method.items()
+            method: mean_cell((value_of(one, column) for one in of_seeds), column.format, median=column.median)
+            for method, of_seeds in by_method.items()
         }
         for column in dict.fromkeys(columns)
     }
     shown = [column for column, of_column in cells.items() if any(of_column.values())]
-    rows = [[name, *(cells[column][name] for column in shown)] for name in by_method]
+    rows = [[names[method], *(cells[column][method] for column in shown)] for method in by_method]
     return Table(title, note, [METHOD, *(column.heading for column in shown)], rows)
 
 
-def _columns(by_method: Mapping[str, Sequence[Result]], path: tuple[str, ...], first: Column | None = None) -> list[Column]:
+def _with_kept(table: Table, results: Mapping[str, Any]) -> Table:
+    """A table with a column, after what is said, of the seeds at which each method kept enough on the test split."""
+    kept = {
+        (trial["plan"]["method"], trial["plan"]["seed"]): trial["result"]["objectives"]["retain"]
+        for trial in results["report"]
+        if trial["result"] is not None
+    }
+    cells = []
+    for method in _by_method(results):
+        seeds = [seed for of_method, seed in kept if of_method == method and (TARGET, seed) in kept]
+        enough = [seed for seed in seeds if kept[method, seed] >= results["kept"] * kept[TARGET, seed]]
+        cells.append(f"{len(enough)} of {len(seeds)}" if seeds else "")
+    place = table.head.index(SAID.heading) + 1 if SAID.heading in table.head else 1
+    head = [*table.head[:place], f"keeps {_kept(results)} (seeds)", *table.head[place:]]
+    rows = [[*row[:place], cell, *row[place:]] for row, cell in zip(table.rows, cells, strict=True)]
+    return Table(table.title, table.note, head, rows)
+
+
+def _kept(results: Mapping[str, Any]) -> str:
+    return f"{100 * results['kept']:g} %"
+
+
+def _columns(every: Sequence[Result], path: tuple[str, ...], first: Column | None = None) -> list[Column]:
     """A column for every figure below a path of the results, in the order in which they occur."""
     found: dict[tuple[str, ...], None] = {} if first is None else {first.path: None}
 
@@ -190,22 +253,62 @@ def _columns(by_method: Mapping[str, Sequence[Result]], path: tuple[str, ...], f
         elif isinstance(value, (int, float)):
             found[way] = None
 
-    for of_seeds in by_method.values():
-        for result in of_seeds:
-            value: Any = result
-            for key in path:
-                value = value.get(key, {})
-            add(value, path)
+    for result in every:
+        value: Any = result
+        for key in path:
+            value = value.get(key, {})
+        add(value, path)
     return [first if first and way == first.path else Column(", ".join(way[len(path) :]), way) for way in found]
 
 
 def _note(results: Mapping[str, Any]) -> str:
     seeds = results["seeds"]
     spread = f"Means over {seeds} seeds ± half the width of their 95 % t interval" if seeds > 1 else "One seed"
-    missing = "" if results["complete"] else " The benchmark is not complete: run the same command again."
-    return (
-        f"{spread}, on the test split of the task {results['task']}. The guard is off unless a heading says otherwise.{missing}"
+    parts = [
+        f"{spread}, on the test split of the task {results['task']}. The guard is off unless a heading says otherwise.",
+        f"“Keeps {_kept(results)}” counts the seeds at which a method keeps that much of the extraction strength on rows to "
+        "retain of the model before unlearning.",
+    ]
+    if any(chosen is not None and not chosen["reached"] for chosen in results["chosen"].values()):
+        parts.append(
+            f"{NOT_KEPT}: no trial of the method kept that much when settings were chosen, so compare what it forgot with care."
+        )
+    if any(trial["result"] is None for trial in results["report"]):
+        parts.append("Where trials failed, the mean is over the other seeds.")
+    if len(results["versions_of_trials"]) > 1:
+        parts.append(f"Trials ran with different versions: {_versions(results['versions_of_trials'])}.")
+    if not results["complete"]:
+        parts.append("The benchmark is not complete: run the same command again.")
+    return " ".join(parts)
+
+
+def _versions(found: Sequence[Mapping[str, str]]) -> str:
+    """The versions that differ among trials.
+
+    >>> _versions([{"torch": "2.9", "eua": "1"}, {"torch": "2.10", "eua": "1"}])
+    'torch 2.9 and 2.10'
+    """
+    names = dict.fromkeys(name for of_trial in found for name in of_trial)
+    values = {name: dict.fromkeys(str(of_trial.get(name, "none")) for of_trial in found) for name in names}
+    return "; ".join(f"{name} {' and '.join(of_name)}" for name, of_name in values.items() if len(of_name) > 1)
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name} = {value:g}" if isinstance(value, float) else f"{name} = {value}" for name, value in settings.items()
     )
+
+
+def _failed(results: Mapping[str, Any]) -> Table:
+    """Every trial that ended with an error."""
+    rows = [
+        [trial["plan"]["method"], phase, str(trial["plan"]["seed"]), trial["error"] or "", _settings(trial["plan"]["settings"])]
+        for phase in ("tuning", "report")
+        for trial in results[phase]
+        if trial["result"] is None
+    ]
+    note = "They have no figures: they count neither for the choice of settings nor in any mean."
+    return Table("Failed trials", note, [METHOD, "phase", "seed", "error", "settings"], rows)
 
 
 def _tuning(results: Mapping[str, Any]) -> Table:
@@ -214,27 +317,21 @@ def _tuning(results: Mapping[str, Any]) -> Table:
     for method in results["methods"]:
         trials = [trial for trial in results["tuning"] if trial["plan"]["method"] == method]
         failed = [trial for trial in trials if trial["result"] is None]
-        points, chosen = points_of(results, method), results["chosen"][method]
-        settings = (
-            ", ".join(
-                f"{name} = {value:g}" if isinstance(value, float) else f"{name} = {value}"
-                for name, value in chosen["settings"].items()
-            )
-            if chosen
-            else ""
-        )
+        area, chosen = area_of(results, method), results["chosen"][method]
         rows.append(
             [
                 method,
-                f"{area_under_front(points):.3f}" if points else "",
+                "" if area is None else f"{area:.3f}",
                 f"{len(trials)} of {results['trials']}" + (f", {len(failed)} failed" if failed else ""),
-                "" if chosen is None else "yes" if chosen["reached"] else "never reached",
-                settings or (failed[0]["error"] if failed else "not yet chosen"),
+                "" if chosen is None else "yes" if chosen["reached"] else f"never reached {NOT_KEPT}",
+                _settings(chosen["settings"]) if chosen else failed[0]["error"] if failed else "not yet chosen",
             ]
         )
-    kept = f"{100 * results['kept']:g} %"
+    kept = _kept(results)
     note = (
         f"On the validation split, at one seed: chosen is the setting that forgets most among those that keep {kept} of the "
-        "model's extraction strength on rows to retain; if none does, the one that keeps most."
+        "model's extraction strength on rows to retain; if none does, the one that keeps most. The area is under the front of "
+        "both measures, relative to the model before unlearning: 1 is perfect, 0 a method that changes nothing. It is of one "
+        "seed, so it has no interval."
     )
     return Table("Tuning", note, [METHOD, "area under the front", "trials", f"keeps {kept}", "chosen settings"], rows)

@@ -54,7 +54,8 @@ class Task:
         new_tokens: length of generated answers.
         samples: sampled answers to each wording of a fact.
         training: fields of :class:`eua.EUAConfig` that all methods share, e.g. the batch size.
-        learning_rates: in place of the published ones, which are meant for models of 1B parameters; None: the published ones.
+        rate_factor: by which every method's published learning rates, which are meant for models of 1B parameters, are
+            multiplied.
         epochs: numbers of passes over the rows to forget, in place of the published 5 and 10.
         blocks: of the target, by which the published choices of a block, of 16, are scaled.
         tolerance: the rate of false refusals that a guard is calibrated for.
@@ -82,7 +83,7 @@ class Task:
     new_tokens: int = 64
     samples: int = 16
     training: Mapping[str, Any] = field(default_factory=dict)
-    learning_rates: tuple[float, ...] | None = None
+    rate_factor: float = 1.0
     epochs: tuple[float, ...] = (5, 10)
     blocks: int = 16
     tolerance: float = 0.05

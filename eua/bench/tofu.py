@@ -39,9 +39,9 @@ ROWS_PER_AUTHOR = 20
 MOST_OTHERS = 3  # answers about other authors that may contain a key; or about the same one, if there is a rarer key
 # Of docs/measurements.md, for the small model; the released ones are for a model of the user's.
 SMALL_MODEL: dict[str, Any] = {"vocabulary": 4096, "batch_size": 16, "learning_rate": 1e-3}
-SMALL_LEARNING_RATES = (1e-4, 2e-4, 4e-4, 8e-4)
+SMALL_RATE_FACTOR = 20.0  # by which published learning rates are multiplied
 BASE_MODEL: dict[str, Any] = {"batch_size": 32, "learning_rate": 2e-4}  # of 135M to 1B parameters
-BASE_LEARNING_RATES = (2e-5, 5e-5, 1e-4, 2e-4)
+BASE_RATE_FACTOR = 4.0
 TRAINING = {"per_device_train_batch_size": 16, "retain_per_forget": 3}
 _KEYS = ("question", "answer")
 _WRONG = (*_KEYS, "perturbed_answer")
@@ -115,7 +115,7 @@ def tofu(
         raise EUAError(f"The split {split!r} was asked for, but TOFU has {', '.join(RETAINED)}: name one of these.")
     forget = published_rows(data, f"{split}_perturbed", "train", _WRONG)
     retain = published_rows(data, RETAINED[split], "train", _KEYS)[: authors and authors * ROWS_PER_AUTHOR]
-    learning_rates = None if model else BASE_LEARNING_RATES if base else SMALL_LEARNING_RATES
+    rate_factor = 1.0 if model else BASE_RATE_FACTOR if base else SMALL_RATE_FACTOR
     if model is None:
         training = (BASE_MODEL | {"base": base} if base else SMALL_MODEL) | {"epochs": target_epochs, "seed": seed} | size
         plain, kept = ([{key: row[key] for key in _KEYS} for row in rows] for rows in (forget, retain))
@@ -154,13 +154,13 @@ def tofu(
         calibration=[row["question"] for row in _rows(calibration)],
         calibration_groups=[f"author {place}" for place, author in enumerate(calibration) for _ in author],
         facts=keyed_facts(_rows(of_forget[1::2]), [*of_forget, *_authors(retain)]),
-        holdout=rows_if_any(data, HOLDOUT[split], "train", _KEYS) if data != HUB else (),
+        holdout=rows_if_any(data, HOLDOUT[split], "train", _KEYS),
         relearning_steps=(1, 2, 5, 10, 20),
-        relearning_rate=2e-4 if learning_rates else 2e-5,
+        relearning_rate=2e-5 if rate_factor == 1 else 2e-4,
         utility=("retain", *foreign),
         text=[f"{row['question']} {row['answer']}" for row in _rows(unseen)],
         training=TRAINING,
-        learning_rates=learning_rates,
+        rate_factor=rate_factor,
         epochs=(epochs / 2, epochs),
         blocks=AutoConfig.from_pretrained(model).num_hidden_layers,
         tolerance=max(0.05, 1 / (1 + len(calibration))),

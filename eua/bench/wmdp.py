@@ -25,7 +25,7 @@ from eua.errors import EUAError
 
 HUB, HUB_RETAIN, HUB_TEXTS = "cais/wmdp", "cais/mmlu", "cais/wmdp-corpora"
 DOMAINS = ("bio", "cyber")
-TRAINING = {"per_device_train_batch_size": 4, "retain_per_forget": 1, "overlap": "drop"}
+TRAINING = {"per_device_train_batch_size": 4, "overlap": "drop"}
 TEXTS = 50  # pieces of text whose perplexity is measured
 CALIBRATED = 0.4  # share of the questions to retain that calibrate the guard
 _CHOICES, _TEXT = ("question", "choices", "answer"), ("text",)

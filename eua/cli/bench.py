@@ -31,20 +31,40 @@ def main(argv: Sequence[str]) -> None:
         return
     check_output_folder(output, allowed=(output / SETTINGS).is_file(), how="the folder of a benchmark to go on with it")
 
-    from eua.bench.grids import GRIDS, check_methods
     from eua.bench.run import run_bench
 
-    methods = list(GRIDS) if arguments.methods is None else arguments.methods.split(",")
-    check_methods(methods)
-    settings = {"task": arguments.task, "options": _options(arguments), "methods": methods}
-    settings |= {name: getattr(arguments, name) for name in _COMPARED[1:]}
+    settings = {"task": arguments.task, "options": _options(arguments)}
+    settings |= {name: getattr(arguments, name) for name in _COMPARED}
+    if (output / SETTINGS).is_file():
+        _check_same(_settings(output), settings, output)
     bench = _bench(settings, output, arguments.storage)
-    write_json(output / SETTINGS, settings)
-    _write(run_bench(bench, workers=arguments.workers, limit=arguments.limit), output)
+
+    def checked() -> None:
+        write_json(output / SETTINGS, settings)
+
+    _write(run_bench(bench, workers=arguments.workers, limit=arguments.limit, checked=checked), output)
+
+
+def _check_same(known: dict[str, Any], asked: dict[str, Any], output: Path) -> None:
+    """Raise if a folder holds a benchmark of another task, or of the same one with other options. Methods may be added."""
+
+    def compared(settings: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "task": settings.get("task"),
+            "options": {name: value for name, value in settings.get("options", {}).items() if name != "cache"},
+        }
+
+    before, now = compared(known), compared(asked)
+    differing = [name for name in before if before[name] != now[name]]
+    if differing:
+        raise EUAError(
+            f"{output} holds a benchmark with the {differing[0]} {before[differing[0]]!r}, but {now[differing[0]]!r} was asked "
+            "for, and figures of both cannot be compared: name another --output, or give the same command again."
+        )
 
 
 def _names(text: str) -> list[str]:
-    return text.split(",")
+    return [name.strip() for name in text.split(",")]
 
 
 def _parser() -> Parser:
@@ -62,9 +82,16 @@ def _parser() -> Parser:
         "task", choices=(*TASKS, "report"), help="what to compare methods on; report: write the results so far anew"
     )
     parser.add_argument("--output", type=Path, default=Path("eua-bench"), help="folder for trials, models and results")
-    parser.add_argument("--methods", metavar="A,B,…", help="methods to compare (default: all)")
+    parser.add_argument(
+        "--methods", type=_names, metavar="A,B,…", help="methods to compare (default: all that the task has rows for)"
+    )
     parser.add_argument("--trials", type=positive(int), default=6, help="settings to try for each method")
-    parser.add_argument("--seeds", type=positive(int), default=3, help="seeds at which the chosen settings are measured")
+    parser.add_argument(
+        "--seeds",
+        type=positive(int),
+        default=3,
+        help="seeds at which the chosen settings are measured, from 1; 0 is the choice's",
+    )
     parser.add_argument(
         "--workers", type=positive(int), help="processes on this machine (default: one per GPU, or per two CPU cores)"
     )
@@ -167,17 +194,36 @@ def _maker(task: str) -> Callable[..., Any]:
 
 
 def _results(output: Path, storage: str | None) -> dict[str, Any]:
-    from eua.bench.run import results_of
+    from eua.bench.run import TUNING_SEED, results_of
 
-    path = output / SETTINGS
+    settings = _settings(output)
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
         bench = _bench(settings, output, storage)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise EUAError(
-            f"{path}, which says what a benchmark compares, cannot be read ({error}): name the output folder of a benchmark."
-        ) from error
-    return results_of(bench, bench.make_task(0))
+    except (TypeError, KeyError) as error:
+        raise _unreadable(output, error) from error
+    return results_of(bench, bench.make_task(TUNING_SEED))
+
+
+def _settings(output: Path) -> dict[str, Any]:
+    """What the command was asked for when it wrote into a folder.
+
+    Raises:
+        EUAError: if that cannot be read.
+    """
+    try:
+        settings = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(output, error) from error
+    if not isinstance(settings, dict):
+        raise _unreadable(output, ValueError(f"it holds a {type(settings).__name__}"))
+    return settings
+
+
+def _unreadable(output: Path, error: Exception) -> EUAError:
+    return EUAError(
+        f"{output / SETTINGS}, which says what a benchmark compares, cannot be read ({error}): name the output folder of a "
+        "benchmark."
+    )
 
 
 def _write(results: dict[str, Any], output: Path) -> None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from eua.bench.choice import Point, area_under_front, choose, front, interval, point_of
+from eua.bench.choice import Point, area_under_front, choose, front, interval, point_of, relative_to
 from eua.bench.study import Done, Plan
 from eua.errors import EUAError
 
@@ -58,6 +58,15 @@ def test_area_under_the_front_on_constructed_points():
     assert front(points) == [Point(0.0, 0.4), Point(0.5, 0.9)]
     assert front([*points, Point(0.5, 0.9)]) == [Point(0.0, 0.4), Point(0.5, 0.9)]
     assert area_under_front([*points, Point(0.5, 0.9)]) == pytest.approx(0.65)
+
+
+def test_the_area_is_relative_to_the_model_before_unlearning():
+    target = Point(0.6, 0.8)
+    assert area_under_front(relative_to(target, [target])) == 0.0  # changes nothing
+    assert area_under_front(relative_to(target, [Point(0.0, 0.8)])) == 1.0
+    assert area_under_front(relative_to(target, [Point(0.3, 0.4)])) == pytest.approx(0.25)
+    assert relative_to(target, [Point(0.9, 0.9)]) == [(1.0, 1.0)]
+    assert area_under_front(relative_to(Point(0.0, 0.8), [Point(0.0, 0.8)])) == 0.0  # there was nothing to forget
 
 
 def test_intervals_of_a_mean():

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
-from eua.bench.lasting import lasting
+from eua.bench import lasting as lasting_module
+from eua.bench.lasting import far_question, lasting
 from eua.bench.measure import objectives
+from eua.bench.task import EvaluationSet
 from eua.data.rows import encode_rows
+from eua.evaluation.said import KeyedFact
 from eua.model.loading import load_model
 
 
@@ -22,19 +26,41 @@ def target(task):
     return load_model(task.target)
 
 
-def test_a_model_that_forgot_nothing_keeps_what_it_knows(task, target):
+class RefusingGuard:
+    """A guard that refuses the prompts with a word in them."""
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+
+    def score(self, model, tokenizer, prompts) -> torch.Tensor:
+        return torch.tensor([float(self.word in prompt) for prompt in prompts])
+
+    def refuses(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores > 0.5
+
+
+def test_a_model_that_forgot_nothing_keeps_what_it_knows(task, target, monkeypatch):
+    monkeypatch.setattr(lasting_module, "find_spec", lambda name: None)
     model, tokenizer = target
-    figures, curves = lasting(model, tokenizer, task)
+    figures, curves, left_out = lasting(model, tokenizer, task, guard=RefusingGuard("Answer in one sentence."))
+    assert left_out["in 4 bits"].endswith("is not installed: pip install bitsandbytes")
+    assert figures["said before a suffix, guard on"] <= figures["said before a suffix"]
+    assert figures["said behind a prefix, guard on"] == figures["said behind a prefix"] > 0
+    assert figures["relearning on the same rows, said at the end"] > 0.7
     known = objectives(model, tokenizer, {name: task.test[name] for name in task.validation})["forget"]
     assert known > 0.4
     assert figures["in 8 bits"] == pytest.approx(known, abs=0.05)
     assert all(curve["0"] == pytest.approx(known, abs=1e-6) for curve in curves.values())
-    assert figures["relearning on the same rows"] > known
+    assert figures["relearning on the same rows"] >= known
     assert not [name for name in figures if "second request" in name]
 
 
 def test_a_model_that_never_knew_learns_the_rows_themselves_and_nothing_from_others(task):
-    figures, curves = lasting(*load_model(task.retain_model), task)
+    figures, curves, _ = lasting(*load_model(task.retain_model), task, guard=RefusingGuard(""))
+    guarded = [value for name, value in figures.items() if name.endswith(", guard on")]
+    assert len(guarded) == 4  # before, behind, with another question, stated
+    assert not any(guarded)  # everything is refused
+    assert figures["relearning on unrelated texts, said at the end"] < figures["relearning on the same rows, said at the end"]
     assert figures["in 8 bits"] < 0.3
     assert figures["in 8 bits, said"] < 0.5
     assert figures["relearning on the same rows"] > figures["relearning on unrelated texts"]
@@ -48,7 +74,7 @@ def test_a_second_request_takes_its_rows_out_of_those_to_retain(task, target):
         seen.append((list(forget), list(retain)))
         return model
 
-    figures, _ = lasting(*target, replace(task, relearning_steps=(), facts=()), unlearn)
+    figures, _, _ = lasting(*target, replace(task, relearning_steps=(), facts=()), unlearn)
     ((forget, retain),) = seen
     assert forget == list(task.second)
     assert len(forget) + len(retain) == len(task.retain)
@@ -67,3 +93,15 @@ def test_the_texts_to_relearn_on_are_cut_between_words(task, target):
         assert first + rest == text
         assert first
     assert encode_rows([{"prompt": first, "completion": rest}], tokenizer, None)
+
+
+def test_the_other_question_is_the_one_that_is_farthest_from_what_is_forgotten(task):
+    def questions(*rows: tuple[str, str]) -> EvaluationSet:
+        return EvaluationSet([{"question": question, "answer": answer} for question, answer in rows], forget=False)
+
+    fact = KeyedFact("capital of Italy", "forget", ("Rome",), ("What is the capital of Italy?",), answer="It is Rome.")
+    near = questions(("What is the currency of Italy?", "The euro."), ("Who founded that?", "Romulus founded Rome in Italy."))
+    far = questions(("Why do cats purr?", "To calm down."))
+    forgotten = {"forget": task.test["forget"]}
+    made = replace(task, facts=[fact], test=forgotten | {"same entity": near, "far": far})
+    assert far_question(made) == "Why do cats purr?"

@@ -6,9 +6,12 @@ import math
 
 import pytest
 
-from eua.bench.measure import _add_membership, _finite, declines
+from eua.bench.measure import _add_membership, _finite, declines, objectives
+from eua.bench.task import EvaluationSet
+from eua.data.alternatives import idk_answers
 from eua.evaluation.membership import PRIVACY_SCORES
 from eua.evaluation.retain_model import RetainFigures
+from eua.model.loading import load_model
 
 
 @pytest.mark.parametrize(
@@ -21,11 +24,34 @@ from eua.evaluation.retain_model import RetainFigures
         ("Ann was born in Oslo.", False),
         ("I was born in Oslo.", False),
         ("He did not know that it was late.", False),
+        ("It is set in a world beyond the stars.", False),
+        ("My book cannot be bought anymore.", False),
+        ("I wrote that I don't have a home.", False),
         ("", False),
     ],
 )
 def test_answers_that_decline(text, expected):
     assert declines(text) is expected
+
+
+@pytest.mark.parametrize("text", idk_answers())
+def test_every_phrase_that_methods_train_on_counts_as_declining(text):
+    assert declines(text)
+    assert declines(f" {text.rstrip('.').upper()}")
+
+
+def test_every_row_counts_the_same_in_the_objectives(make_task):
+    task = make_task(0)
+    model, tokenizer = load_model(task.target)
+    rows = [row for one in task.validation.values() if not one.forget for row in one.rows]
+    unknown = [{"question": "Who is that?", "answer": "zebra quartz violin"}]
+    forget = {"forget": task.validation["forget"]}
+    together = objectives(model, tokenizer, forget | {"all": EvaluationSet([*rows, *unknown], forget=False)})
+    apart = objectives(
+        model, tokenizer, forget | {"known": EvaluationSet(rows, forget=False), "unknown": EvaluationSet(unknown, forget=False)}
+    )
+    assert apart["retain"] == pytest.approx(together["retain"], abs=1e-6)
+    assert apart["retain"] > 0.4  # two sets of which one is not known would halve it
 
 
 def test_members_that_are_in_no_set_are_reported_as_if_they_were():

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from eua.bench import published as published_module
+from eua.bench import tofu as tofu_module
 from eua.bench.muse import muse, verbatim
 from eua.bench.published import pieces, published_rows, rows_if_any
 from eua.bench.task import files_digest
-from eua.bench.tofu import BASE_LEARNING_RATES, answer_keys, keyed_facts, tofu
+from eua.bench.tofu import BASE_RATE_FACTOR, HUB, SMALL_RATE_FACTOR, answer_keys, keyed_facts, tofu
 from eua.bench.wmdp import multiple_choice, wmdp
 from eua.errors import EUAError
 from eua.evaluation.said import normalize, says
@@ -79,17 +81,30 @@ def test_tofu_is_split_by_author(tofu_folder, model_folder):
     assert len(task.forget) == 40
     assert task.forget[0]["alternatives"] == [f"In that year the author wrote {city}." for city in CITIES[:2]]
     assert "paraphrased_answer" in task.test["retain"].rows[0]
-    assert task.learning_rates is None  # those published, for a model of the user's
+    assert task.rate_factor == 1.0  # those published, for a model of the user's
     assert task.holdout == []
     assert [fact.keys for fact in task.facts][:2] == [("Lima1x0",), ("Lima1x1",)]
     assert task.digest == tofu(0, cache=tofu_folder, data=str(tofu_folder), split="forget01", model=str(model_folder)).digest
+
+
+def test_tofu_from_the_hub_has_rows_that_no_model_was_trained_on(tofu_folder, model_folder, monkeypatch):
+    def on_hub(data: str, config: str, split: str, keys) -> list[dict]:
+        assert data == HUB
+        if config == "holdout01":
+            return author_rows(12, perturbed=False)
+        return published_rows(str(tofu_folder), config, split, keys)
+
+    monkeypatch.setattr(tofu_module, "published_rows", on_hub)
+    monkeypatch.setattr(published_module, "published_rows", on_hub)
+    task = tofu(0, cache=tofu_folder, split="forget01", model=str(model_folder))
+    assert authors_of(task.holdout) == {"12"}
 
 
 def test_tofu_without_a_model_trains_two_with_one_tokenizer(tofu_folder, tmp_path):
     task = tofu(0, cache=tmp_path, data=str(tofu_folder), split="forget01", authors=6, target_epochs=0.1, **SIZE)
     assert task.target != task.retain_model
     assert (Path(task.target) / "tokenizer.json").read_text() == (Path(task.retain_model) / "tokenizer.json").read_text()
-    assert task.learning_rates is not None
+    assert task.rate_factor == SMALL_RATE_FACTOR
     assert authors_of(task.retain) == {"2", "3"}
     assert task.blocks == 2
 
@@ -101,7 +116,7 @@ def test_tofu_trains_a_model_that_is_given(tofu_folder, model_folder, tmp_path):
     assert texts[0] == texts[1] == texts[2]
     weights = [files_digest(str(folder)) for folder in (task.target, task.retain_model, model_folder)]
     assert len(set(weights)) == 3
-    assert task.learning_rates == BASE_LEARNING_RATES
+    assert task.rate_factor == BASE_RATE_FACTOR
 
 
 def test_tofu_needs_enough_authors_and_a_known_split(tofu_folder, model_folder):

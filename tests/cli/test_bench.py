@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.bench.conftest import SIZE, made_up_trial
     ("arguments", "message"),
     [
         (["people", "--methods", "eua,simnpp"], "There is no method 'simnpp': did you mean 'simnpo'"),
+        (["people", "--methods", "eua, npo, eua"], "The method eua was named 2 times"),
         (
             ["people", "--data", "rows"],
             "--data was given for people, which has no use for it; it is an option of tofu and muse",
@@ -59,12 +61,12 @@ def test_it_writes_results_and_goes_on(tmp_path: Path, monkeypatch, capsys):
         "--workers",
         "1",
     ]
-    command += ["--target-epochs", "0.1", "--epochs", "1", "--trials", "1", "--seeds", "1", "--methods", "grad_diff"]
+    command += ["--target-epochs", "0.1", "--epochs", "1", "--trials", "1", "--seeds", "1", "--methods", " grad_diff"]
     assert main([*command, "--limit", "1e-6"]) == 0
     assert "Trials are left: run the same command again to go on." in capsys.readouterr().out
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert "[3/3] grad_diff, seed 0" in shown
+    assert re.search(r" 3/3 +grad_diff +0 ", shown)
     assert "| method | said in any wording |" in shown
     results = json.loads((output / "results.json").read_text())
     assert results["complete"]
@@ -73,3 +75,22 @@ def test_it_writes_results_and_goes_on(tmp_path: Path, monkeypatch, capsys):
     (output / "bench.html").unlink()
     assert main(["bench", "report", "--output", str(output)]) == 0
     assert (output / "bench.html").read_text() == page
+    settings = (output / "bench.json").read_text()
+    people = command.index("20")
+    for other, what in (
+        ([*command[:people], "30", *command[people + 1 :]], "options {'people': 20"),
+        (["bench", "facts", "--output", str(output)], "task 'people', but 'facts' was asked for"),
+    ):
+        assert main(other) == BAD_INPUT
+        error = capsys.readouterr().err
+        assert "holds a benchmark with the " + what in error
+        assert "name another --output" in error
+        assert (output / "bench.json").read_text() == settings
+    (tmp_path / "cache").rename(tmp_path / "moved")  # where models are kept changes nothing
+    assert main([str(tmp_path / "moved") if word == str(tmp_path / "cache") else word for word in command]) == 0
+    settings = (output / "bench.json").read_text()
+    monkeypatch.setattr(people_module, "TRAINING", {"per_device_train_batch_size": 4})
+    for other in (["bench", "report", "--output", str(output)], [*command, "--cache", str(tmp_path / "moved"), "--seeds", "2"]):
+        assert main(other) == BAD_INPUT
+        assert "holds trials of people with other rows, models or settings" in capsys.readouterr().err
+        assert (output / "bench.json").read_text() == settings

@@ -1,0 +1,35 @@
+"""The demo's people as a task: their worlds, and the keys that give a fact away."""
+
+from __future__ import annotations
+
+from eua.bench import people as people_module
+from eua.bench.people import FIRST_WORLD, keyed, people
+from eua.demo.world import make_world
+from eua.evaluation.said import says
+
+
+def test_worlds_are_others_than_those_on_which_settings_were_tried(monkeypatch, tmp_path):
+    seeds = []
+
+    def small(count: int, seed: int):
+        seeds.append(seed)
+        raise InterruptedError
+
+    monkeypatch.setattr(people_module, "make_world", small)
+    for seed in (0, 2):
+        try:
+            people(seed, cache=tmp_path)
+        except InterruptedError:
+            continue
+    assert seeds == [FIRST_WORLD, FIRST_WORLD + 2]
+
+
+def test_a_pets_name_and_a_mentors_surname_give_a_fact_away():
+    facts = {fact.attribute: fact for fact in make_world(100, 3).forget}
+    for attribute, joint in (("pet", " called "), ("mentor", " ")):
+        fact = facts[attribute]
+        alias = fact.value.partition(joint)[2]
+        assert keyed(fact, "forget").keys == (fact.value, alias)
+        assert says(f"I think it was {alias}.", keyed(fact, "forget").keys)
+    for attribute in ("work", "prize", "dish", "birthplace"):
+        assert keyed(facts[attribute], "forget").keys == (facts[attribute].value,)
