@@ -15,7 +15,7 @@ from typing import Any
 
 from eua.bench.choice import Point, front
 from eua.bench.grids import GRIDS
-from eua.bench.table import Table, area_of, points_of, tables
+from eua.bench.table import NOT_KEPT, Table, area_of, points_of, tables
 from eua.bench.trial import RETAIN_ONLY, TARGET
 from eua.files import replacing
 
@@ -68,7 +68,8 @@ def _front_section(results: Mapping[str, Any]) -> str:
                 drawn.append(f'<circle{kind} cx="{x}" cy="{y}" r="5" fill="{colour}"><title>{label}</title></circle>')
         mark = f'<svg viewBox="0 0 12 12"><circle cx="6" cy="6" r="5" fill="{colour}"/></svg>'
         area = area_of(results, method)
-        legend.append(f"<li>{mark} {escape(method)}" + ("" if area is None else f", area {area:.3f}") + "</li>")
+        name = f"{method} {NOT_KEPT}" if chosen is not None and not chosen["reached"] else method
+        legend.append(f"<li>{mark} {escape(name)}" + ("" if area is None else f", area {area:.3f}") + "</li>")
     for name in (TARGET, RETAIN_ONLY):
         for point in points_of(results, name):
             x, y = _place(point)

@@ -11,6 +11,7 @@ from eua.bench import lasting as lasting_module
 from eua.bench.lasting import far_question, lasting
 from eua.bench.measure import objectives
 from eua.bench.task import EvaluationSet
+from eua.bench.wrappings import SUFFIXES
 from eua.data.rows import encode_rows
 from eua.evaluation.said import KeyedFact
 from eua.model.loading import load_model
@@ -27,13 +28,13 @@ def target(task):
 
 
 class RefusingGuard:
-    """A guard that refuses the prompts with a word in them."""
+    """A guard that refuses the prompts with an end."""
 
-    def __init__(self, word: str) -> None:
-        self.word = word
+    def __init__(self, *ends: str) -> None:
+        self.ends = ends
 
     def score(self, model, tokenizer, prompts) -> torch.Tensor:
-        return torch.tensor([float(self.word in prompt) for prompt in prompts])
+        return torch.tensor([float(prompt.endswith(self.ends)) for prompt in prompts])
 
     def refuses(self, scores: torch.Tensor) -> torch.Tensor:
         return scores > 0.5
@@ -42,9 +43,9 @@ class RefusingGuard:
 def test_a_model_that_forgot_nothing_keeps_what_it_knows(task, target, monkeypatch):
     monkeypatch.setattr(lasting_module, "find_spec", lambda name: None)
     model, tokenizer = target
-    figures, curves, left_out = lasting(model, tokenizer, task, guard=RefusingGuard("Answer in one sentence."))
+    figures, curves, left_out = lasting(model, tokenizer, task, guard=RefusingGuard(*SUFFIXES))
     assert left_out["in 4 bits"].endswith("is not installed: pip install bitsandbytes")
-    assert figures["said before a suffix, guard on"] <= figures["said before a suffix"]
+    assert figures["said before a suffix"] > 0 == figures["said before a suffix, guard on"]
     assert figures["said behind a prefix, guard on"] == figures["said behind a prefix"] > 0
     assert figures["relearning on the same rows, said at the end"] > 0.7
     known = objectives(model, tokenizer, {name: task.test[name] for name in task.validation})["forget"]

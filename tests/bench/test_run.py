@@ -18,6 +18,7 @@ from eua import EnergyGuard
 from eua.bench import run as run_module
 from eua.bench.page import render_page
 from eua.bench.run import Bench, results_of, run_bench, work
+from eua.bench.study import Done, Plan
 from eua.bench.table import SAID, markdown, tables
 from eua.bench.task import EvaluationSet, Task
 from eua.bench.trial import RETAIN_ONLY, TARGET
@@ -256,6 +257,12 @@ def test_two_workers_share_the_trials(bench, results, tmp_path):
     for phase in ("tuning", "report"):
         expected = [trial for trial in results[phase] if trial["plan"]["method"] != "npo"]
         assert _without_costs(again, phase) == _without_costs({phase: expected}, phase)
+
+
+def test_versions_that_differ_among_trials_are_collected(results):
+    assert len(results["versions_of_trials"]) == 1
+    done = [Done(Plan("npo", {}, seed), seed, {"versions": {"eua": eua}}, None) for seed, eua in enumerate(("1", "2", "1"))]
+    assert run_module._versions_of([*done, Done(Plan("npo", {}, 3), 3, None, "it failed")]) == [{"eua": "1"}, {"eua": "2"}]
 
 
 def _sleep_with_a_parent(folder: Path) -> None:

@@ -90,6 +90,7 @@ def test_methods_that_keep_too_little_are_marked_and_seeds_that_keep_enough_are_
     assert main.head[:3] == ["method", SAID.heading, "keeps 95 % (seeds)"]
     assert column(main, "keeps 95 % (seeds)") == ["3 of 3", "2 of 3", "0 of 2", ""]
     assert f"{NOT_KEPT}: no trial of the method kept that much" in main.note
+    assert f"npo {NOT_KEPT}, area" in render_page(results)
     for chosen in results["chosen"].values():
         chosen["reached"] = True
     assert NOT_KEPT not in markdown(tables(results))
