@@ -173,6 +173,8 @@ def _said(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
                 f"any wording, greedily{end}": parts["all"]["greedy"],
                 f"share of answers{end}": parts["all"]["per_try"],
             }
+            if not suffix and "per_fact_by_chance" in parts["all"]:
+                found[f"any wording, by chance{end}"] = parts["all"]["per_fact_by_chance"]
             if group == FORGOTTEN:
                 found[f"the wording of the rows{end}"] = parts["trained"]["per_fact"]
                 found |= {f"other wordings{end}": parts["unseen"]["per_fact"]} if "unseen" in parts else {}

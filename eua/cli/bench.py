@@ -103,7 +103,7 @@ def _parser() -> Parser:
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder in which small models are kept")
     rows = parser.add_argument_group("rows and models")
     rows.add_argument("--people", type=positive(int), help="people: how many to make up (default: 100)")
-    rows.add_argument("--relations", type=_names, metavar="A,B,…", help="facts: relations to forget (default: one is drawn)")
+    rows.add_argument("--relations", type=_names, metavar="A,B,…", help="facts: relations to forget (default: capital)")
     rows.add_argument("--data", help="folder or hub name of the rows (default: the published ones on the hub)")
     rows.add_argument("--split", help="tofu: forget01, forget05 or forget10; wmdp: bio or cyber")
     rows.add_argument("--authors", type=positive(int), help="tofu: retained authors to use (default: all)")
