@@ -104,5 +104,6 @@ def test_the_other_question_is_the_one_that_is_farthest_from_what_is_forgotten(t
     near = questions(("What is the currency of Italy?", "The euro."), ("Who founded that?", "Romulus founded Rome in Italy."))
     far = questions(("Why do cats purr?", "To calm down."))
     forgotten = {"forget": task.test["forget"]}
-    made = replace(task, facts=[fact], test=forgotten | {"same entity": near, "far": far})
+    sets = {"validation": forgotten | {"far": far}, "test": forgotten | {"same entity": near, "far": far}}
+    made = replace(task, facts=[fact], **sets)
     assert far_question(made) == "Why do cats purr?"
