@@ -58,13 +58,22 @@ def command(name: str, place: Path, output: Path, *more: str) -> list[str]:
     given = {
         "demo": ["--output", str(output), "--cache", str(output / "cache")],
         "unlearn": [*sets, "--output", str(output), "--config", str(place / "run.yaml")],
+        "alternatives": [
+            "--forget",
+            str(place / "forget.jsonl"),
+            "--output",
+            str(output / "rows.jsonl"),
+            "--max-new-tokens",
+            "1",
+        ],
+        "bench": ["people", "--people", "20", "--output", str(output), "--cache", str(output / "cache"), "--workers", "1"],
         "calibrate": ["--prompts", str(place / "held_out.jsonl"), "--output", str(output)],
         "ask": ["Who?", "--max-new-tokens", "1"],
         "serve": ["--port", "0"],
         "evaluate": [*sets, "--output", str(output)],
         "report": [*sets, "--output", str(output), "--rows", "2"],
     }
-    return [name, *([] if name == "demo" else ["--model", str(place / "model")]), *given[name], *more]
+    return [name, *([] if name in ("demo", "bench") else ["--model", str(place / "model")]), *given[name], *more]
 
 
 @pytest.fixture
