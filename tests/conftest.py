@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from absl import logging as absl_logging
 from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -17,6 +19,9 @@ from eua.demo.target import train_target, train_tokenizer
 from eua.demo.world import World, make_world
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+# rouge_score brings absl, whose handler closes the stream that was sys.stderr when it was imported, unless it still is: a file
+# of pytest's, when uvicorn later configures logging.
+absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 settings.register_profile("eua", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("eua")
 
