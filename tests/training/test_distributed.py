@@ -159,7 +159,7 @@ def test_processes_follow_one_process(launched, setup, run):
     assert run == "lora" or max((tensor - start[name]).abs().max() for name, tensor in weights(one).items()) > 5e-3
 
 
-def test_rmu_in_processes_follows_one_process(launched):
+def test_rmu_with_ddp_follows_one_process(launched):
     output, one = launched("ddp") / "inner", launched("one") / "inner"
     assert_same_log(output, one)
     assert_same_weights(weights(output), weights(one))
