@@ -127,7 +127,7 @@ def _check_relation(relation: str, entry: dict[str, Any]) -> None:
             if f"{{{name}}}" not in template:
                 raise EUAError(
                     f"The relation {relation!r} has the text {template!r} without {{{name}}}, so it would be the same for all "
-                    "its facts: put the placeholder in."
+                    f"its facts: write {{{name}}} where the text names it."
                 )
 
 

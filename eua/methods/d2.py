@@ -52,8 +52,8 @@ def d2_loss(
     is_forget = forget & counted
     is_retain = ~forget & counted
     m_in, m_out = boundary if isinstance(boundary, tuple) else (boundary, boundary)
-    forget_part = mean((m_out - energy).relu().square(), is_forget, forget_count)
-    retain_part = mean((energy - m_in).relu().square(), is_retain, retain_count)
+    forget_part = mean(_squared_hinge(m_out - energy), is_forget, forget_count)
+    retain_part = mean(_squared_hinge(energy - m_in), is_retain, retain_count)
     nll_part = mean(nll, is_retain, retain_count)
     return D2Loss(gamma * (retain_part + forget_part) + alpha * nll_part, forget_part, retain_part, nll_part)
 
@@ -63,12 +63,17 @@ def above_boundary(answers: Answers) -> Tensor:
 
     Published settings: γ = 0.05, α = 1, ρ = 0.1, T = 1, learning rate 1e-5, 10 epochs.
     """
-    return (answers.reference - answers.energy).relu().square()
+    return _squared_hinge(answers.reference - answers.energy)
 
 
 def below_boundary(answers: Answers) -> Tensor:
     """EUA's energy part at tokens to retain: ``relu(E − m_in)²``, (B, S−1)."""
-    return (answers.energy - answers.reference).relu().square()
+    return _squared_hinge(answers.energy - answers.reference)
+
+
+def _squared_hinge(gap: Tensor) -> Tensor:
+    """0, with a gradient of exactly 0, where the boundary is met."""
+    return gap.relu().square()
 
 
 def mean(values: Tensor, mask: Tensor, count: Tensor | int | None) -> Tensor:

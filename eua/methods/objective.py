@@ -102,12 +102,8 @@ def _figure(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def added(one: Figures | None, other: Figures) -> Figures:
-    """The figures of two batches together."""
-    if one is None:
-        return other
-    return {name: value + other[name] if name in other else value for name, value in one.items()} | {
-        name: value for name, value in other.items() if name not in one
-    }
+    """The figures of two batches of one objective together."""
+    return other if one is None else {name: value + other[name] for name, value in one.items()}
 
 
 def figure_means(figures: Figures) -> dict[str, float]:

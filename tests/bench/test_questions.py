@@ -145,7 +145,10 @@ def test_a_file_of_questions(tmp_path):
     ("changed", "message"),
     [
         ({"kind": ...}, r"relation 'river' has no kind, so its facts cannot be asked for: add"),
-        ({"answer": "It is the {key}."}, r"'It is the {key}.' without {entity}, so it would be the same .*: put"),
+        (
+            {"answer": "It is the {key}."},
+            r"'It is the {key}.' without {entity}, so it would be the same .*: write {entity} where",
+        ),
         ({"wordings": ["Which river?"]}, r"'Which river\?' without {entity}"),
         ({"answer": "{entity} lies on the {key}an."}, r"is not said by its own answer: its key 'Aker' must be whole words"),
         ({"facts": {"Tiber": "Tiber"}}, r"says its own key 'Tiber', so every answer could repeat it: reword"),
