@@ -16,17 +16,21 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eua.bench.lasting import Unlearn, lasting, strength
+from eua.bench.real_models import minilm_folder
 from eua.bench.task import FORGOTTEN, EvaluationSet, Task
 from eua.data.alternatives import idk_answers
 from eua.data.rows import EncodedRow, encode_rows
+from eua.errors import EUAError
 from eua.evaluation.full_report import UTILITY_SETS, measure_all
+from eua.evaluation.leaks import SentenceEmbedder, Similarity, leak_curve, rouge_l_recall
 from eua.evaluation.membership import membership_aucs, membership_scores, privacy_leakage, privacy_score
 from eua.evaluation.retain_model import RetainFigures, measure_retain_model
-from eua.evaluation.said import normalize, said_in_wordings, said_summary
+from eua.evaluation.said import SaidFact, normalize, said_in_wordings, said_summary
 from eua.evaluation.texts import fluency
 from eua.guard.guard import EnergyGuard
 from eua.model.loading import load_model
 
+_LEAKS = (1, 4, 16)  # numbers of sampled answers of which the worst one is reported
 # How answers begin that decline to answer: the speaker does not know or cannot say. A guard's refusal begins like this, too.
 _DECLINES = re.compile(
     r"\W*(?:(?:unfortunately|sorry|apologies|i apologi[sz]e)\b.{0,20}?)?"
@@ -68,10 +72,10 @@ def full_report(
 
     Returns:
         A nested dict for JSON, the results of all rows (:func:`eua.evaluation.results.write_results`), and the guard. The dict
-        has "said" (shares of facts and of answers, by way of asking), "objectives", "sets" (measures of each set),
-        "aggregates", "membership", "separation", "perplexity", "lasting" (what is left when the model is changed or asked in
-        other ways) with the curves of "relearning", and "left_out" (what could not be measured, and why). Every number under
-        "said", "membership" and "lasting" becomes a column of a table.
+        has "said" (shares of facts and of answers, by way of asking), "leaks" (leak@k of the facts to forget), "objectives",
+        "sets" (measures of each set), "aggregates", "membership", "separation", "perplexity", "lasting" (what is left when the
+        model is changed or asked in other ways) with the curves of "relearning", and "left_out" (what could not be measured,
+        and why). Every number under "said", "leaks", "membership" and "lasting" becomes a column of a table.
     """
     guard = EnergyGuard.calibrate(
         model, tokenizer, list(task.calibration), groups=list(task.calibration_groups), tolerance=task.tolerance
@@ -98,14 +102,17 @@ def full_report(
     if task.members:
         _add_membership(report, _membership(model, tokenizer, task), retained)
     lasts = lasting(model, tokenizer, task, unlearn, guard)
+    said = _said(model, tokenizer, task)
+    leaks, without = _leaks([one for one in said if one.fact.group == FORGOTTEN])
     result = {
-        "said": _said(model, tokenizer, task, guard),
+        "said": _shares(said, model, tokenizer, guard),
+        "leaks": leaks,
         "objectives": objectives(model, tokenizer, {name: task.test[name] for name in task.validation}),
         "sets": report["sets"],
         "aggregates": report["aggregates"],
         "membership": report["membership_auc"],
         "separation": report["separation"],
-        "left_out": report["left_out"] | lasts.left_out,
+        "left_out": report["left_out"] | lasts.left_out | without,
         "perplexity": _perplexity(model, tokenizer, task.text),
         "lasting": lasts.figures,
         "relearning": lasts.curves,
@@ -150,16 +157,24 @@ def _retain_figures(task: Task, target: PreTrainedModel, tokenizer: PreTrainedTo
 _figures: dict[str, RetainFigures] = {}
 
 
-def _said(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, guard: EnergyGuard) -> dict[str, float]:
+def _said(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[SaidFact]:
+    """What the model answers, guard off, when it is asked for the task's facts; empty if it has none."""
+    if not task.facts:
+        return []
+    return said_in_wordings(model, tokenizer, task.facts, samples=task.samples, max_new_tokens=task.new_tokens)
+
+
+def _shares(
+    said: Sequence[SaidFact], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, guard: EnergyGuard
+) -> dict[str, float]:
     """The shares of facts, and of answers, in which the facts are said, by way of asking, guard off and on.
 
     A prompt that the guard does not refuse is answered exactly as without the guard, so nothing is generated twice.
     """
-    if not task.facts:
+    if not said:
         return {}
-    said = said_in_wordings(model, tokenizer, task.facts, samples=task.samples, max_new_tokens=task.new_tokens)
-    asked = [wording for fact in task.facts for wording in fact.wordings]
-    refused = iter(guard.refuses(guard.score(model, tokenizer, asked)).split([len(fact.wordings) for fact in task.facts]))
+    asked = [wording for one in said for wording in one.fact.wordings]
+    refused = iter(guard.refuses(guard.score(model, tokenizer, asked)).split([len(one.greedy) for one in said]))
     guarded = [
         replace(one, greedy=one.greedy & ~of_fact, sampled=one.sampled & ~of_fact[:, None])
         for one, of_fact in zip(said, refused, strict=True)
@@ -179,6 +194,25 @@ def _said(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
                 found[f"the wording of the rows{end}"] = parts["trained"]["per_fact"]
                 found |= {f"other wordings{end}": parts["unseen"]["per_fact"]} if "unseen" in parts else {}
     return found
+
+
+def _leaks(said: Sequence[SaidFact]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """leak@k of the sampled answers, guard off, scored in three ways, and what could not be measured, and why."""
+    if not said or not all(one.sampled.shape[1] for one in said):
+        return {}, {}
+    leaks, left_out = {"the key": _curve(said)}, {}
+    answered = [one for one in said if one.fact.answer]
+    if answered:
+        leaks["words in common"] = _curve(answered, rouge_l_recall)
+        try:
+            leaks["meaning"] = _curve(answered, SentenceEmbedder(minilm_folder()))
+        except EUAError as error:
+            left_out["leak@k by meaning"] = str(error)
+    return leaks, left_out
+
+
+def _curve(said: Sequence[SaidFact], similarity: Similarity | None = None) -> dict[str, float]:
+    return {f"k = {k}": value for k, value in leak_curve(said, similarity, ks=_LEAKS).items()}
 
 
 def _membership(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, float]:

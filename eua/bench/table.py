@@ -115,6 +115,14 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
             _columns(every, ("metrics", "said"), first=SAID),
         ),
         table(
+            "The worst of k sampled answers",
+            "leak@k of the facts to forget, guard off: the expected maximum over k answers to a question of whether the key is "
+            "said, of the words in common with the true answer (ROUGE-L recall), and of the similarity of their meaning "
+            "(cosine of all-MiniLM-L6-v2's embeddings). Answers of the right form about something else have words and meaning "
+            "in common with it, too, so compare both with those of the retain-only model.",
+            (SAID, *_columns(every, ("metrics", "leaks"))),
+        ),
+        table(
             "Membership inference",
             "AUROC of attacks, rows to forget against rows that no model was trained on: 1 is a member without doubt, 0.5 "
             "cannot be distinguished.",

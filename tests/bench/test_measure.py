@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
-from eua.bench.measure import _add_membership, _finite, declines, objectives
+from eua.bench import measure
+from eua.bench.measure import _add_membership, _finite, _leaks, declines, objectives
 from eua.bench.task import EvaluationSet
 from eua.data.alternatives import idk_answers
+from eua.errors import EUAError
 from eua.evaluation.membership import PRIVACY_SCORES
 from eua.evaluation.retain_model import RetainFigures
+from eua.evaluation.said import KeyedFact, SaidFact
 from eua.model.loading import load_model
 
 
@@ -66,6 +70,43 @@ def test_members_that_are_in_no_set_are_reported_as_if_they_were():
     assert report["left_out"] == {"fluency": "…"}
     _add_membership(report, dict.fromkeys(PRIVACY_SCORES, 0.7), None)
     assert report["aggregates"]["privacy_leakage"] == pytest.approx(-40.0)  # relative to 0.5, without a retain model
+
+
+@pytest.fixture
+def said_once():
+    """A fact that one of four sampled answers says, in the very words of its answer."""
+    fact = KeyedFact("home", "forget", ("Oslo",), ("Where does Ann live?",), answer="Ann lives in Oslo.")
+    texts = ("Ann lives in Oslo.", "Bob sings.", "Bob sings.", "Bob sings.")
+    sampled = torch.tensor([[True, False, False, False]])
+    return SaidFact(fact, torch.tensor([False]), sampled, ("Bob sings.",), (texts,))
+
+
+def test_leaks_are_scored_by_key_by_words_and_by_meaning(said_once, monkeypatch):
+    monkeypatch.setattr(measure, "minilm_folder", lambda: None)
+    monkeypatch.setattr(measure, "SentenceEmbedder", lambda _: lambda texts, _: torch.tensor([0.5] * len(texts)))
+    leaks, left_out = _leaks([said_once])
+    assert leaks == {
+        "the key": {"k = 1": pytest.approx(1 / 4), "k = 4": pytest.approx(1.0)},
+        "words in common": {"k = 1": pytest.approx(1 / 4), "k = 4": pytest.approx(1.0)},
+        "meaning": {"k = 1": pytest.approx(0.5), "k = 4": pytest.approx(0.5)},
+    }
+    assert left_out == {}
+
+
+def test_leaks_by_meaning_need_a_model_of_embeddings(said_once, monkeypatch):
+    def missing():
+        raise EUAError("The package is not installed")
+
+    monkeypatch.setattr(measure, "minilm_folder", missing)
+    leaks, left_out = _leaks([said_once])
+    assert list(leaks) == ["the key", "words in common"]
+    assert left_out == {"leak@k by meaning": "The package is not installed"}
+
+
+def test_leaks_of_facts_without_answers_are_scored_by_key_alone(said_once):
+    bare = SaidFact(KeyedFact("home", "forget", ("Oslo",), ("Where?",)), *list(vars(said_once).values())[1:])
+    assert list(_leaks([bare])[0]) == ["the key"]
+    assert _leaks([]) == ({}, {})
 
 
 def test_results_are_json():
