@@ -5,6 +5,7 @@ This file is the only one of the benchmark that knows the single metrics.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -159,9 +160,16 @@ _figures: dict[str, RetainFigures] = {}
 
 def _said(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[SaidFact]:
     """What the model answers, guard off, when it is asked for the task's facts; empty if it has none."""
-    if not task.facts:
-        return []
-    return said_in_wordings(model, tokenizer, task.facts, samples=task.samples, max_new_tokens=task.new_tokens)
+    if task.facts and task.sampling_dtype is not None:
+        model = copy.deepcopy(model).to(getattr(torch, task.sampling_dtype))
+    few = task.samples if task.retained_samples is None else task.retained_samples
+    retained = [fact for fact in task.facts if fact.group != FORGOTTEN]
+    return [
+        one
+        for facts, samples in ((task.forgotten_facts, task.samples), (retained, few))
+        if facts
+        for one in said_in_wordings(model, tokenizer, facts, samples=samples, max_new_tokens=task.new_tokens)
+    ]
 
 
 def _shares(

@@ -52,7 +52,10 @@ class Task:
             since it holds a copy of the model with an optimizer.
         relearning_rate: its learning rate.
         new_tokens: length of generated answers.
-        samples: sampled answers to each wording of a fact.
+        samples: sampled answers to each wording of a fact to forget.
+        retained_samples: the same for facts to retain; None: as many.
+        sampling_dtype: in which answers are sampled, e.g. "bfloat16", which is twice as fast on many processors; None: the
+            model's own.
         training: fields of :class:`eua.EUAConfig` that all methods share, e.g. the batch size.
         rate_factor: by which every method's published learning rates, which are meant for models of 1B parameters, are
             multiplied.
@@ -82,6 +85,8 @@ class Task:
     relearning_rate: float = 2e-5
     new_tokens: int = 64
     samples: int = 16
+    retained_samples: int | None = None
+    sampling_dtype: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     rate_factor: float = 1.0
     epochs: tuple[float, ...] = (5, 10)
@@ -108,9 +113,10 @@ class Task:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of all rows and settings, and of the models' files. Names of folders are not in it."""
+        """SHA-256 of all rows and settings, and of the models' files. Names of folders and settings of None are not in it."""
         content = asdict(self) | {key: folder and files_digest(folder) for key, folder in self.folders.items()}
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=list).encode()).hexdigest()
+        given = {key: value for key, value in content.items() if value is not None}
+        return hashlib.sha256(json.dumps(given, sort_keys=True, default=list).encode()).hexdigest()
 
     @property
     def folders(self) -> dict[str, str | None]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from eua.bench import measure
-from eua.bench.measure import _add_membership, _finite, _leaks, declines, objectives
+from eua.bench.measure import _add_membership, _finite, _leaks, _said, declines, objectives
 from eua.bench.task import EvaluationSet
 from eua.data.alternatives import idk_answers
 from eua.errors import EUAError
@@ -107,6 +108,28 @@ def test_leaks_of_facts_without_answers_are_scored_by_key_alone(said_once):
     bare = SaidFact(KeyedFact("home", "forget", ("Oslo",), ("Where?",)), *list(vars(said_once).values())[1:])
     assert list(_leaks([bare])[0]) == ["the key"]
     assert _leaks([]) == ({}, {})
+
+
+def test_facts_to_retain_may_have_fewer_samples_in_another_dtype(make_task, monkeypatch):
+    asked = []
+
+    def noted(model, tokenizer, facts, *, samples, max_new_tokens):
+        asked.append((samples, model.dtype, {fact.group for fact in facts}))
+        return []
+
+    monkeypatch.setattr(measure, "said_in_wordings", noted)
+    task = make_task(0)
+    model, tokenizer = load_model(task.target)
+    _said(model, tokenizer, replace(task, samples=16))
+    _said(model, tokenizer, replace(task, samples=16, retained_samples=0, sampling_dtype="bfloat16"))
+    forgotten, retained = {"forget"}, {"retained, never seen"}
+    assert asked == [
+        (16, torch.float32, forgotten),
+        (16, torch.float32, retained),
+        (16, torch.bfloat16, forgotten),
+        (0, torch.bfloat16, retained),
+    ]
+    assert model.dtype == torch.float32
 
 
 def test_results_are_json():
