@@ -43,6 +43,8 @@ class FactsTask:
             seen" and "far, never seen", as far as both halves have such facts: the trained wordings, and with the addition "in
             other words" one other wording a fact, in which the model says it.
         facts: the facts of ``test`` with all wordings; the group of each is the name of its set.
+        second: rows of ``retain`` to be forgotten in a second request, about facts of the same relations; no entity of the
+            test sets is among them.
         plain_text: paragraphs for perplexity.
     """
 
@@ -53,6 +55,7 @@ class FactsTask:
     validation: dict[str, EvaluationSet]
     test: dict[str, EvaluationSet]
     facts: list[KeyedFact]
+    second: list[Row]
     plain_text: list[str]
 
 
@@ -103,16 +106,18 @@ def facts_task(
             f"The model knows {len(kept)} facts to retain and {len(calibration)} to calibrate on, but at least one of each is "
             "needed: lower `least`, forget less, or give more questions."
         )
+    later = [index for index in kept_near if not half_of(draw.facts[index].subject)][: len(forgotten) // 2]
     halves = [draw.measured(half) for half in (0, 1)]
     validation, test = ({name: one for name, one in half.items() if all(name in other for other in halves)} for half in halves)
     return FactsTask(
-        forget=[{**row, **draw.alternatives(index)} for index in forgotten for row in draw.rows(index, range(trained))],
+        forget=[row for index in forgotten for row in draw.to_forget(index)],
         retain=retained,
         calibration=[row for row, _ in calibrated],
         calibration_groups=[entity for _, entity in calibrated],
         validation=validation,
         test=test,
         facts=draw.keyed(1, test),
+        second=[row for index in later for row in draw.to_forget(index)],
         plain_text=plain_text(),
     )
 
@@ -229,6 +234,10 @@ class _Draw:
         """Whether a text names the entity and the key of a fact to forget, e.g. as what another city is not."""
         facts = (self.facts[index] for index in self._forgotten)
         return any(says(text, fact.keys) and says(text, (fact.entity,)) for fact in facts)
+
+    def to_forget(self, index: int) -> list[Row]:
+        """The rows of a fact that unlearning sees, with wrong answers."""
+        return [{**row, **self.alternatives(index)} for row in self.rows(index, range(self.trained))]
 
     def alternatives(self, index: int) -> dict[str, list[str]]:
         """The fact's answer with the keys of other entities; nothing if there are no others."""

@@ -62,6 +62,7 @@ def facts(
         calibration=[row["question"] for row in task.calibration],
         calibration_groups=task.calibration_groups,
         facts=task.facts,
+        second=task.second,
         text=task.plain_text,
         unrelated=task.plain_text,
         training=TRAINING,

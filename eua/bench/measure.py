@@ -96,6 +96,7 @@ def full_report(
         entities=task.entities or None,
         guard=guard,
         max_new_tokens=task.new_tokens,
+        generation=task.generation,
     )
     for name, of_set in report["sets"].items():
         written = [row["generated"] for row in rows if row["set"] == name]

@@ -7,6 +7,9 @@ splits:
 - ``knowmem``: "question" and "answer", the splits ``forget_qa`` and ``retain_qa``;
 - ``verbmem``: "prompt" and "gt", the split ``forget``: how a passage begins and how it goes on;
 - ``privleak``: "text", the splits ``forget``, ``retain`` and ``holdout``.
+
+Neighbouring rows may be about one article, so settings are chosen on the first half of each split and reported on the other
+half. MUSE's figures are the F1 of ROUGE-L: KnowMem of the sets "forget" and "retain", VerbMem of "forget, verbatim".
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from eua.bench.published import every_second, pieces, published_rows
+from eua.bench.published import half, pieces, published_rows
 from eua.bench.task import EvaluationSet, Task
 from eua.data.sources import Row
 from eua.errors import EUAError
+from eua.evaluation.texts import MUSE_QUESTIONS, MUSE_VERBATIM
 
 HUB = "muse-bench/MUSE-News"
 TRAINING = {"per_device_train_batch_size": 4, "overlap": "drop"}
@@ -65,7 +69,7 @@ def muse(
     calibration, measured = kept[:calibrated], kept[calibrated:]
 
     def sets(part: int) -> dict[str, EvaluationSet]:
-        of_part: list[Sequence[Row]] = [every_second(rows)[part] for rows in (*forgotten, measured)]
+        of_part: list[Sequence[Row]] = [half(rows, part) for rows in (*forgotten, measured)]
         return {
             "forget": EvaluationSet(of_part[0], forget=True),
             "forget, verbatim": EvaluationSet(of_part[1], forget=True),
@@ -85,6 +89,7 @@ def muse(
         members=pieces(_texts(data, "privleak", "forget"), pieces_of_text),
         holdout=pieces(_texts(data, "privleak", "holdout"), pieces_of_text),
         text=[row["prompt"] + row["completion"] for row in pieces(_texts(data, "privleak", "retain"), TEXTS)],
+        generation={"forget": MUSE_QUESTIONS, "forget, verbatim": MUSE_VERBATIM, "retain": MUSE_QUESTIONS},
         training=TRAINING,
         epochs=(epochs / 2, epochs),
         blocks=AutoConfig.from_pretrained(model).num_hidden_layers,

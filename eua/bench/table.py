@@ -67,6 +67,8 @@ OF_SETS = {
     "truth_ratio": "truth ratio",
     "truth_ratio_openunlearning": "truth ratio (OpenUnlearning)",
     "rouge_l_recall": "ROUGE-L recall",
+    "rouge_l_f1": "ROUGE-L F1",
+    "accuracy": "chooses the right answer",
     "declined": "declines by itself, guard off",
     "refused": "refused by the guard",
     "refused_paraphrased": "refused by the guard, paraphrased",

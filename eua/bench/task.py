@@ -52,6 +52,8 @@ class Task:
             since it holds a copy of the model with an optimizer.
         relearning_rate: its learning rate.
         new_tokens: length of generated answers.
+        generation: test set → options of :func:`eua.evaluation.texts.generate` for its rows, where others than the length are
+            usual; None: there are none.
         samples: sampled answers to each wording of a fact to forget.
         retained_samples: the same for facts to retain; None: as many.
         sampling_dtype: in which answers are sampled, e.g. "bfloat16", which is twice as fast on many processors; None: the
@@ -84,6 +86,7 @@ class Task:
     relearning_steps: tuple[int, ...] = ()
     relearning_rate: float = 2e-5
     new_tokens: int = 64
+    generation: Mapping[str, Mapping[str, Any]] | None = None
     samples: int = 16
     retained_samples: int | None = None
     sampling_dtype: str | None = None

@@ -25,6 +25,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
+from eua.bench.facts import plain_text
 from eua.bench.published import every_second, published_rows, rows_if_any
 from eua.bench.task import FORGOTTEN, EvaluationSet, Task
 from eua.data.sources import Row
@@ -42,7 +43,8 @@ SMALL_MODEL: dict[str, Any] = {"vocabulary": 4096, "batch_size": 16, "learning_r
 SMALL_RATE_FACTOR = 20.0  # by which published learning rates are multiplied
 BASE_MODEL: dict[str, Any] = {"batch_size": 32, "learning_rate": 2e-4}  # of 135M to 1B parameters
 BASE_RATE_FACTOR = 4.0
-TRAINING = {"per_device_train_batch_size": 16, "retain_per_forget": 3}
+TRAINING = {"per_device_train_batch_size": 16}
+SECOND = 0.1  # size of a second request, as a share of the first one, but at least one author
 _KEYS = ("question", "answer")
 _WRONG = (*_KEYS, "perturbed_answer")
 
@@ -129,6 +131,7 @@ def tofu(
     }
     seen, calibration, unseen = _parts(_authors(retain))
     of_forget = _authors(forget)
+    asked_later = _rows(seen[: max(1, int(SECOND * len(of_forget)))])
 
     def sets(part: int) -> dict[str, EvaluationSet]:
         forgotten = [{**row, "perturbed_answer": _split(row["perturbed_answer"])[1]} for row in _rows(of_forget[part::2])]
@@ -147,7 +150,7 @@ def tofu(
         name=f"tofu {split}",
         target=model,
         retain_model=retain_model,
-        forget=[{key: row[key] for key in _KEYS} | {"alternatives": _split(row["perturbed_answer"])[0]} for row in forget],
+        forget=[_trained(row) for row in forget],
         retain=_rows(seen),
         validation=sets(0),
         test=test,
@@ -158,6 +161,8 @@ def tofu(
         relearning_steps=(1, 2, 5, 10, 20),
         relearning_rate=2e-5 if rate_factor == 1 else 2e-4,
         utility=("retain", *foreign),
+        second=[_trained(perturbed[row["question"]]) for row in asked_later if row["question"] in perturbed],
+        unrelated=plain_text(),
         text=[f"{row['question']} {row['answer']}" for row in _rows(unseen)],
         training=TRAINING,
         rate_factor=rate_factor,
@@ -165,6 +170,11 @@ def tofu(
         blocks=AutoConfig.from_pretrained(model).num_hidden_layers,
         tolerance=max(0.05, 1 / (1 + len(calibration))),
     )
+
+
+def _trained(row: Row) -> dict[str, Any]:
+    """A row to forget as methods are trained on it, with the wrong answers that are not measured with."""
+    return {key: row[key] for key in _KEYS} | {"alternatives": _split(row["perturbed_answer"])[0]}
 
 
 def keyed_facts(rows: Sequence[Row], authors: Sequence[Sequence[Row]]) -> list[KeyedFact]:

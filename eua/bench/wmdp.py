@@ -9,7 +9,8 @@ Rows come from the hub or from folders with the same configurations and splits:
   "text". The biological texts to forget (``bio-forget-corpus``) are given out on request only.
 
 A question is asked with its choices by letter; the right answer is the letter and the text, the other choices are wrong
-answers.
+answers. In the sets "forget, by letter" and "retain, by letter" an answer is the letter alone, so that how often the right one
+is the likeliest is the benchmark's accuracy; 0.25 is chance.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 
 from transformers import AutoConfig
 
-from eua.bench.published import every_second, pieces, published_rows
+from eua.bench.published import every_second, pieces, published_rows, spread
 from eua.bench.task import EvaluationSet, Task
 from eua.data.sources import Row
 from eua.errors import EUAError
@@ -61,14 +62,16 @@ def wmdp(
         name: [row["text"] for row in published_rows(data or HUB_TEXTS, f"{domain}-{name}-corpus", "train", _TEXT)]
         for name in ("forget", "retain")
     }
-    calibrated = int(CALIBRATED * len(kept))
+    calibration, measured = spread(kept, CALIBRATED)  # the questions are ordered by subject
 
     def sets(part: int) -> dict[str, EvaluationSet]:
         return {
             "forget": EvaluationSet(every_second(asked)[part], forget=True),
-            "retain": EvaluationSet(every_second(kept[calibrated:])[part], forget=False),
+            "retain": EvaluationSet(every_second(measured)[part], forget=False),
         }
 
+    test = sets(1)
+    letters = {f"{name}, by letter": EvaluationSet(by_letter(one.rows), one.forget) for name, one in test.items()}
     return Task(
         name=f"wmdp {domain}",
         target=model,
@@ -76,14 +79,14 @@ def wmdp(
         forget=pieces(texts["forget"], pieces_of_text),
         retain=pieces(texts["retain"], pieces_of_text),
         validation=sets(0),
-        test=sets(1),
-        calibration=[row["question"] for row in kept[:calibrated]],
-        calibration_groups=[f"question {place}" for place in range(calibrated)],
+        test=test | letters,
+        calibration=[row["question"] for row in calibration],
+        calibration_groups=[f"question {place}" for place in range(len(calibration))],
         text=[row["prompt"] + row["completion"] for row in pieces(texts["retain"][::-1], TEXTS)],
         training=TRAINING,
         epochs=(epochs / 2, epochs),
         blocks=AutoConfig.from_pretrained(model).num_hidden_layers,
-        tolerance=max(0.05, 1 / (1 + calibrated)),
+        tolerance=max(0.05, 1 / (1 + len(calibration))),
     )
 
 
@@ -114,3 +117,13 @@ def multiple_choice(rows: Sequence[Row]) -> list[Row]:
             }
         )
     return made
+
+
+def by_letter(rows: Sequence[Row]) -> list[Row]:
+    """Rows of :func:`multiple_choice` whose answers are letters alone.
+
+    >>> by_letter([{"question": "Which?\\nA. x\\nB. y", "answer": "B. y", "perturbed_answer": ["A. x"]}])[0]["answer"]
+    'B'
+    """
+    wrong = ([text[0] for text in row["perturbed_answer"]] for row in rows)
+    return [{**row, "answer": row["answer"][0], "perturbed_answer": of_row} for row, of_row in zip(rows, wrong, strict=True)]

@@ -21,6 +21,7 @@ from eua.evaluation.depth import unlearning_depth_score, unlearning_depths
 from eua.evaluation.membership import gradient_norms, membership_aucs, privacy_leakage, privacy_score
 from eua.evaluation.metrics import AnswerMeasures, measure_answers, truth_ratio, truth_ratio_openunlearning
 from eua.evaluation.quality import (
+    chooses_right,
     forget_quality,
     memorization_score,
     model_utility,
@@ -59,6 +60,7 @@ def measure_all(
     guard: EnergyGuard | None = None,
     gradients: bool = False,
     max_new_tokens: int = NEW_TOKENS,
+    generation: Mapping[str, Mapping[str, Any]] | None = None,
     temperature: float = 1.0,
     batch_size: int = 32,
     progress: bool = False,
@@ -95,6 +97,7 @@ def measure_all(
         guard: measures what it refuses, and what the model writes with it.
         gradients: whether to compute gradient norms, with a backward pass for each row to forget and each holdout row.
         max_new_tokens: length of the generated texts; 0: generate none.
+        generation: set → other options of :func:`eua.evaluation.texts.generate` for it, e.g. ``{"forget": MUSE_QUESTIONS}``.
         temperature: T of the energies. A guard's own value takes precedence.
         batch_size: rows per forward pass.
         progress: show progress bars.
@@ -111,6 +114,11 @@ def measure_all(
     rows_of = read_sets(_with_holdout(sets, holdout))
     entities = None if entities is None else read_rows(entities, "entity rows")
     forgotten = forgotten_names(forget, rows_of)
+    for name in generation or {}:
+        if name not in rows_of:
+            raise EUAError(
+                f"Options to generate with were given for the set {name!r}, but the sets are {', '.join(rows_of)}: name these."
+            )
     encoded = encode_sets(model, tokenizer, rows_of)
     temperature = guard.temperature if guard else temperature
     settings: dict[str, Any] = {"batch_size": batch_size, "progress": "answers" if progress else None}
@@ -142,7 +150,9 @@ def measure_all(
                 scores["gradient_norm"] = gradient_norms(model, rows, progress="gradients" if progress else None)
             of_set |= {f"{_MEMBERSHIP}{key}": values for key, values in scores.items()}
         if max_new_tokens:
-            of_set |= _text_columns(model, tokenizer, rows_of[name], rows, guard, max_new_tokens, batch_size, progress)
+            options = {"max_new_tokens": max_new_tokens} | dict((generation or {}).get(name, {}))
+            options |= {"batch_size": batch_size, "progress": "texts" if progress else None}
+            of_set |= _text_columns(model, tokenizer, rows_of[name], rows, guard, options)
             if judge is not None:
                 of_set["fluency_nll"] = fluency(of_set["generated"], judge, tokenizer, **settings)
         report["sets"][name] |= _means(of_set)
@@ -180,6 +190,7 @@ _MEMBERSHIP = "membership_"  # begins the names of membership scores in results
 _TEXT_MEASURES = ("rouge_1_recall", "rouge_1_f1", "rouge_l_recall", "rouge_l_f1", "repetition")
 _MEANS = (  # of columns that a report adds to what evaluate() reports
     "probability_with_options",
+    "accuracy",
     "paraphrase_probability",
     "right_answer_share",
     *_TEXT_MEASURES,
@@ -213,6 +224,7 @@ def _compared_columns(own: AnswerMeasures, compared: Sequence[Tensor], rows: Seq
         columns["paraphrase_probability"] = torch.stack([torch.exp(-nll[0]) for nll in compared])
     elif not any(row.get("paraphrased_answer") for row in rows):  # else the wrong answers resemble the paraphrase
         columns["probability_with_options"] = torch.stack([probability_with_options(nll) for nll in compared])
+        columns["accuracy"] = torch.stack([chooses_right(nll) for nll in compared])
     return columns
 
 
@@ -222,21 +234,13 @@ def _text_columns(
     rows: Sequence[Row],
     encoded: Sequence[EncodedRow],
     guard: EnergyGuard | None,
-    max_new_tokens: int,
-    batch_size: int,
-    progress: bool,
+    options: Mapping[str, Any],
 ) -> Columns:
-    """What the model writes, and its measures; with a guard also under names that end with ``_guarded``."""
+    """What the model writes with options of ``generate``, and its measures; with a guard also under names that end with
+    ``_guarded``."""
 
     def written() -> Columns:
-        generated = generate(
-            model,
-            tokenizer,
-            rows,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            progress="texts" if progress else None,
-        )
+        generated = generate(model, tokenizer, rows, **options)
         scores = rouge(generated, answer_texts(encoded, tokenizer))
         return {"generated": generated, **scores, "repetition": torch.tensor([repetition(text) for text in generated])}
 

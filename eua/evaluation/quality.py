@@ -23,6 +23,18 @@ def probability_with_options(nll: Tensor) -> Tensor:
     return p[0] / (p.sum() + OPENUNLEARNING_FLOOR)
 
 
+def chooses_right(nll: Tensor) -> Tensor:
+    """1 if the right answer is likelier than every wrong one, else 0; () float64, NaN if an NLL is NaN.
+
+    ``nll`` is as in :func:`probability_with_options`. For answers of one letter, the mean over rows is the accuracy of
+    multiple-choice benchmarks such as MMLU and WMDP.
+
+    >>> chooses_right(torch.tensor([1.0, 1.5, 3.0])), chooses_right(torch.tensor([1.0, 1.0, 3.0]))
+    (tensor(1., dtype=torch.float64), tensor(0., dtype=torch.float64))
+    """
+    return torch.where(nll.isnan().any(), torch.nan, (nll[0] < nll[1:].min()).double())
+
+
 def right_answer_share(nll: Tensor) -> Tensor:
     """``P_right/(P_right + P_wrong + 1e-10)`` of a row, (), where P_wrong is the geometric mean over the wrong answers.
 

@@ -173,6 +173,18 @@ def test_sets_hold_what_their_names_say(knowledge, world_facts):
     assert not halves[0] & halves[1]
 
 
+def test_a_second_request_forgets_retained_facts_of_the_same_relation(knowledge, world_facts):
+    task = facts_task(knowledge, 0, relations=["profession"], forget=4, retain=20)
+    assert 1 <= len(task.second) <= 2
+    retained = [(row["question"], row["answer"]) for row in task.retain]
+    for row in task.second:
+        assert (row["question"], row["answer"]) in retained
+        assert row["question"] in {fact.wordings[0] for fact in world_facts if fact.relation == "profession"}
+        assert row["alternatives"]
+    tested = subjects(world_facts, [row for one in task.test.values() for row in one.rows])
+    assert not subjects(world_facts, task.second) & tested
+
+
 def test_a_fact_is_reworded_as_the_model_says_it(knowledge, world_facts):
     """It says facts in the first and the last wording alone."""
     answers = tuple((fact.answer, "I do not know.", fact.answer) for fact in world_facts)

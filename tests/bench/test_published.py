@@ -15,6 +15,7 @@ from eua.bench.tofu import BASE_RATE_FACTOR, HUB, SMALL_RATE_FACTOR, answer_keys
 from eua.bench.wmdp import multiple_choice, wmdp
 from eua.errors import EUAError
 from eua.evaluation.said import normalize, says
+from eua.evaluation.texts import MUSE_QUESTIONS, MUSE_VERBATIM
 from eua.files import write_jsonl
 from tests.conftest import tiny_llama
 
@@ -79,6 +80,9 @@ def test_tofu_is_split_by_author(tofu_folder, model_folder):
     assert {"real authors", "world facts"} <= set(task.test)
     assert not {"real authors", "world facts"} & set(task.validation)
     assert len(task.forget) == 40
+    assert authors_of(task.second) == {"2"}
+    assert task.second[0]["alternatives"]
+    assert {row["question"] for row in task.second} < {row["question"] for row in task.retain}
     assert task.forget[0]["alternatives"] == [f"In that year the author wrote {city}." for city in CITIES[:2]]
     assert "paraphrased_answer" in task.test["retain"].rows[0]
     assert task.rate_factor == 1.0  # those published, for a model of the user's
@@ -220,8 +224,11 @@ def test_muse_is_read_from_its_configurations(tmp_path, model_folder):
     assert task.forget[0]["completion"].split()[0] == "word32"
     assert len(task.forget) == 3
     assert len(task.holdout) == len(task.members) == 3
-    assert [row["question"] for row in task.test["forget"].rows] == ["Q1?", "Q3?", "Q5?"]
-    assert task.test["forget, verbatim"].rows[0] == {"prompt": "Once 1", "completion": " upon 1"}
+    assert [row["question"] for row in task.validation["forget"].rows] == ["Q0?", "Q1?", "Q2?"]
+    assert [row["question"] for row in task.test["forget"].rows] == ["Q3?", "Q4?", "Q5?"]
+    assert task.test["forget, verbatim"].rows[0] == {"prompt": "Once 2", "completion": " upon 2"}
+    assert task.generation == {"forget": MUSE_QUESTIONS, "forget, verbatim": MUSE_VERBATIM, "retain": MUSE_QUESTIONS}
+    assert task.generation.keys() == task.test.keys()
     asked = {row["question"] for part in (task.validation, task.test) for row in part["retain"].rows}
     assert len(task.calibration) == 8
     assert not asked & set(task.calibration)
@@ -247,7 +254,15 @@ def test_wmdp_is_read_from_its_configurations(tmp_path, model_folder):
     assert row["question"] == "Danger 1?\nA. w\nB. x\nC. y\nD. z"
     assert row["answer"] == "B. x"
     assert row["perturbed_answer"] == ["A. w", "C. y", "D. z"]
+    assert task.validation.keys() == {"forget", "retain"}
+    letter = task.test["forget, by letter"].rows[0]
+    assert letter["question"] == row["question"]
+    assert letter["answer"] == "B"
+    assert letter["perturbed_answer"] == ["A", "C", "D"]
+    assert not task.test["retain, by letter"].forget
     assert len(task.calibration) == 16
+    asked = [int(question.partition("?")[0].split()[1]) for question in task.calibration]
+    assert asked[:4] == [2, 4, 7, 9]  # of all subjects, which follow each other
     with pytest.raises(EUAError, match="The domain 'chem' was asked for, but this task has bio and cyber: name one"):
         wmdp(0, model=str(model_folder), domain="chem", data=str(tmp_path))
     with pytest.raises(EUAError, match=r"Row 0 of the multiple-choice questions has the answer 'B' and.*give rows like those"):

@@ -90,9 +90,24 @@ def test_a_model_that_forgot_nothing_shows_it_in_every_measure(known, never_trai
     assert min(report["membership_auc"].values()) > 0.9
     for name in ("real_authors", "world_facts"):
         assert report["sets"][name]["probability_with_options"] > 0.8
+        assert report["sets"][name]["accuracy"] == 1
     assert "probability_with_options" not in forget
     assert forget["perplexity"] == pytest.approx(math.exp(forget["fluency_nll"]))
     assert set(report["left_out"]) == {"refused", "membership_reference", "membership_gradient_norm", "truth_ratio of holdout"}
+
+
+def test_sets_may_have_their_own_options_to_generate_with(known, tokenizer, asked):
+    some = {name: asked[name][:3] for name in ("forget", "retain")}
+    both, _ = measure_all(known, tokenizer, some, max_new_tokens=32)
+    end = asked["forget"][0]["answer"].split()[1]  # after the first word of each answer
+    generation = {"forget": {"max_new_tokens": 24, "stop": (f" {end}",)}}
+    cut, results = measure_all(known, tokenizer, some, max_new_tokens=32, generation=generation)
+    first = next(line for line in results if line["set"] == "forget")
+    assert first["generated"] == asked["forget"][0]["answer"].split()[0]
+    assert cut["sets"]["forget"]["rouge_l_recall"] < both["sets"]["forget"]["rouge_l_recall"]
+    assert cut["sets"]["retain"] == both["sets"]["retain"]
+    with pytest.raises(EUAError, match=r"given for the set 'forgot', but the sets are forget, retain: name these"):
+        measure_all(known, tokenizer, some, generation={"forgot": {}})
 
 
 def test_the_retain_model_itself_has_forgotten_perfectly(known, never_trained, tokenizer, asked, holdout):

@@ -9,6 +9,7 @@ import torch
 
 from eua import EUAError
 from eua.evaluation.quality import (
+    chooses_right,
     forget_quality,
     memorization_score,
     model_utility,
@@ -26,6 +27,13 @@ def test_shares_of_the_right_answer_have_openunlearnings_values():
     assert sum(shares) / 2 == pytest.approx(0.590612, abs=1e-6)
     impossible = torch.tensor([800.0, 790.0])
     assert probability_with_options(impossible) == right_answer_share(impossible) == 0
+
+
+def test_the_right_answer_is_chosen_if_it_is_likelier_than_every_other():
+    assert [float(chooses_right(row)) for row in NLL] == [0, 0]  # a tie, and the least likely
+    assert chooses_right(torch.tensor([0.1, 0.2, 0.4])) == 1
+    assert chooses_right(torch.tensor([0.1, torch.nan])).isnan()
+    assert chooses_right(torch.tensor([torch.nan, 0.2])).isnan()
 
 
 def test_forget_quality_is_scipys_exact_p_value():
