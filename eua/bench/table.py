@@ -55,6 +55,8 @@ PRIVACY = (
     Column("privacy leakage (%)", ("metrics", "aggregates", "privacy_leakage"), ".1f"),
     Column("privacy score", ("metrics", "aggregates", "privacy_score")),
 )
+SAID_GUARDED = Column("said, guard on", ("metrics", "said", "any wording, guard on"))
+RELEARNED = Column("relearning on the same rows", ("metrics", "lasting", "relearning on the same rows"))
 COST = (
     Column("seconds", ("seconds",), ".1f"),
     Column("peak memory (GiB)", ("peak_bytes",), ".2f", 1 / _GIB),
@@ -74,6 +76,7 @@ OF_SETS = {
     "refused_paraphrased": "refused by the guard, paraphrased",
 }
 METHOD = "method"
+OURS = "eua"  # the method that others are compared with
 NOT_KEPT = "†"  # of a method none of whose trials kept enough
 LASTING = (
     "What is left of the rows to forget, guard off where nothing else is said: extraction strength, the largest one during "
@@ -102,6 +105,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
 
     made = [
         _with_kept(table("What was forgotten and what was kept", _note(results), (SAID, BY_CHANCE, *KNOWLEDGE)), results),
+        _compared(results, names),
         *(
             table(
                 f"Rows of the set “{name}”",
@@ -163,7 +167,7 @@ def mean_cell(values: Iterable[float | None], form: str = ".3f", *, median: bool
     if median:
         return format(statistics.median(known), form)
     mean, half_width, count = interval(known)
-    return format(mean, form) if count == 1 else f"{mean:{form}} ± {half_width:{form}}"
+    return format(mean, form) if count == 1 else f"{mean:{form}} ± {half_width:{form.removeprefix('+')}}"
 
 
 def markdown(made: Sequence[Table]) -> str:
@@ -229,6 +233,31 @@ def _table(
     shown = [column for column, of_column in cells.items() if any(of_column.values())]
     rows = [[names[method], *(cells[column][method] for column in shown)] for method in by_method]
     return Table(title, note, [METHOD, *(column.heading for column in shown)], rows)
+
+
+def _compared(results: Mapping[str, Any], names: Mapping[str, str]) -> Table:
+    """What every other method has more or less than EUA, seed by seed, so that what both have in common does not count."""
+    columns = (SAID, SAID_GUARDED, *KNOWLEDGE[:2], RELEARNED, *COST)
+    at = {(trial["plan"]["method"], trial["plan"]["seed"]): trial["result"] for trial in results["report"] if trial["result"]}
+    seeds = sorted(seed for method, seed in at if method == OURS)
+    rows = []
+    for method in results["methods"]:
+        pairs = [(at[method, seed], at[OURS, seed]) for seed in seeds if (method, seed) in at]
+        if method != OURS and len(pairs) > 1:
+            rows.append([names[method], *(_differences(pairs, column) for column in columns)])
+    note = (
+        f"A method's figure less that of {OURS} at the same seed: the mean, ± half the width of the 95 % t interval of the "
+        f"differences. Where that has 0 in it, these seeds do not tell the two apart. Of what should be small, {OURS} has less "
+        "where a difference is above 0."
+    )
+    return Table(f"Compared with {OURS}", note, [METHOD, *(column.heading for column in columns if rows)], rows)
+
+
+def _differences(pairs: Sequence[tuple[Result, Result]], column: Column) -> str:
+    """A cell: the mean difference of a column, if all results have it."""
+    values = [(value_of(one, column), value_of(other, column)) for one, other in pairs]
+    known = [one - other for one, other in values if one is not None and other is not None]
+    return mean_cell(known, f"+{column.format}") if len(known) == len(pairs) else ""
 
 
 def _with_kept(table: Table, results: Mapping[str, Any]) -> Table:
