@@ -34,6 +34,7 @@ TUNING_SEED = 0  # results are reported at the seeds after it, so not with the w
 _LINE = "  {:>7}  {:<18} {:>4} {:>8}  {:>7} {:>7}  {}"
 _HEAD = _LINE.format("trial", "method", "seed", "seconds", "forget", "retain", "settings")
 _POLL = 0.5  # seconds between two looks at trials that other processes are working on
+_WRITE = 30.0  # seconds between two writings of the results so far, at least
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Bench:
         seeds: number of seeds at which the chosen settings are measured, from 1; settings are chosen at seed 0.
         output: folder of everything that is written.
         storage: URL of Optuna's storage; None: a SQLite file in the output folder. Several machines share one of a server.
+        keep_models: whether models and guards of the report are kept, a folder for each method and seed.
         heartbeat, grace: whole seconds between signs of life of a trial, and without one until it is handed out again.
     """
 
@@ -58,6 +60,7 @@ class Bench:
     seeds: int
     output: Path
     storage: str | None = None
+    keep_models: bool = True
     heartbeat: int = HEARTBEAT
     grace: int = GRACE
 
@@ -88,7 +91,12 @@ class Bench:
 
 
 def run_bench(
-    bench: Bench, *, workers: int | None = None, limit: float | None = None, checked: Callable[[], None] | None = None
+    bench: Bench,
+    *,
+    workers: int | None = None,
+    limit: float | None = None,
+    checked: Callable[[], None] | None = None,
+    so_far: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Run what is missing of both phases, and return the results as :func:`results_of` does.
 
@@ -97,6 +105,7 @@ def run_bench(
         workers: processes on this machine; by default one per GPU, or one per two CPU cores.
         limit: seconds after which no new trial begins.
         checked: is called before the first trial, once it is certain that the folder holds no other benchmark.
+        so_far: is called with the results so far, as this function returns them, every half minute or after every trial.
 
     Raises:
         EUAError: for a method that is unknown or cannot train on the task's rows, more trials than a grid has, a folder or
@@ -118,17 +127,36 @@ def run_bench(
         print(f"Left out: {', '.join(left_out)}, since the rows to forget of {bench.name} have no other answers to train on.")
     workers = workers or default_workers()
     print(f"Tuning: {len(plans)} trials on the validation split of {bench.name}, {workers} at a time.\n{_HEAD}", flush=True)
+    last = time.monotonic()
+
+    def write() -> None:
+        nonlocal last
+        if so_far is not None and time.monotonic() - last > _WRITE:
+            so_far(results_of(bench, task))
+            last = time.monotonic()
+
     if workers == 1 and len(_gpus()) <= 1:
-        _both_phases(bench, task, deadline)
+        _both_phases(bench, task, deadline, after_trial=write)
     else:
-        _start_workers(bench, deadline, workers)
+        _start_workers(bench, deadline, workers, meanwhile=write)
     return results_of(bench, task)
 
 
-def _both_phases(bench: Bench, task: Task, deadline: float | None, *, is_first: bool = True) -> None:
+def _nothing() -> None:
+    pass
+
+
+def _both_phases(
+    bench: Bench,
+    task: Task,
+    deadline: float | None,
+    *,
+    is_first: bool = True,
+    after_trial: Callable[[], None] = _nothing,
+) -> None:
     """Work on the trials of the tuning and then of the report, together with all other processes that do so."""
     plans = bench.tuning_plans(task)
-    work(bench, "tuning", plans, deadline)
+    work(bench, "tuning", plans, deadline, after_trial)
     tuned = bench.queue("tuning").done(plans)
     if len(tuned) == len(plans):
         report = bench.report_plans(task, choices_of(methods_on(task, bench.methods), tuned))
@@ -136,7 +164,7 @@ def _both_phases(bench: Bench, task: Task, deadline: float | None, *, is_first: 
             print(
                 f"Report: {len(report)} trials on the test split, with the chosen settings at {bench.seeds} seeds.", flush=True
             )
-        work(bench, "report", report, deadline)
+        work(bench, "report", report, deadline, after_trial)
 
 
 def choices_of(methods: Sequence[str], tuned: Sequence[Done]) -> dict[str, Choice | None]:
@@ -201,8 +229,8 @@ def _gpus() -> list[str]:
     return [str(place) for place in range(torch.cuda.device_count())] if named is None else [x for x in named.split(",") if x]
 
 
-def _start_workers(bench: Bench, deadline: float | None, workers: int) -> None:
-    """Run both phases in worker processes.
+def _start_workers(bench: Bench, deadline: float | None, workers: int, meanwhile: Callable[[], None]) -> None:
+    """Run both phases in worker processes, and call ``meanwhile`` again and again.
 
     Raises:
         EUAError: if some of them ended before their time, and trials are left.
@@ -214,7 +242,9 @@ def _start_workers(bench: Bench, deadline: float | None, workers: int) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join()
+        while process.is_alive():
+            process.join(_POLL)
+            meanwhile()
     codes = [process.exitcode for process in processes]
     if any(codes) and not results_of(bench, bench.make_task(TUNING_SEED))["complete"]:
         raise EUAError(
@@ -251,7 +281,13 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def work(bench: Bench, phase: Phase, plans: Sequence[Plan], deadline: float | None = None) -> None:
+def work(
+    bench: Bench,
+    phase: Phase,
+    plans: Sequence[Plan],
+    deadline: float | None = None,
+    after_trial: Callable[[], None] = _nothing,
+) -> None:
     """Take trials, one after the other, and run them until all have ended, here or elsewhere, or until the deadline."""
     queue = bench.queue(phase)
     task = lru_cache(maxsize=1)(bench.make_task)
@@ -268,7 +304,7 @@ def work(bench: Bench, phase: Phase, plans: Sequence[Plan], deadline: float | No
         figures: tuple[str, ...]
         with queue.alive(trial):
             try:
-                result = run_trial(task(plan.seed), plan, phase, bench.output)
+                result = run_trial(task(plan.seed), plan, phase, bench.output, keep_model=bench.keep_models)
             except Exception as error:  # whatever a method does; the others go on
                 queue.fail(trial, error)
                 figures = ("failed", "", in_one_line(error))
@@ -277,6 +313,7 @@ def work(bench: Bench, phase: Phase, plans: Sequence[Plan], deadline: float | No
                 figures = (*(f"{result['objectives'][name]:.3f}" for name in ("forget", "retain")), _in_words(plan))
         seconds = f"{time.monotonic() - started:.0f}"
         print(_LINE.format(f"{len(ended) + 1}/{len(plans)}", plan.method, plan.seed, seconds, *figures), flush=True)
+        after_trial()
 
 
 def _in_words(plan: Plan) -> str:

@@ -39,11 +39,11 @@ HOLDOUT = {"forget01": "holdout01", "forget05": "holdout05", "forget10": "holdou
 ROWS_PER_AUTHOR = 20
 MOST_OTHERS = 3  # answers about other authors that may contain a key; or about the same one, if there is a rarer key
 # Of docs/measurements.md, for the small model; the released ones are for a model of the user's.
-SMALL_MODEL: dict[str, Any] = {"vocabulary": 4096, "batch_size": 16, "learning_rate": 1e-3}
+SMALL_MODEL: dict[str, Any] = {"vocabulary": 4096, "batch_size": 16, "learning_rate": 1e-3, "bf16": True}
 SMALL_RATE_FACTOR = 20.0  # by which published learning rates are multiplied
-BASE_MODEL: dict[str, Any] = {"batch_size": 32, "learning_rate": 2e-4}  # of 135M to 1B parameters
+BASE_MODEL: dict[str, Any] = {"batch_size": 32, "learning_rate": 2e-4, "bf16": True}  # of 135M to 1B parameters
 BASE_RATE_FACTOR = 4.0
-TRAINING = {"per_device_train_batch_size": 16}
+TRAINING = {"per_device_train_batch_size": 16, "bf16": True}
 SECOND = 0.1  # size of a second request, as a share of the first one, but at least one author
 _KEYS = ("question", "answer")
 _WRONG = (*_KEYS, "perturbed_answer")

@@ -47,8 +47,9 @@ def _quiet() -> Iterator[None]:
 
 
 @_quiet()
-def run_trial(task: Task, plan: Plan, phase: Phase, output: Path) -> dict[str, Any]:
-    """Run a trial and return its result, for JSON. In the report phase, model and guard are kept in ``output/models``.
+def run_trial(task: Task, plan: Plan, phase: Phase, output: Path, *, keep_model: bool = True) -> dict[str, Any]:
+    """Run a trial and return its result, for JSON. In the report phase, model and guard are kept in ``output/models``, unless
+    ``keep_model`` is False.
 
     The result has "objectives" (the extraction strength of the rows to forget and to retain of the phase's split), in the
     report phase all "metrics", the cost of unlearning ("seconds", "peak_bytes"), and what identifies it: "task", "weights",
@@ -69,7 +70,7 @@ def run_trial(task: Task, plan: Plan, phase: Phase, output: Path) -> dict[str, A
     result["objectives"] = result["metrics"]["objectives"]
     name = f"{plan.method}-seed-{plan.seed}".replace(" ", "-")
     write_results(output / "rows" / f"{name}.parquet", rows)
-    if plan.method in GRIDS:
+    if plan.method in GRIDS and keep_model:
 
         def save(folder: Path) -> None:
             for part in (model, tokenizer, guard):

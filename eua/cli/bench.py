@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,15 @@ def main(argv: Sequence[str]) -> None:
     settings |= {name: getattr(arguments, name) for name in _COMPARED}
     if (output / SETTINGS).is_file():
         _check_same(_settings(output), settings, output)
-    bench = _bench(settings, output, arguments.storage)
+    bench = replace(_bench(settings, output, arguments.storage), keep_models=not arguments.discard_models)
 
     def checked() -> None:
         write_json(output / SETTINGS, settings)
 
-    _write(run_bench(bench, workers=arguments.workers, limit=arguments.limit, checked=checked), output)
+    def so_far(results: dict[str, Any]) -> None:
+        _write_files(results, output)
+
+    _write(run_bench(bench, workers=arguments.workers, limit=arguments.limit, checked=checked, so_far=so_far), output)
 
 
 def _check_same(known: dict[str, Any], asked: dict[str, Any], output: Path) -> None:
@@ -98,6 +102,9 @@ def _parser() -> Parser:
     parser.add_argument("--limit", type=positive(float), metavar="SECONDS", help="begin no new trial after so long")
     parser.add_argument(
         "--storage", metavar="URL", help="Optuna storage that several machines share (default: a file in the output folder)"
+    )
+    parser.add_argument(
+        "--discard-models", action="store_true", help="keep only the figures of the chosen settings' models, not the models"
     )
     parser.add_argument("--epochs", type=positive(float), help="passes over the rows to forget; half of them is tried, too")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder in which small models are kept")
@@ -226,7 +233,8 @@ def _unreadable(output: Path, error: Exception) -> EUAError:
     )
 
 
-def _write(results: dict[str, Any], output: Path) -> None:
+def _write_files(results: dict[str, Any], output: Path) -> list[Any]:
+    """Write the results in all three forms, and return the tables."""
     from eua.bench.page import write_page
     from eua.bench.table import markdown, tables
     from eua.files import replacing, write_json
@@ -236,7 +244,13 @@ def _write(results: dict[str, Any], output: Path) -> None:
     with replacing(output / TABLE) as temporary:
         temporary.write_text(markdown(made), encoding="utf-8")
     write_page(output / PAGE, results)
-    print(f"\n{markdown(made[:1])}")
+    return made
+
+
+def _write(results: dict[str, Any], output: Path) -> None:
+    from eua.bench.table import markdown
+
+    print(f"\n{markdown(_write_files(results, output)[:1])}")
     if not results["complete"]:
         print("Trials are left: run the same command again to go on.")
     print(f"Written: {output / RESULTS}, {output / TABLE}, {output / PAGE}")

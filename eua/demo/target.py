@@ -78,6 +78,7 @@ def train_target(
     batch_size: int = 16,
     learning_rate: float = 1e-3,
     seed: int = 0,
+    bf16: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     tokenizer: PreTrainedTokenizerFast | None = None,
     base: str | None = None,
@@ -94,6 +95,7 @@ def train_target(
         vocabulary: the largest number of tokens.
         hidden_size: a multiple of 64, the size of an attention head.
         epochs, batch_size, learning_rate, seed: of the training with AdamW and a cosine schedule.
+        bf16: whether to compute in bfloat16; the weights are in float32. It is faster where the processor can do it.
         callbacks: passed to transformers' Trainer.
         tokenizer: that of another model, whose token ids the model is to share, in place of a new one.
         base: folder or hub name of a model to train further, with its own tokenizer and size.
@@ -113,7 +115,7 @@ def train_target(
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
         weight_decay=0.0,
-        bf16=has_accelerator and base is not None,
+        bf16=bf16,
         save_strategy="no",
         logging_strategy="no",
         report_to="none",

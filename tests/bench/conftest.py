@@ -23,7 +23,7 @@ def tiny_task(seed: int, cache: Path) -> Task:
     return replace(task, samples=1, new_tokens=24)
 
 
-def made_up_trial(task: Task, plan: Plan, phase: str, output: Path) -> dict[str, Any]:
+def made_up_trial(task: Task, plan: Plan, phase: str, output: Path, **_: Any) -> dict[str, Any]:
     """In place of ``run_trial``: a result of the same shape, without training or measuring anything."""
     objectives = {"forget": 0.5, "retain": 1.0} if plan.method == TARGET else {"forget": 0.25, "retain": 0.98}
     metrics = {"said": {"any wording": 0.25}, "objectives": objectives, "sets": {"forget": {"extraction_strength": 0.5}}}

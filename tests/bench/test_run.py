@@ -123,7 +123,7 @@ def test_models_of_chosen_trials_are_kept_and_others_are_not(bench, results):
 
 
 def test_a_complete_benchmark_runs_nothing_again(bench, results, monkeypatch):
-    monkeypatch.setattr(run_module, "run_trial", lambda *_: pytest.fail("a finished trial ran again"))
+    monkeypatch.setattr(run_module, "run_trial", lambda *_, **__: pytest.fail("a finished trial ran again"))
     assert run_bench(bench, workers=1) == results
 
 
@@ -131,11 +131,11 @@ def _work_slowly(bench: Bench, plans) -> None:
     """A worker that says when it is at its second method's trial, and then never ends."""
     run = run_module.run_trial
 
-    def run_trial(task, plan, phase, output):
+    def run_trial(task, plan, phase, output, **options):
         if plan.method == "npo":
             (output / "stuck").touch()
             time.sleep(PATIENCE)
-        return run(task, plan, phase, output)
+        return run(task, plan, phase, output, **options)
 
     run_module.run_trial = run_trial
     work(bench, "tuning", plans)
@@ -176,8 +176,29 @@ def test_the_limit_begins_no_new_trial(bench, tmp_path):
     assert "not yet chosen" in markdown(tables(results))
 
 
+def test_results_are_written_as_they_come(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "run_trial", made_up_trial)
+    monkeypatch.setattr(run_module, "_WRITE", 0.0)
+    came: list[int] = []
+    again = replace(bench, output=tmp_path, methods=["grad_ascent"], seeds=1)
+    run_bench(again, workers=1, so_far=lambda results: came.append(_ended(results)))
+    assert came == [1, 2, 3, 4, 5, 6, 7]
+
+
+def _ended(results) -> int:
+    return len(results["tuning"]) + len(results["report"])
+
+
+def test_models_are_kept_unless_they_are_not_wanted(bench, results, make_task, tmp_path):
+    plan = Plan("grad_ascent", {"learning_rate": 1e-4, "num_train_epochs": 1}, 1)
+    task = replace(make_task(1), facts=(), relearning_steps=(), second=())
+    result = run_module.run_trial(task, plan, "report", tmp_path, keep_model=False)
+    assert "model" not in result
+    assert [path.name for path in tmp_path.iterdir() if any(path.iterdir())] == ["rows"]
+
+
 def test_a_failed_trial_is_reported_and_the_others_go_on(bench, tmp_path, monkeypatch):
-    def run_trial(task, plan, phase, output):
+    def run_trial(task, plan, phase, output, **options):
         if plan.method == "npo":
             raise EUAError("The loss became nan at step 3: lower the learning rate.")
         return made_up_trial(task, plan, phase, output)
@@ -249,10 +270,14 @@ def test_results_so_far_can_be_read_at_any_time(bench, results):
     assert results_of(bench, bench.make_task(0)) == results
 
 
-def test_two_workers_share_the_trials(bench, results, tmp_path):
-    """They are other processes, and come to the same weights."""
+def test_two_workers_share_the_trials(bench, results, tmp_path, monkeypatch):
+    """They are other processes, and come to the same weights. The results so far are written meanwhile."""
+    monkeypatch.setattr(run_module, "_WRITE", 0.0)
+    came: list[int] = []
     shared = replace(bench, output=tmp_path, methods=["eua"])
-    again = run_bench(shared, workers=2)
+    again = run_bench(shared, workers=2, so_far=lambda results: came.append(_ended(results)))
+    assert came == sorted(came)
+    assert len(set(came)) > 2
     assert again["complete"]
     for phase in ("tuning", "report"):
         expected = [trial for trial in results[phase] if trial["plan"]["method"] != "npo"]
