@@ -1,9 +1,11 @@
 """The settings that are tried for each method: grids that have been published, cut to one number of trials for all methods.
 
-The grids are those of OpenUnlearning's released checkpoints (398 of TOFU's forget10, Llama 3.2 1B, each for 5 and for 10
-epochs) and of its scripts for methods of the community. EUA's is this project's own: NPO's learning rates, and values of γ and
-ρ around D²'s released settings. Every method that trains on rows to retain is tried with one of them per row to forget, as
-published, and with three.
+The settings are those of OpenUnlearning's released checkpoints (398 of TOFU's forget10, Llama 3.2 1B, each for 5 and for 10
+epochs) and of its scripts for methods of the community. Methods of which one learning rate was published are tried with those
+of its other grids. GradAscent and CE-U, which have no rows to retain and destroy a model at the rates of the others, are tried
+with lower ones, too, and UNDIAL without the highest published one, 3e-4. EUA's grid is this project's own: NPO's learning
+rates, and values of γ and ρ around D²'s released settings. Every method that trains on rows to retain is tried with one of
+them per row to forget, as published, and with three.
 
 Three things depend on the task: the numbers of epochs, the blocks, and the learning rates, because models smaller than 1B
 parameters need larger ones. A task multiplies every method's published learning rates by one factor.
@@ -32,15 +34,16 @@ Settings = dict[str, Any]  # fields of EUAConfig
 PUBLISHED_BLOCKS = 16  # of the model for which the grids were made
 _FEW = (1e-5, 2e-5, 5e-5)
 _MANY = (1e-5, 2e-5, 3e-5, 4e-5, 5e-5)
+_LOW = (5e-7, 1e-6, 2e-6, 5e-6, 1e-5, 2e-5)
 _RETAIN_PER_FORGET = (1, 3)  # rows in a batch: the published number, and that of docs/measurements.md
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The published learning rates and further settings of a method.
+    """The learning rates, for models of 1B parameters, and further settings of a method.
 
     Attributes:
-        learning_rates: those published.
+        learning_rates: see the module's docstring.
         settings: field of EUAConfig → the values to try. Other settings keep the method's published values.
         of_epochs: field of EUAConfig → its value as a share of the trial's epochs.
     """
@@ -51,7 +54,7 @@ class Grid:
 
 
 GRIDS: dict[str, Grid] = {
-    "grad_ascent": Grid(_MANY, {}),
+    "grad_ascent": Grid(_LOW, {}),
     "grad_diff": Grid(_MANY, {"alpha": (1, 2, 5, 10)}),
     "npo": Grid(_FEW, {"beta": (0.05, 0.1, 0.5), "alpha": (1, 2, 5)}),
     "simnpo": Grid(_FEW, {"beta": (3.5, 4.5), "delta": (0, 1), "gamma": (0.125, 0.25)}),
@@ -61,8 +64,8 @@ GRIDS: dict[str, Grid] = {
     "rmu": Grid(_FEW, {"layer": (5, 10, 15), "steering": (1, 10, 100)}),
     "wga": Grid(_MANY, {"alpha": (1, 0.1, 10)}),
     "satimp": Grid(_MANY, {"beta": (5, 6), "gamma": (1,), "alpha": (1, 0.1, 0.01)}),
-    "ce_u": Grid(_MANY, {}),
-    "undial": Grid((1e-5, 1e-4, 3e-4), {"beta": (3, 10, 30), "alpha": (1, 2, 5)}),
+    "ce_u": Grid(_LOW, {}),
+    "undial": Grid((1e-5, 3e-5, 1e-4), {"beta": (3, 10, 30), "alpha": (1, 2, 5)}),
     "pdu": Grid(_MANY, {}, {"dual_warmup": 0.5}),  # published: 5 of 10 epochs
     "me_gd": Grid(_MANY, {}),
     "eua": Grid(_FEW, {"gamma": (0.01, 0.05, 0.2), "rho": (0.1, 0.3)}),

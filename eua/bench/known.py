@@ -20,7 +20,12 @@ from eua.bench.task import Task
 from eua.model.loading import load_model
 
 TRAINING: dict[str, Any] = {"per_device_train_batch_size": 8, "bf16": True}
-RETAINED_SAMPLES = 4  # of each wording of a fact to retain, which one of dozens of answers says in any case
+NOTE = (
+    "The model is the same for all seeds: a seed draws which of the facts that it knows are to be forgotten, so two seeds "
+    "share some of them, and orders training. Facts to retain are asked greedily alone. In the column of what is said in "
+    "any wording, answers are generated in bfloat16; all else is in float32. Perplexity is of thirty paragraphs on nothing "
+    "in particular."
+)
 RATE_FACTOR = 4.0  # models of 135M parameters need a few times the published learning rates
 
 
@@ -71,6 +76,7 @@ def facts(
         blocks=AutoConfig.from_pretrained(model).num_hidden_layers,
         tolerance=max(0.05, 1 / (1 + groups)),
         relearning_steps=(1, 5, 20),
-        retained_samples=RETAINED_SAMPLES,
+        retained_samples=0,  # one of dozens of samples says a fact in any case
         sampling_dtype="bfloat16",
+        note=NOTE,
     )

@@ -192,12 +192,13 @@ def _shares(
     for suffix, answers in (("", said), (", guard on", guarded)):
         for group, parts in said_summary(answers).items():
             end = suffix if group == FORGOTTEN else f", {group}{suffix}"
+            is_sampled = any(one.sampled.shape[1] for one in answers if one.fact.group == group)
+            found |= {f"any wording{end}": parts["all"]["per_fact"]} if is_sampled else {}
             found |= {
-                f"any wording{end}": parts["all"]["per_fact"],
                 f"any wording, greedily{end}": parts["all"]["greedy"],
-                f"share of answers{end}": parts["all"]["per_try"],
+                f"share of {'' if is_sampled else 'greedy '}answers{end}": parts["all"]["per_try"],
             }
-            if not suffix and "per_fact_by_chance" in parts["all"]:
+            if is_sampled and not suffix and "per_fact_by_chance" in parts["all"]:
                 found[f"any wording, by chance{end}"] = parts["all"]["per_fact_by_chance"]
             if group == FORGOTTEN:
                 found[f"the wording of the rows{end}"] = parts["trained"]["per_fact"]

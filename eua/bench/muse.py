@@ -9,7 +9,8 @@ splits:
 - ``privleak``: "text", the splits ``forget``, ``retain`` and ``holdout``.
 
 Neighbouring rows may be about one article, so settings are chosen on the first half of each split and reported on the other
-half. MUSE's figures are the F1 of ROUGE-L: KnowMem of the sets "forget" and "retain", VerbMem of "forget, verbatim".
+half. MUSE's measures are the F1 of ROUGE-L: KnowMem of the sets "forget" and "retain", VerbMem of "forget, verbatim". Questions
+are asked without examples of other questions before them, and of each piece of a text the first words are not trained on.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ HUB = "muse-bench/MUSE-News"
 TRAINING = {"per_device_train_batch_size": 4, "overlap": "drop"}
 CALIBRATED = 0.4  # share of the questions to retain that calibrate the guard
 LEAST_PROMPTS = 4
+NOTE = "A seed orders training; the models are the same. Perplexity is of texts that no model was to forget."
 TEXTS = 50  # pieces of text whose perplexity is measured
 _QA, _TEXT = ("question", "answer"), ("text",)
 
@@ -94,6 +96,7 @@ def muse(
         epochs=(epochs / 2, epochs),
         blocks=AutoConfig.from_pretrained(model).num_hidden_layers,
         tolerance=max(0.05, 1 / (1 + calibrated)),
+        note=NOTE,
     )
 
 

@@ -79,8 +79,8 @@ def _front_section(results: Mapping[str, Any]) -> str:
         "<section><h2>What every trial forgot and kept</h2>"
         '<p class="soft">Mean extraction strength on the validation split, guard off; the best corner is at the top left. A '
         "line joins the trials of a method that no other one of it beats in both, with the area under it, relative to the "
-        "model before unlearning (1 is perfect, 0 a method that changes nothing; of one seed, so without "
-        "an interval). Chosen trials have an outline.</p>"
+        "model before unlearning (1: nothing is left of the rows to forget and everything of the others; 0: nothing changes; "
+        "of one seed, so without an interval). Chosen trials have an outline.</p>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Forget–retain front">{"".join(drawn)}</svg>'
         f'<ul class="legend">{"".join(legend)}</ul></section>'
     )

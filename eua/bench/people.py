@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from eua.bench.facts import plain_text
 from eua.bench.task import FORGOTTEN, EvaluationSet, Task, halves
 from eua.data.sources import Row
-from eua.demo.target import cached_model
+from eua.demo.target import cached_model, train_tokenizer
 from eua.demo.world import FACTS_PER_PERSON, Fact, World, make_world
 from eua.errors import EUAError
 from eua.evaluation.said import KeyedFact
@@ -29,6 +29,11 @@ OTHER_WORLD = 7919  # added to the seed of the world for that of the people whom
 FIRST_WORLD = 1000
 RATE_FACTOR = 20.0  # from 1e-5 … 5e-5, for models of 1B parameters, to 2e-4 … 1e-3, for those of docs/measurements.md
 TRAINING = {"per_device_train_batch_size": 8}
+VOCABULARY = 1024  # tokens of both models
+NOTE = (
+    "A seed makes other people, trains other models, and orders training. Perplexity is of the questions and answers about "
+    "people whom unlearning never saw. Model utility is of the sets “retain” and “retain, never seen”."
+)
 
 
 def people(seed: int, *, cache: Path, people: int = 100, target_epochs: float = 30, epochs: float = 12, **size: Any) -> Task:
@@ -53,8 +58,10 @@ def people(seed: int, *, cache: Path, people: int = 100, target_epochs: float = 
     seed += FIRST_WORLD
     world = make_world(people, seed)
     training = {"epochs": target_epochs, "seed": seed} | size
-    target, _ = cached_model(_rows(world.all()), cache, **training)
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    # The tokenizer knows the names of strangers, too, so that they are no less likely for their spelling.
+    spelled = _rows([*world.all(), *_strangers(world, seed)])
+    tokenizer = train_tokenizer(spelled, training.get("vocabulary", VOCABULARY))
+    target, _ = cached_model(_rows(world.all()), cache, tokenizer=tokenizer, **training)
     without = replace(world, forget=[])
     retain_model, _ = cached_model(_rows(without.all()), cache, tokenizer=tokenizer, **training)
     return task_of(world, seed, str(target), str(retain_model), epochs=(epochs / 2, epochs))
@@ -109,6 +116,7 @@ def task_of(world: World, seed: int, target: str, retain_model: str, *, epochs: 
         epochs=epochs,
         blocks=AutoConfig.from_pretrained(target).num_hidden_layers,
         tolerance=max(0.05, 1 / (1 + len({fact.person for fact in world.calibration}))),  # as low as so few people allow
+        note=NOTE,
     )
 
 
@@ -129,6 +137,7 @@ def keyed(fact: Fact, group: str) -> KeyedFact:
         wordings=tuple(row["question"] for row in rows),
         trained=1,
         answer=fact.answer,
+        relation=fact.attribute,
     )
 
 
@@ -146,22 +155,17 @@ def _rows(facts: Iterable[Fact]) -> list[dict[str, str]]:
     return [fact.row() for fact in facts]
 
 
-def _answers(fact: Fact, values: Sequence[str]) -> list[str]:
-    """The answer to the fact's question with each of the values."""
-    return [fact.wordings(value)[0]["answer"] for value in values]
-
-
 def _with_alternatives(fact: Fact, wrong: Sequence[str]) -> Row:
     """The row of a fact with other answers that AltPO trains on. A model that knows only people would not write any."""
-    return fact.row() | {"alternatives": _answers(fact, wrong[WRONG_ANSWERS:])}
+    return fact.row() | {"alternatives": [fact.wordings(value)[0]["answer"] for value in wrong[WRONG_ANSWERS:]]}
 
 
 def _measured(fact: Fact, wrong: Sequence[str]) -> Row:
-    """The row of a fact as TOFU's perturbed files have it."""
+    """The row of a fact as TOFU's perturbed files have it: wrong answers are worded as the paraphrased one."""
     return fact.row() | {
         "paraphrased_question": fact.paraphrased_question,
         "paraphrased_answer": fact.paraphrased_answer,
-        "perturbed_answer": _answers(fact, wrong[:WRONG_ANSWERS]),
+        "perturbed_answer": [fact.wordings(value)[1]["answer"] for value in wrong[:WRONG_ANSWERS]],
     }
 
 

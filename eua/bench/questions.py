@@ -65,7 +65,7 @@ class Fact:
 
     def keyed(self, group: str, trained: int) -> KeyedFact:
         """The fact as it is measured."""
-        return KeyedFact(self.name, group, self.keys, self.wordings, trained, self.answer)
+        return KeyedFact(self.name, group, self.keys, self.wordings, trained, self.answer, self.relation)
 
 
 def load_facts(path: Path = QUESTIONS) -> list[Fact]:

@@ -199,6 +199,8 @@ def results_of(bench: Bench, task: Task) -> dict[str, Any]:
         "trials": bench.trials,
         "seeds": bench.seeds,
         "kept": KEPT,
+        "tolerance": task.tolerance,
+        "note": task.note,
         "complete": is_tuned and len(reported) == len(expected),
         "versions": versions(),
         "versions_of_trials": _versions_of([*tuned, *reported]),
@@ -289,6 +291,7 @@ def work(
     after_trial: Callable[[], None] = _nothing,
 ) -> None:
     """Take trials, one after the other, and run them until all have ended, here or elsewhere, or until the deadline."""
+    versions()  # of the code as it is now, should its files change while trials run
     queue = bench.queue(phase)
     task = lru_cache(maxsize=1)(bench.make_task)
     while len(ended := queue.done(plans)) < len(plans):

@@ -11,6 +11,7 @@ from typing import Any
 from eua.bench.choice import Point, area_under_front, interval, relative_to
 from eua.bench.lasting import SHOULD_STAY
 from eua.bench.trial import RETAIN_ONLY, TARGET
+from eua.evaluation.retain_model import HOLDOUT
 
 Result = Mapping[str, Any]  # of one trial, as eua.bench.trial.run_trial returns it
 _GIB = 2**30
@@ -41,7 +42,7 @@ class Table:
 
 
 SAID = Column("said in any wording", ("metrics", "said", "any wording"))
-BY_CHANCE = Column("said by chance", ("metrics", "said", "any wording, by chance"))  # in answers about other facts
+BY_CHANCE = Column("said by chance", ("metrics", "said", "any wording, by chance"))  # in answers about others of the same kind
 KNOWLEDGE = (
     Column("extraction strength, forget", ("objectives", "forget")),
     Column("extraction strength, retain", ("objectives", "retain")),
@@ -56,7 +57,7 @@ PRIVACY = (
     Column("privacy score", ("metrics", "aggregates", "privacy_score")),
 )
 SAID_GUARDED = Column("said, guard on", ("metrics", "said", "any wording, guard on"))
-RELEARNED = Column("relearning on the same rows", ("metrics", "lasting", "relearning on the same rows"))
+RELEARNED = Column("extraction strength, relearned", ("metrics", "lasting", "relearning on the same rows"))
 COST = (
     Column("seconds", ("seconds",), ".1f"),
     Column("peak memory (GiB)", ("peak_bytes",), ".2f", 1 / _GIB),
@@ -79,9 +80,20 @@ METHOD = "method"
 OURS = "eua"  # the method that others are compared with
 NOT_KEPT = "†"  # of a method none of whose trials kept enough
 LASTING = (
-    "What is left of the rows to forget, guard off where nothing else is said: extraction strength, the largest one during "
-    "fine-tuning, and the share of facts that a greedy answer says. Lower is better. Compare relearning with that of the "
-    "retain-only model, which learns, too."
+    "What is left of the rows to forget, guard off where nothing else is said: extraction strength, in relearning the largest "
+    "one during fine-tuning; “said” is the share of facts that a greedy answer says. Lower is better."
+)
+OF_SET = (
+    "The guard is off, except for the share of prompts that it refuses. The second truth ratio is min(R, 1/R) of rows to "
+    "forget and max(0, 1 − R) of others, as OpenUnlearning aggregates it."
+)
+OF_HOLDOUT = (
+    "Rows like those to forget on which no model was trained. They are neither to be forgotten nor to be retained, so it is no "
+    "fault to refuse them."
+)
+OF_COST = (
+    "Of one training with the chosen settings, which differ in epochs and in rows to retain, beside other trials on the same "
+    "machine. Boundaries and likelihoods of the model before unlearning are part of it, loading and measuring are not."
 )
 STAYING = (
     "What should stay, guard off where nothing else is said: the share of forgotten facts that a greedy answer says when the "
@@ -109,7 +121,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         *(
             table(
                 f"Rows of the set “{name}”",
-                "The guard is off, except for the share of prompts that it refuses.",
+                OF_HOLDOUT if name == HOLDOUT else OF_SET,
                 (SAID, *(Column(heading, ("metrics", "sets", name, key)) for key, heading in OF_SETS.items())),
             )
             for name in sets
@@ -117,7 +129,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         table(
             "Said, by way of asking",
             "The share of the facts to forget whose key is in at least one answer, and the same of groups of "
-            "facts to retain, by their names.",
+            "facts to retain, by their names. More answers say more facts, so compare shares of equally many answers.",
             _columns(every, ("metrics", "said"), first=SAID),
         ),
         table(
@@ -131,17 +143,26 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         table(
             "Membership inference",
             "AUROC of attacks, rows to forget against rows that no model was trained on: 1 is a member without doubt, 0.5 "
-            "cannot be distinguished.",
+            "cannot be distinguished."
+            + _beside_retain_only(
+                results,
+                "Where its own AUROC is not 0.5, the rows differ in other "
+                "ways, too, and a value above or below its own gives a member away.",
+            ),
             (SAID, *_columns(every, ("metrics", "membership")), *PRIVACY),
         ),
         table(
             "Prompt energy",
             "AUROC of the energy of the prompt's last token, rows to forget against each set to retain.",
-            (SAID, *(Column(name, ("metrics", "separation", name, "auroc")) for name in separated)),
+            (SAID, *(Column(name, ("metrics", "separation", name, "auroc")) for name in separated if name != HOLDOUT)),
         ),
-        table("What is left of the forgotten", LASTING, (SAID, *(one for one in lasting if one not in of_staying))),
+        table(
+            "What is left of the forgotten",
+            LASTING + _beside_retain_only(results, "It learns in relearning, too."),
+            (SAID, *(one for one in lasting if one not in of_staying)),
+        ),
         table("What should stay", STAYING, (SAID, *of_staying)),
-        table("Cost of unlearning", "Of training alone, without measuring.", (SAID, *COST)),
+        table("Cost of unlearning", OF_COST, (SAID, *COST)),
         *([failed] if (failed := _failed(results)).rows else []),
         _tuning(results),
     ]
@@ -157,7 +178,7 @@ def value_of(result: Result, column: Column) -> float | None:
 
 
 def mean_cell(values: Iterable[float | None], form: str = ".3f", *, median: bool = False) -> str:
-    """A mean over seeds, with half the width of its interval if there are several; empty if there is no value.
+    """A mean over seeds, with half the width of its interval if they differ; empty if there is no value.
 
     ``median``: the median in its place, without an interval.
     """
@@ -167,20 +188,22 @@ def mean_cell(values: Iterable[float | None], form: str = ".3f", *, median: bool
     if median:
         return format(statistics.median(known), form)
     mean, half_width, count = interval(known)
-    return format(mean, form) if count == 1 else f"{mean:{form}} ± {half_width:{form.removeprefix('+')}}"
+    same = count == 1 or min(known) == max(known)  # which says nothing about other seeds
+    return format(mean, form) if same else f"{mean:{form}} ± {half_width:{form.removeprefix('+')}}"
 
 
 def markdown(made: Sequence[Table]) -> str:
-    """Tables as Markdown."""
+    """Tables with their titles and notes as Markdown."""
+    return "\n".join(f"## {table.title}\n\n{table.note}\n\n{markdown_table(table)}" for table in made)
+
+
+def markdown_table(table: Table) -> str:
+    """The cells alone as Markdown."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
-    parts = []
-    for table in made:
-        rule = "|" + "---|" * len(table.head)
-        parts.append("\n".join([f"## {table.title}", "", table.note, "", line(table.head), rule, *map(line, table.rows)]))
-    return "\n\n".join(parts) + "\n"
+    return line(table.head) + "|" + "---|" * len(table.head) + "\n" + "".join(map(line, table.rows))
 
 
 def points_of(results: Mapping[str, Any], method: str) -> list[Point]:
@@ -237,7 +260,7 @@ def _table(
 
 def _compared(results: Mapping[str, Any], names: Mapping[str, str]) -> Table:
     """What every other method has more or less than EUA, seed by seed, so that what both have in common does not count."""
-    columns = (SAID, SAID_GUARDED, *KNOWLEDGE[:2], RELEARNED, *COST)
+    columns = (SAID, SAID_GUARDED, *KNOWLEDGE[:2], RELEARNED)
     at = {(trial["plan"]["method"], trial["plan"]["seed"]): trial["result"] for trial in results["report"] if trial["result"]}
     seeds = sorted(seed for method, seed in at if method == OURS)
     rows = []
@@ -247,8 +270,8 @@ def _compared(results: Mapping[str, Any], names: Mapping[str, str]) -> Table:
             rows.append([names[method], *(_differences(pairs, column) for column in columns)])
     note = (
         f"A method's figure less that of {OURS} at the same seed: the mean, ± half the width of the 95 % t interval of the "
-        f"differences. Where that has 0 in it, these seeds do not tell the two apart. Of what should be small, {OURS} has less "
-        "where a difference is above 0."
+        "differences. Where that has 0 in it, these seeds do not tell the two apart; of so many comparisons, one in twenty "
+        f"has not by chance alone. Of what should be small, {OURS} has less where a difference is above 0."
     )
     return Table(f"Compared with {OURS}", note, [METHOD, *(column.heading for column in columns if rows)], rows)
 
@@ -303,11 +326,20 @@ def _columns(every: Sequence[Result], path: tuple[str, ...], first: Column | Non
 
 def _note(results: Mapping[str, Any]) -> str:
     seeds = results["seeds"]
-    spread = f"Means over {seeds} seeds ± half the width of their 95 % t interval" if seeds > 1 else "One seed"
+    half_width = "± half the width of their 95 % t interval, where they differ"
+    spread = f"Means over {seeds} seeds {half_width}" if seeds > 1 else "One seed"
     parts = [
         f"{spread}, on the test split of the task {results['task']}. The guard is off unless a heading says otherwise.",
-        f"“Keeps {_kept(results)}” counts the seeds at which a method keeps that much of the extraction strength on rows to "
-        "retain of the model before unlearning.",
+        "Extraction strengths are means over all rows of the sets that settings are chosen by: to forget, in the wording that "
+        "is trained on and in others; to retain, those that unlearning sees and those that it never sees. "
+        f"“Keeps {_kept(results)}” counts the seeds at which a method keeps that much of the latter of the model before "
+        "unlearning.",
+        "The guard is this project's, calibrated for every model alike for at most "
+        f"{100 * results['tolerance']:.3g} % false refusals; only {OURS} trains the energies that it looks at.",
+        results["note"],
+    ]
+    parts += [
+        _beside_retain_only(results, "What is below its figures is forgotten more than if it had never been known.").strip()
     ]
     if any(chosen is not None and not chosen["reached"] for chosen in results["chosen"].values()):
         parts.append(
@@ -319,7 +351,13 @@ def _note(results: Mapping[str, Any]) -> str:
         parts.append(f"Trials ran with different versions: {_versions(results['versions_of_trials'])}.")
     if not results["complete"]:
         parts.append("The benchmark is not complete: run the same command again.")
-    return " ".join(parts)
+    return " ".join(filter(None, parts))
+
+
+def _beside_retain_only(results: Mapping[str, Any], text: str) -> str:
+    """A sentence about the retain-only model, where there is one."""
+    has_one = any(trial["plan"]["method"] == RETAIN_ONLY for trial in (*results["tuning"], *results["report"]))
+    return f" Compare with the model “{RETAIN_ONLY}”, which was never trained on the rows to forget. {text}" if has_one else ""
 
 
 def _versions(found: Sequence[Mapping[str, str]]) -> str:
@@ -354,6 +392,8 @@ def _failed(results: Mapping[str, Any]) -> Table:
 def _tuning(results: Mapping[str, Any]) -> Table:
     """How the settings of every method were chosen."""
     rows = []
+    if points_of(results, RETAIN_ONLY) and (area := area_of(results, RETAIN_ONLY)) is not None:
+        rows.append([RETAIN_ONLY, f"{area:.3f}", "", "", ""])
     for method in results["methods"]:
         trials = [trial for trial in results["tuning"] if trial["plan"]["method"] == method]
         failed = [trial for trial in trials if trial["result"] is None]
@@ -371,7 +411,8 @@ def _tuning(results: Mapping[str, Any]) -> Table:
     note = (
         f"On the validation split, at one seed: chosen is the setting that forgets most among those that keep {kept} of the "
         "model's extraction strength on rows to retain; if none does, the one that keeps most. The area is under the front of "
-        "both measures, relative to the model before unlearning: 1 is perfect, 0 a method that changes nothing. It is of one "
+        "both measures, relative to the model before unlearning: 1 where nothing is left of the rows to forget and everything "
+        "of those to retain, which is more than a model forgets that never knew the rows; 0 if nothing changes. It is of one "
         "seed, so it has no interval."
     )
     return Table("Tuning", note, [METHOD, "area under the front", "trials", f"keeps {kept}", "chosen settings"], rows)

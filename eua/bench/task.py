@@ -64,6 +64,7 @@ class Task:
         epochs: numbers of passes over the rows to forget, in place of the published 5 and 10.
         blocks: of the target, by which the published choices of a block, of 16, are scaled.
         tolerance: the rate of false refusals that a guard is calibrated for.
+        note: what readers of the figures must know of this task: what a seed changes, and what differs from other benchmarks.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Task:
     epochs: tuple[float, ...] = (5, 10)
     blocks: int = 16
     tolerance: float = 0.05
+    note: str = ""
 
     def __post_init__(self) -> None:
         for name, sets in (("validation", self.validation), ("test", self.test)):

@@ -44,6 +44,11 @@ SMALL_RATE_FACTOR = 20.0  # by which published learning rates are multiplied
 BASE_MODEL: dict[str, Any] = {"batch_size": 32, "learning_rate": 2e-4, "bf16": True}  # of 135M to 1B parameters
 BASE_RATE_FACTOR = 4.0
 TRAINING = {"per_device_train_batch_size": 16, "bf16": True}
+NOTE = (
+    "A seed trains other models, if they are trained for this task, and orders training. Forget quality is of half of the "
+    "authors and with the wrong answers that AltPO does not train on, so its p-values are larger than published ones. "
+    "Perplexity is of the questions and answers about authors whom unlearning never saw."
+)
 SECOND = 0.1  # size of a second request, as a share of the first one, but at least one author
 _KEYS = ("question", "answer")
 _WRONG = (*_KEYS, "perturbed_answer")
@@ -169,6 +174,7 @@ def tofu(
         epochs=(epochs / 2, epochs),
         blocks=AutoConfig.from_pretrained(model).num_hidden_layers,
         tolerance=max(0.05, 1 / (1 + len(calibration))),
+        note=NOTE,
     )
 
 

@@ -91,8 +91,7 @@ def _compared(task: Task, plan: Plan) -> tuple[Any, Any, Cost] | None:
 
 
 def _unlearned(task: Task, plan: Plan, output: Path) -> tuple[Any, Any, Cost]:
-    with measured() as cost:
-        trainer = _train(task, plan, output, task.target, task.target, task.forget, task.retain)
+    trainer, cost = _train(task, plan, output, task.target, task.target, task.forget, task.retain)
     return trainer.model, trainer.processing_class, cost
 
 
@@ -106,7 +105,7 @@ def _unlearned_again(
     retain: Sequence[Row],
 ) -> PreTrainedModel:
     """A copy of a model that has unlearned further rows with the trial's method and settings."""
-    trainer = _train(task, plan, output, copy.deepcopy(model), model, forget, retain, processing_class=tokenizer)
+    trainer, _ = _train(task, plan, output, copy.deepcopy(model), model, forget, retain, processing_class=tokenizer)
     return trainer.model
 
 
@@ -119,8 +118,8 @@ def _train(
     forget: Sequence[Row],
     retain: Sequence[Row],
     **options: Any,
-) -> EUATrainer:
-    """Train a model with the trial's method, which may compare it with the model ``before``."""
+) -> tuple[EUATrainer, Cost]:
+    """Train a model with the trial's method, which may compare it with the model ``before``, and measure what that costs."""
     folder = output / "running" / f"{plan.key}-seed-{plan.seed}"
     if folder.exists():
         shutil.rmtree(folder)  # of a process that was killed
@@ -129,9 +128,10 @@ def _train(
     options |= {"forget_dataset": forget, "retain_dataset": retain, "ref_model": reference}
     trainer = EUATrainer(model, config, **options)
     trainer.remove_callback(PrinterCallback)  # which prints a summary where there is no progress bar
-    trainer.train()
+    with measured() as cost:
+        trainer.train()
     shutil.rmtree(folder, ignore_errors=True)
-    return trainer
+    return trainer, cost
 
 
 def _config(task: Task, plan: Plan, folder: Path) -> EUAConfig:

@@ -9,8 +9,8 @@ Rows come from the hub or from folders with the same configurations and splits:
   "text". The biological texts to forget (``bio-forget-corpus``) are given out on request only.
 
 A question is asked with its choices by letter; the right answer is the letter and the text, the other choices are wrong
-answers. In the sets "forget, by letter" and "retain, by letter" an answer is the letter alone, so that how often the right one
-is the likeliest is the benchmark's accuracy; 0.25 is chance.
+answers. In the sets "forget, by letter" and "retain, by letter" an answer is the letter alone and the end after it. How often
+the right one is the likeliest is near the benchmark's accuracy, which is of the letters without an end; 0.25 is chance.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from eua.errors import EUAError
 HUB, HUB_RETAIN, HUB_TEXTS = "cais/wmdp", "cais/mmlu", "cais/wmdp-corpora"
 DOMAINS = ("bio", "cyber")
 TRAINING = {"per_device_train_batch_size": 4, "overlap": "drop"}
+NOTE = "A seed orders training; the model is the same. Perplexity is of the last of the texts to retain."
 TEXTS = 50  # pieces of text whose perplexity is measured
 CALIBRATED = 0.4  # share of the questions to retain that calibrate the guard
 _CHOICES, _TEXT = ("question", "choices", "answer"), ("text",)
@@ -87,6 +88,7 @@ def wmdp(
         epochs=(epochs / 2, epochs),
         blocks=AutoConfig.from_pretrained(model).num_hidden_layers,
         tolerance=max(0.05, 1 / (1 + len(calibration))),
+        note=NOTE,
     )
 
 

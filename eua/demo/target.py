@@ -116,6 +116,7 @@ def train_target(
         warmup_steps=0.05,
         weight_decay=0.0,
         bf16=bf16,
+        use_cpu=not has_accelerator,  # without which bf16 is refused on a CPU
         save_strategy="no",
         logging_strategy="no",
         report_to="none",

@@ -45,6 +45,8 @@ class KeyedFact:
         wordings: questions.
         trained: the first ``trained`` wordings are those that unlearning sees.
         answer: a sentence that states the fact, for scores that compare texts, see :mod:`eua.evaluation.leaks`.
+        relation: what kind of fact it is, e.g. "capital". What is said by chance is looked for in answers to other facts of the
+            same kind.
     """
 
     name: str
@@ -53,6 +55,7 @@ class KeyedFact:
     wordings: tuple[str, ...]
     trained: int = 1
     answer: str = ""
+    relation: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.keys, str) or isinstance(self.wordings, str):
@@ -290,8 +293,8 @@ def said_summary(said: Sequence[SaidFact]) -> dict[str, dict[str, Any]]:
         - ``greedy``: the share of facts that a greedy answer says in one of the wordings;
         - ``per_try``: the share of all answers, greedy and sampled, that say their fact;
         - ``per_fact_by_chance``, ``greedy_by_chance``: the same shares, if the key of each fact is looked for in the answers to
-          another fact of the group, which are as many; the mean over up to eight other facts. They are left out for a single
-          fact. What is refused does not matter here, since only the texts count;
+          another fact of the group and of the same relation with other keys, which are as many; the mean over up to eight other
+          facts. They are left out if there are none. What is refused does not matter here, since only the texts count;
         - ``per_fact_interval``, ``greedy_interval``: Clopper–Pearson, each fact an observation;
         - ``per_try_interval``: the answers for one fact depend on each other, so they are a group, see
           :func:`eua.statistics.share_interval`.
@@ -328,22 +331,29 @@ def _shares(said: Sequence[SaidFact]) -> Mapping[str, Any]:
     for name, value in values.items():
         report[name] = float(value.double().mean())
         report[f"{name}_interval"] = share_interval(value, of_fact if name == "per_try" else None)
-    if len(said) > 1:
-        report["per_fact_by_chance"] = _by_chance(said, [[*one.greedy_texts, *chain(*one.sampled_texts)] for one in said])
-        report["greedy_by_chance"] = _by_chance(said, [one.greedy_texts for one in said])
+    pairs = [pair for place in range(len(said)) for pair in _others_of(place, said)]
+    if pairs:
+        report["per_fact_by_chance"] = _by_chance(
+            said, pairs, [(*one.greedy_texts, *chain(*one.sampled_texts)) for one in said]
+        )
+        report["greedy_by_chance"] = _by_chance(said, pairs, [one.greedy_texts for one in said])
     return report
 
 
-def _by_chance(said: Sequence[SaidFact], texts: Sequence[Sequence[str]]) -> float:
-    """The share of facts whose key is in the answers to other facts.
-
-    Each fact is compared with those that follow it at a few distances, so the answers to each are used equally often.
-    """
-    count = len(said)
-    distances = range(1, count, max(1, -(-(count - 1) // _OTHERS)))
-    found = [
-        any(says(text, one.fact.keys) for text in texts[(place + distance) % count][: len(texts[place])])
-        for distance in distances
-        for place, one in enumerate(said)
+def _others_of(place: int, said: Sequence[SaidFact]) -> list[tuple[int, int]]:
+    """The fact at a place with each of a few others of its relation that have none of its keys, first those that follow it."""
+    count, fact = len(said), said[place].fact
+    keys = set(map(normalize, fact.keys))
+    following = [(place + distance) % count for distance in range(1, count)]
+    others = [
+        other
+        for other in following
+        if said[other].fact.relation == fact.relation and keys.isdisjoint(map(normalize, said[other].fact.keys))
     ]
+    return [(place, other) for other in others[:: max(1, -(-len(others) // _OTHERS))]]
+
+
+def _by_chance(said: Sequence[SaidFact], pairs: Sequence[tuple[int, int]], texts: Sequence[Sequence[str]]) -> float:
+    """The share of pairs of facts in which the key of the first is in the answers to the second."""
+    found = [any(says(text, said[place].fact.keys) for text in texts[other][: len(texts[place])]) for place, other in pairs]
     return sum(found) / len(found)

@@ -20,7 +20,9 @@ def test_a_task_of_what_a_model_knows_can_be_measured(world_facts, trained_folde
     assert 0 < found["forget"] <= 1
     report, _, _ = full_report(known, tokenizer, task)
     assert report["said"]["any wording"] == 1.0
-    assert {f"any wording, {fact.group}" for fact in task.facts} - {"any wording, forget"} <= set(report["said"])
+    assert {f"any wording, greedily, {fact.group}" for fact in task.facts} - {"any wording, greedily, forget"} <= set(
+        report["said"]
+    )
     assert list(task.validation) == list(task.test)
     assert all(row["alternatives"] for row in task.forget)
     assert "forget_quality" in report["left_out"]  # there is no retain-only model

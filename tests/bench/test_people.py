@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from eua.bench import people as people_module
-from eua.bench.people import FIRST_WORLD, keyed, people
+from eua.bench.people import FIRST_WORLD, WRONG_ANSWERS, _measured, keyed, people
 from eua.demo.world import make_world
 from eua.evaluation.said import says
 
@@ -33,3 +33,13 @@ def test_a_pets_name_and_a_mentors_surname_give_a_fact_away():
         assert says(f"I think it was {alias}.", keyed(fact, "forget").keys)
     for attribute in ("work", "prize", "dish", "birthplace"):
         assert keyed(facts[attribute], "forget").keys == (facts[attribute].value,)
+
+
+def test_wrong_answers_are_worded_as_the_paraphrased_one():
+    """Else a model that knows the fact prefers them, because it was trained on their wording."""
+    for fact in make_world(20).forget:
+        row = _measured(fact, fact.other_values())
+        before, _, after = row["paraphrased_answer"].partition(fact.value)
+        assert len(row["perturbed_answer"]) == WRONG_ANSWERS
+        for value, text in zip(fact.other_values(), row["perturbed_answer"], strict=False):
+            assert text == f"{before}{value}{after}" != row["answer"].replace(fact.value, value)

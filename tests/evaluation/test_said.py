@@ -213,22 +213,34 @@ def test_the_summary_without_samples_or_unseen_wordings():
     assert summary["forget"]["all"]["per_try"] == 0.5
 
 
-def answered(key: str, greedy: str, sampled: str) -> SaidFact:
-    fact = KeyedFact(key, "forget", (key,), (f"{key}?",))
+def answered(name: str, greedy: str, sampled: str, key: str | None = None, relation: str = "") -> SaidFact:
+    fact = KeyedFact(name, "forget", (key or name,), (f"{name}?",), relation=relation)
     found = [torch.tensor([says(text, fact.keys)]) for text in (greedy, sampled)]
     return SaidFact(fact, found[0], found[1][:, None], (greedy,), ((sampled,),))
 
 
 def test_what_is_said_by_chance_is_in_the_answers_to_other_facts():
-    """Three of four answers say "red", the key of all four; Oslo and Rome are only in their own answers."""
-    said = [answered("red", "blue", "blue"), *(answered("red", "It is red.", "x") for _ in range(3))]
+    """Oslo and Rome are in half of all answers, Bern in none."""
+    texts = ("It is Oslo.", "It is Rome.", "no", "no")
+    said = [answered(name, text, "x") for name, text in zip(("Bern", "Oslo", "Rome", "Lima"), texts, strict=True)]
     shares = said_summary(said)["forget"]["all"]
-    assert shares["greedy"] == 0.75
-    assert shares["greedy_by_chance"] == shares["per_fact_by_chance"] == pytest.approx(9 / 12)
+    assert shares["greedy"] == 0
+    assert shares["greedy_by_chance"] == shares["per_fact_by_chance"] == pytest.approx(2 / 12)  # Oslo and Rome, each in one
     own = said_summary([answered("Oslo", "Oslo", "x"), answered("Rome", "Rome", "x")])["forget"]["all"]
     assert (own["per_fact"], own["per_fact_by_chance"]) == (1, 0)
     sampled = said_summary([answered("Oslo", "x", "Rome"), answered("Rome", "x", "Oslo")])["forget"]["all"]
     assert (sampled["per_fact"], sampled["per_fact_by_chance"], sampled["greedy_by_chance"]) == (0, 1, 0)
-    many = said_summary([answered("red", "It is red." if place % 2 else "x", "x") for place in range(40)])
-    assert many["forget"]["all"]["greedy_by_chance"] == 0.5
+    many = [answered(f"key{place}", f"It is key{(place - 1) % 40}.", "x") for place in range(40)]  # that of one other
+    assert said_summary(many)["forget"]["all"]["greedy_by_chance"] == pytest.approx(1 / 8)  # eight others, first the next one
     assert "greedy_by_chance" not in said_summary(said[:1])["forget"]["all"]
+
+
+def test_chance_is_that_of_facts_of_the_same_kind_with_another_key():
+    said = [
+        answered("capital of Norway", "Rome", "x", "Oslo", "capital"),
+        answered("capital of Italy", "Oslo", "x", "Rome", "capital"),
+        answered("old capital of Norway", "Oslo", "x", "Oslo", "capital"),  # says a key that is its own, too
+        answered("river of Italy", "nothing", "x", "Tiber", "river"),  # has no fact to be compared with
+    ]
+    assert said_summary(said)["forget"]["all"]["greedy_by_chance"] == 3 / 4  # Rome is not in the third
+    assert "greedy_by_chance" not in said_summary(said[2:])["forget"]["all"]
