@@ -1,7 +1,7 @@
-"""Fills the benchmark's tables in the documents from ``benches/results``: ``python docs/bench_tables.py``.
+"""Fills the benchmark's tables in the documents and draws its pictures: ``python docs/bench_tables.py``.
 
-No figure in them is typed by hand. A page names a table between two comments: the file of results, the table's title, and the
-headings of the columns that follow the method.
+No figure in them is typed by hand: they are those of ``benches/results``. A page names a table between two comments: the file
+of results, the table's title, and the headings of the columns that follow the method.
 
     <!-- bench people.json | Cost of unlearning | seconds; peak memory (GiB) -->
     <!-- end -->
@@ -13,12 +13,15 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from eua.bench.page import render_front
 from eua.bench.table import METHOD, Table, markdown_table, tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benches" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmark.md")
+PICTURES = {"people.json": ROOT / "docs" / "people_front.svg"}
 _PLACE = re.compile(
     r"(?P<begin><!-- bench (?P<file>\S+) \| (?P<title>.+?) \| (?P<columns>.+?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
 )
@@ -33,9 +36,14 @@ def filled(text: str) -> str:
     return _PLACE.sub(_fill, text)
 
 
+def results_in(file: str) -> dict[str, Any]:
+    """What a benchmark wrote."""
+    results: dict[str, Any] = json.loads((RESULTS / file).read_text(encoding="utf-8"))
+    return results
+
+
 def _fill(place: re.Match[str]) -> str:
-    results = json.loads((RESULTS / place["file"]).read_text(encoding="utf-8"))
-    made = {table.title: table for table in tables(results)}
+    made = {table.title: table for table in tables(results_in(place["file"]))}
     if place["title"] not in made:
         raise ValueError(f"{place['file']} has no table {place['title']!r}, but {', '.join(made)}.")
     columns = [METHOD, *(name.strip() for name in place["columns"].split(";"))]
@@ -53,3 +61,5 @@ def _some_columns(table: Table, columns: Sequence[str]) -> Table:
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for file, picture in PICTURES.items():
+        picture.write_text(render_front(results_in(file)), encoding="utf-8")

@@ -20,7 +20,13 @@ from eua.bench.trial import RETAIN_ONLY, TARGET
 from eua.files import replacing
 
 WIDTH, HEIGHT, MARGIN = 760, 460, 56
+LEGEND, LINE = 180, 24  # width of the legend beside a picture alone, and height of its lines
 _TICKS = 5
+_ALT = "Forget–retain front"
+_STYLE = (  # as on the page, in its light colours
+    "text{fill:#1c2128;font:13px system-ui,sans-serif}.soft{fill:#59636e}.grid{stroke:#d5dae0}.front{fill:none;stroke-width:2}"
+    ".model{fill:none;stroke:#1c2128;stroke-width:2}.chosen{stroke:#1c2128;stroke-width:2}"
+)
 
 
 def write_page(path: Path, results: Mapping[str, Any]) -> None:
@@ -47,9 +53,24 @@ def render_page(results: Mapping[str, Any]) -> str:
     return page
 
 
-def _front_section(results: Mapping[str, Any]) -> str:
+def render_front(results: Mapping[str, Any]) -> str:
+    """The picture of the page alone, with its legend: an SVG file for documents."""
+    drawn, entries = _front(results)
+    legend = "".join(
+        f'<circle cx="{WIDTH + 6}" cy="{MARGIN + LINE * place}" r="5" fill="{colour}"/>'
+        f'<text x="{WIDTH + 18}" y="{MARGIN + LINE * place + 4}">{name}</text>'
+        for place, (name, colour) in enumerate(entries)
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH + LEGEND} {HEIGHT}" role="img" aria-label="{_ALT}">'
+        f'<style>{_STYLE}</style><rect width="100%" height="100%" fill="#ffffff"/>{drawn}{legend}</svg>\n'
+    )
+
+
+def _front(results: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]]:
+    """The picture's contents, and of each method what the legend says, with its colour."""
     colours = {method: f"hsl({360 * place / len(GRIDS):.0f} 65% 50%)" for place, method in enumerate(GRIDS)}
-    drawn, legend = [_axes()], []
+    drawn, legend = [_axes()], list[tuple[str, str]]()
     for method in results["methods"]:
         points, colour = points_of(results, method), colours[method]
         if not points:
@@ -66,23 +87,29 @@ def _front_section(results: Mapping[str, Any]) -> str:
                 )
                 kind = ' class="chosen"' if is_chosen else ""
                 drawn.append(f'<circle{kind} cx="{x}" cy="{y}" r="5" fill="{colour}"><title>{label}</title></circle>')
-        mark = f'<svg viewBox="0 0 12 12"><circle cx="6" cy="6" r="5" fill="{colour}"/></svg>'
         area = area_of(results, method)
         name = f"{method} {NOT_KEPT}" if chosen is not None and not chosen["reached"] else method
-        legend.append(f"<li>{mark} {escape(name)}" + ("" if area is None else f", area {area:.3f}") + "</li>")
+        legend.append((escape(name) + ("" if area is None else f", area {area:.3f}"), colour))
     for name in (TARGET, RETAIN_ONLY):
         for point in points_of(results, name):
             x, y = _place(point)
             drawn.append(f'<circle class="model" cx="{x}" cy="{y}" r="7"><title>{escape(name)}</title></circle>')
             drawn.append(f'<text x="{x}" y="{y - 12:.1f}" text-anchor="middle">{escape(name)}</text>')
+    return "".join(drawn), legend
+
+
+def _front_section(results: Mapping[str, Any]) -> str:
+    drawn, entries = _front(results)
+    mark = '<svg viewBox="0 0 12 12"><circle cx="6" cy="6" r="5" fill="{}"/></svg>'
+    legend = "".join(f"<li>{mark.format(colour)} {name}</li>" for name, colour in entries)
     return (
         "<section><h2>What every trial forgot and kept</h2>"
         '<p class="soft">Mean extraction strength on the validation split, guard off; the best corner is at the top left. A '
         "line joins the trials of a method that no other one of it beats in both, with the area under it, relative to the "
         "model before unlearning (1: nothing is left of the rows to forget and everything of the others; 0: nothing changes; "
         "of one seed, so without an interval). Chosen trials have an outline.</p>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Forget–retain front">{"".join(drawn)}</svg>'
-        f'<ul class="legend">{"".join(legend)}</ul></section>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_ALT}">{drawn}</svg>'
+        f'<ul class="legend">{legend}</ul></section>'
     )
 
 

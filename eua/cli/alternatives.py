@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from eua.cli.options import Parser, add_model, count, positive
+
+if TYPE_CHECKING:
+    from eua.data.sources import Row
 
 
 def main(argv: Sequence[str]) -> None:
     parser = Parser(
         "alternatives",
         "Lets the model before unlearning write other plausible answers to the rows to forget. `eua unlearn --method alt_po` "
-        "prefers them to the forgotten answers.",
+        "prefers them to the forgotten answers. Run the same command again to go on after an interruption.",
         (
             "eua alternatives --model MODEL --forget forget.jsonl --output forget_with_alternatives.jsonl",
             "eua alternatives --model MODEL --forget forget.jsonl --output more.jsonl --count 10 --seed 1",
@@ -28,16 +35,39 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
 
     from eua.data.sources import read_rows
-    from eua.errors import EUAError
-    from eua.files import write_jsonl
+    from eua.files import check_output_file, write_jsonl, writing
     from eua.model.alternatives import write_alternatives
+    from eua.model.fingerprints import model_fingerprint
     from eua.model.loading import load_model
 
-    if arguments.output.exists() and not arguments.overwrite:
-        raise EUAError(f"{arguments.output} exists: name another file, or pass --overwrite.")
+    check_output_file(arguments.output, allowed=arguments.overwrite, how="--overwrite", inputs=[arguments.forget])
     rows = read_rows(arguments.forget, "forget set")
     model, tokenizer = load_model(arguments.model)
     options = {"count": arguments.count, "max_new_tokens": arguments.max_new_tokens, "seed": arguments.seed}
-    written = list(write_alternatives(model, tokenizer, rows, progress="other answers", **options))
+    begun = arguments.output.with_name(f"{arguments.output.name}.begun")  # what is written so far, row by row
+    written = _resumed(begun, {"model": model_fingerprint(model), "rows": rows, **options})
+    with writing(begun), begun.open("a", encoding="utf-8") as file:
+        for row in write_alternatives(model, tokenizer, rows, start=len(written), progress="other answers", **options):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            written.append(row)
     write_jsonl(arguments.output, written)
+    begun.unlink()
     print(f"Written: {arguments.output}. Next: eua unlearn --method alt_po --forget {arguments.output}")
+
+
+def _resumed(begun: Path, settings: dict[str, Any]) -> list[Row]:
+    """The rows that an interrupted call with the same settings has written. The file is left with them, or with none."""
+    from eua.files import write_jsonl
+
+    key = {"of": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()}
+    lines = []
+    if begun.exists():
+        for line in begun.read_text(encoding="utf-8").split("\n"):
+            with suppress(ValueError):  # the last line may be broken off
+                lines.append(json.loads(line))
+    rows = lines[1:] if lines[:1] == [key] else []
+    write_jsonl(begun, [key, *rows])
+    if rows:
+        print(f"Going on after {len(rows)} rows of {begun}.")
+    return rows

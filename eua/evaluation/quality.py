@@ -26,8 +26,8 @@ def probability_with_options(nll: Tensor) -> Tensor:
 def chooses_right(nll: Tensor) -> Tensor:
     """1 if the right answer is likelier than every wrong one, else 0; () float64, NaN if an NLL is NaN.
 
-    ``nll`` is as in :func:`probability_with_options`. For answers of one letter, the mean over rows is the accuracy of
-    multiple-choice benchmarks such as MMLU and WMDP.
+    ``nll`` is as in :func:`probability_with_options`. For answers of one letter, the mean over rows is near the accuracy of
+    multiple-choice benchmarks such as MMLU and WMDP, in which the end of an answer does not count.
 
     >>> chooses_right(torch.tensor([1.0, 1.5, 3.0])), chooses_right(torch.tensor([1.0, 1.0, 3.0]))
     (tensor(1., dtype=torch.float64), tensor(0., dtype=torch.float64))

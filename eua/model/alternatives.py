@@ -31,6 +31,7 @@ def write_alternatives(
     count: int = 5,
     max_new_tokens: int = 200,
     seed: int = 0,
+    start: int = 0,
     name: str = "forget set",
     progress: str | None = None,
 ) -> Iterator[Row]:
@@ -48,6 +49,7 @@ def write_alternatives(
         count: number of other answers to each question.
         max_new_tokens: their greatest length.
         seed: of the samples. The random state of the caller is left as it was.
+        start: the first row to write answers to; those before it are left out. The answers to a row do not depend on it.
         name: what error messages call the rows.
         progress: title of a progress bar, or None for no bar.
 
@@ -61,7 +63,8 @@ def write_alternatives(
                 f'Row {index} of the {name} has the keys {sorted(row)}, but other answers are written to a "question" with its '
                 '"answer": give both.'
             )
-    for index, row in enumerate(tqdm(rows, desc=progress, disable=progress is None)):
+    for index in tqdm(range(start, len(rows)), desc=progress, disable=progress is None, initial=start, total=len(rows)):
+        row = rows[index]
         prompt = INSTRUCTION.format(question=row["question"], answer=row["answer"])
         written: list[str] = []
         with torch.random.fork_rng():

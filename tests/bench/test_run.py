@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import time
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from eua import EnergyGuard
 from eua.bench import run as run_module
-from eua.bench.page import render_page
+from eua.bench.page import render_front, render_page
 from eua.bench.run import Bench, results_of, run_bench, work
 from eua.bench.study import Done, Plan
 from eua.bench.table import SAID, markdown, tables
@@ -257,6 +258,15 @@ def test_the_page_is_self_contained_and_shows_every_trial(results):
     assert page.count('<circle class="model"') == 2
     for table in tables(results):
         assert table.title.replace("“", "“") in page
+
+
+def test_the_picture_alone_is_a_file_with_every_trial_and_method(results):
+    picture = ElementTree.fromstring(render_front(results))
+    circles = list(picture.iter("{http://www.w3.org/2000/svg}circle"))
+    assert len(circles) == 2 * len(METHODS) + 2 + len(METHODS)  # trials, models, and the legend's
+    texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
+    for method in METHODS:
+        assert [text for text in texts if text.startswith(method)]
 
 
 def test_texts_on_the_page_are_escaped(results):

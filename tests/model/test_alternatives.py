@@ -112,7 +112,43 @@ def test_a_model_writes_other_answers_from_the_command_line(known, tokenizer, ro
     assert [{"question": row["question"], "answer": row["answer"]} for row in made] == rows["forget"][:2]
     assert all(len(row["alternatives"]) == 2 for row in made)
     assert main(command) == 2
-    assert "exists: name another file, or pass --overwrite" in capsys.readouterr().err
+    assert "already exists and would be lost: name another, or pass --overwrite" in capsys.readouterr().err
+
+
+def test_an_interrupted_command_goes_on_where_it_stopped(known, tokenizer, rows, tmp_path, monkeypatch):
+    known.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    forget = tmp_path / "forget.jsonl"
+    forget.write_text("".join(json.dumps(row) + "\n" for row in rows["forget"][:4]))
+    asked = []
+
+    def answer(model, tokenizer, prompts, *_, **__):
+        """Fails at the third row of the first call."""
+        asked.append(prompts[0])
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return [f"In Ulm\u2028or so, {number}." for number in torch.rand(len(prompts)).tolist()]
+
+    def command(name: str, *more: str) -> list[str]:
+        given = ["--model", str(tmp_path / "model"), "--forget", str(forget), "--output", str(tmp_path / name)]
+        return ["alternatives", *given, *more]
+
+    monkeypatch.setattr(module, "answer", answer)
+    begun = tmp_path / "with.jsonl.begun"
+    assert main(command("with.jsonl")) != 0
+    assert not (tmp_path / "with.jsonl").exists()
+    with begun.open("a") as file:
+        file.write('{"question": "Who')  # as if it had been killed while it wrote
+    assert main(command("with.jsonl")) == 0
+    assert len(asked) == 2 + 1 + 2  # two rows, the third in vain, and the last two
+    assert not begun.exists()
+    assert main(command("whole.jsonl")) == 0
+    assert (tmp_path / "with.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    asked.clear()
+    assert main(command("with.jsonl", "--overwrite")) != 0
+    asked[:] = [""] * 3
+    assert main(command("with.jsonl", "--overwrite", "--seed", "1")) == 0
+    assert len(asked) == 3 + 4  # other settings begin anew
 
 
 def test_rows_that_are_no_questions_are_refused(model, tokenizer):
