@@ -177,3 +177,22 @@ def test_the_commands_for_tofu_make_what_the_example_reads():
         assert f" > {path} " in before
     assert f"train_target.py --rows tofu/full.jsonl --output {settings['model']} " in before
     assert f"eua calibrate --model {settings['output']} " in after
+
+
+def test_the_benchmarks_tables_and_pictures_are_those_of_its_results():
+    made = runpy.run_path(str(ROOT / "docs" / "bench_tables.py"))
+    shown = {page: page.read_text(encoding="utf-8") for page in made["PAGES"]}
+    assert sum(text.count("<!-- bench ") for text in shown.values()) >= 4
+    for page, text in shown.items():
+        assert text.count("<!-- bench ") == text.count("<!-- end -->"), page
+        assert made["filled"](text) == text, f"run python docs/bench_tables.py: {page} shows other figures"
+    for file, picture in made["PICTURES"].items():
+        assert picture.read_text(encoding="utf-8") == made["render_front"](made["results_in"](file))
+
+
+def test_a_table_that_no_results_have_is_an_error():
+    made = runpy.run_path(str(ROOT / "docs" / "bench_tables.py"))
+    with pytest.raises(ValueError, match="has no column fame, but"):
+        made["filled"]("<!-- bench people.json | Tuning | fame -->\n<!-- end -->")
+    with pytest.raises(ValueError, match="has no table 'Fame', but"):
+        made["filled"]("<!-- bench people.json | Fame | fame -->\n<!-- end -->")
