@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from eua.bench.study import Done
+from eua.bench.trial import TARGET
 from eua.errors import EUAError
 
 KEPT = 0.95  # of the target's retain measure, which a method must keep
@@ -125,3 +126,18 @@ def interval(values: Sequence[float], level: float = 0.95) -> Interval:
 
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
     return Interval(mean, float(t.ppf((1 + level) / 2, count - 1)) * deviation / math.sqrt(count), count)
+
+
+def points_of(results: Mapping[str, Any], method: str) -> list[Point]:
+    """What the trials of a method's tuning forgot and kept, on the validation split."""
+    return [
+        Point(trial["result"]["objectives"]["forget"], trial["result"]["objectives"]["retain"])
+        for trial in results["tuning"]
+        if trial["plan"]["method"] == method and trial["result"] is not None
+    ]
+
+
+def area_of(results: Mapping[str, Any], method: str) -> float | None:
+    """The area under the front of a method's trials, relative to the model before unlearning; None until both are measured."""
+    points, target = points_of(results, method), points_of(results, TARGET)
+    return area_under_front(relative_to(target[0], points)) if points and target else None

@@ -10,15 +10,14 @@ import hashlib
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from eua.bench.knowledge import Knowledge
+from eua.bench.plain_text import plain_text
 from eua.bench.task import FORGOTTEN, EvaluationSet
 from eua.data.sources import Row
 from eua.errors import EUAError
 from eua.evaluation.said import KeyedFact, says
 
-PLAIN_TEXT = Path(__file__).with_name("plain_text.txt")
 DEFAULT_RELATION = "capital"
 # Relations that are forgotten only if they are named. SmolLM2's answers about other entities say more than 15 % of their keys,
 # and the word for the language of a country is also that for its people.
@@ -120,11 +119,6 @@ def facts_task(
         second=[row for index in later for row in draw.to_forget(index)],
         plain_text=plain_text(),
     )
-
-
-def plain_text() -> list[str]:
-    """Thirty short paragraphs on nothing in particular, written for this package, to measure a model's perplexity on."""
-    return PLAIN_TEXT.read_text(encoding="utf-8").strip().split("\n\n")
 
 
 def half_of(subject: tuple[str, str]) -> int:

@@ -10,8 +10,8 @@ them per row to forget, as published, and with three.
 Three things depend on the task: the numbers of epochs, the blocks, and the learning rates, because models smaller than 1B
 parameters need larger ones. A task multiplies every method's published learning rates by one factor.
 
-The settings of a grid have one order, of which a benchmark takes the first ones. Among these, each value of a setting occurs as
-often as every other, up to one.
+The settings of a grid have one order, of which a benchmark takes the first ones. Among these, the values of a setting occur as
+evenly as possible.
 """
 
 from __future__ import annotations
@@ -155,6 +155,15 @@ def trials_of(method: str, task: Task, count: int) -> list[Settings]:
 def settings_key(settings: Mapping[str, Any]) -> str:
     """A short text that equal settings, and no others, have in common."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def settings_in_words(settings: Mapping[str, Any]) -> str:
+    """Settings for people to read.
+
+    >>> settings_in_words({"learning_rate": 2e-05, "layer": 3})
+    'learning_rate 2e-05, layer 3'
+    """
+    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in settings.items())
 
 
 def _in_order(values: Mapping[str, Sequence[Any]], rng: random.Random) -> Iterator[Settings]:

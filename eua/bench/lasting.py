@@ -176,7 +176,7 @@ def _asked(
 
 
 def far_question(task: Task) -> str:
-    """The question of a test row to retain that shares the fewest words with the facts to forget, in its answer neither."""
+    """The question of a test row to retain whose question and answer share the fewest words with the facts to forget."""
     near = {word for fact in task.forgotten_facts for text in (*fact.wordings, fact.answer) for word in normalize(text).split()}
     rows = [row for one in task.test.values() if not one.forget for row in one.rows if "question" in row]
     return str(min(rows, key=lambda row: len(near & set(normalize(f"{row['question']} {row['answer']}").split())))["question"])

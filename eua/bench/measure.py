@@ -1,16 +1,14 @@
 """What is measured of a model on a task: the few figures that settings are chosen by, and everything that is reported.
 
-This file is the only one of the benchmark that knows the single metrics.
+What is left when a model is changed or asked in other ways is measured in :mod:`eua.bench.lasting`.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,32 +17,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eua.bench.lasting import Unlearn, lasting, strength
 from eua.bench.real_models import minilm_folder
 from eua.bench.task import FORGOTTEN, EvaluationSet, Task
-from eua.data.alternatives import idk_answers
 from eua.data.rows import EncodedRow, encode_rows
 from eua.errors import EUAError
+from eua.evaluation.declining import declines
 from eua.evaluation.full_report import UTILITY_SETS, measure_all
 from eua.evaluation.leaks import SentenceEmbedder, Similarity, leak_curve, rouge_l_recall
 from eua.evaluation.membership import membership_aucs, membership_scores, privacy_leakage, privacy_score
 from eua.evaluation.retain_model import RetainFigures, measure_retain_model
-from eua.evaluation.said import SaidFact, normalize, said_in_wordings, said_summary
+from eua.evaluation.said import SaidFact, said_in_wordings, said_summary
 from eua.evaluation.texts import fluency
 from eua.guard.guard import EnergyGuard
 from eua.model.loading import load_model
 
 _LEAKS = (1, 4, 16)  # numbers of sampled answers of which the worst one is reported
-# How answers begin that decline to answer: the speaker does not know or cannot say. A guard's refusal begins like this, too.
-_DECLINES = re.compile(
-    r"\W*(?:(?:unfortunately|sorry|apologies|i apologi[sz]e)\b.{0,20}?)?"
-    r"\b(?:"
-    r"(?:i|we)(?:['’]?m| am|['’]?re| are)? (?:really |simply )?"
-    r"(?:not (?:sure|able|aware|familiar|certain)|unable|unaware|unsure|uncertain|unfamiliar|"
-    r"(?:do not|don['’]?t|cannot|can['’]?t|could not|couldn['’]?t|have not|haven['’]?t) "
-    r"(?:know|have|answer|say|tell|help|provide|confirm|recall|possess|give|find|share|discuss)|"
-    r"have no (?:information|idea|answer|knowledge))|"
-    r"(?:that|this|it)(?:['’]s| is) (?:something i (?:don['’]?t|do not|can['’]?t|cannot)|beyond (?:what i|my))"
-    r")\b",
-    re.IGNORECASE | re.DOTALL,
-)
 
 
 def objectives(
@@ -120,22 +105,6 @@ def full_report(
         "relearning": lasts.curves,
     }
     return _finite(result), rows, guard
-
-
-def declines(text: str) -> bool:
-    """Whether an answer begins like one that declines to answer. It is a heuristic, for answers in English.
-
-    The phrases that IdkDPO and IdkNLL train on are recognized whole, so these methods are not judged by the heuristic alone.
-
-    >>> declines("I'm not sure about that."), declines("I'm at a loss here."), declines("Ann was born in Oslo.")
-    (True, True, False)
-    """
-    return normalize(text) in _phrases() or _DECLINES.match(text) is not None
-
-
-@cache
-def _phrases() -> frozenset[str]:
-    return frozenset(map(normalize, idk_answers()))
 
 
 def _retain_figures(task: Task, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> RetainFigures | None:

@@ -20,7 +20,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from eua.bench.published import half, pieces, published_rows
+from eua.bench.published import pieces, published_rows
+from eua.bench.splits import half
 from eua.bench.task import EvaluationSet, Task
 from eua.data.sources import Row
 from eua.errors import EUAError
@@ -30,7 +31,7 @@ HUB = "muse-bench/MUSE-News"
 TRAINING = {"per_device_train_batch_size": 4, "overlap": "drop"}
 CALIBRATED = 0.4  # share of the questions to retain that calibrate the guard
 LEAST_PROMPTS = 4
-NOTE = "A seed orders training; the models are the same. Perplexity is of texts that no model was to forget."
+NOTE = "Each seed shuffles training; the models are the same. Perplexity is of texts that no model was to forget."
 TEXTS = 50  # pieces of text whose perplexity is measured
 _QA, _TEXT = ("question", "answer"), ("text",)
 

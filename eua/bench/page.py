@@ -13,9 +13,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from eua.bench.choice import Point, front
+from eua.bench.choice import Point, area_of, front, points_of
 from eua.bench.grids import GRIDS
-from eua.bench.table import NOT_KEPT, Table, area_of, points_of, tables
+from eua.bench.notes import NOT_KEPT
+from eua.bench.table import Table, tables
 from eua.bench.trial import RETAIN_ONLY, TARGET
 from eua.files import replacing
 
@@ -30,7 +31,7 @@ _STYLE = (  # as on the page, in its light colours
 
 
 def write_page(path: Path, results: Mapping[str, Any]) -> None:
-    """Write the results of :func:`eua.bench.run.results_of` as one HTML file, completely or not at all."""
+    """Write the results of :func:`eua.bench.results.results_of` as one HTML file, completely or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(render_page(results), encoding="utf-8", newline="\n")
 
@@ -105,7 +106,7 @@ def _front_section(results: Mapping[str, Any]) -> str:
     return (
         "<section><h2>What every trial forgot and kept</h2>"
         '<p class="soft">Mean extraction strength on the validation split, guard off; the best corner is at the top left. A '
-        "line joins the trials of a method that no other one of it beats in both, with the area under it, relative to the "
+        "line joins the trials of a method that none of its others beats in both, with the area under it, relative to the "
         "model before unlearning (1: nothing is left of the rows to forget and everything of the others; 0: nothing changes; "
         "of one seed, so without an interval). Chosen trials have an outline.</p>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_ALT}">{drawn}</svg>'
@@ -121,7 +122,7 @@ def _place(point: Point) -> tuple[float, float]:
 
 
 def _staircase(points: Sequence[Point]) -> str:
-    """The path along the lower right corners of what the points beat: from the bottom, over each point, to the right edge."""
+    """The outline of the region that the points dominate: from the bottom, over each point, to the right edge."""
     parts = []
     height = 0.0
     for point in points:

@@ -14,8 +14,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from eua.bench.facts import plain_text
-from eua.bench.task import FORGOTTEN, EvaluationSet, Task, halves
+from eua.bench.plain_text import plain_text
+from eua.bench.splits import halves
+from eua.bench.task import FORGOTTEN, EvaluationSet, Task
 from eua.data.sources import Row
 from eua.demo.target import cached_model, train_tokenizer
 from eua.demo.world import FACTS_PER_PERSON, Fact, World, make_world
@@ -31,8 +32,8 @@ RATE_FACTOR = 20.0  # from 1e-5 … 5e-5, for models of 1B parameters, to 2e-4 �
 TRAINING = {"per_device_train_batch_size": 8}
 VOCABULARY = 1024  # tokens of both models
 NOTE = (
-    "A seed makes other people, trains other models, and orders training. Perplexity is of the questions and answers about "
-    "people whom unlearning never saw. Model utility is of the sets “retain” and “retain, never seen”."
+    "Each seed makes its own people, trains its own models, and shuffles training. Perplexity is of the questions and "
+    "answers about people whom unlearning never saw. Model utility is of the sets “retain” and “retain, never seen”."
 )
 
 

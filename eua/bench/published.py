@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from eua.data.sources import READ_SUFFIXES, Row, read_rows
 from eua.errors import EUAError
@@ -74,34 +73,3 @@ def _parts(words: Sequence[str]) -> Iterator[Sequence[str]]:
         part = words[start : start + size]
         if len(part) > PROMPT_WORDS:
             yield part
-
-
-def every_second(rows: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Rows that belong to nobody in particular, split into those for validation and those for the test.
-
-    >>> every_second(["a", "b", "c"])
-    (['a', 'c'], ['b'])
-    """
-    return list(rows[::2]), list(rows[1::2])
-
-
-def half(rows: Sequence[Any], part: int) -> list[Any]:
-    """The first or the second half of rows whose neighbours may be about the same thing.
-
-    >>> half(["a", "b", "c"], 0), half(["a", "b", "c"], 1)
-    (['a', 'b'], ['c'])
-    """
-    middle = (len(rows) + 1) // 2
-    return list(rows[middle:] if part else rows[:middle])
-
-
-def spread(rows: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
-    """A share of rows, taken at equal distances, and the others, both in order: for rows that are ordered by subject.
-
-    >>> spread(["a", "b", "c", "d", "e"], 0.4)
-    (['c', 'e'], ['a', 'b', 'd'])
-    """
-    taken = [int((place + 1) * share) > int(place * share) for place in range(len(rows))]
-    return [row for row, yes in zip(rows, taken, strict=True) if yes], [
-        row for row, yes in zip(rows, taken, strict=True) if not yes
-    ]

@@ -118,9 +118,9 @@ class Task:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of all rows and settings, and of the models' files. Names of folders and settings of None are not in it."""
+        """SHA-256 of all rows and settings, and of the models' files: not of folders' names, settings of None, and the note."""
         content = asdict(self) | {key: folder and files_digest(folder) for key, folder in self.folders.items()}
-        given = {key: value for key, value in content.items() if value is not None}
+        given = {key: value for key, value in content.items() if value is not None and key != "note"}
         return hashlib.sha256(json.dumps(given, sort_keys=True, default=list).encode()).hexdigest()
 
     @property
@@ -143,21 +143,3 @@ def files_digest(folder: str) -> str:
             while block := file.read(_READ_BYTES):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def halves(groups: Sequence[str]) -> tuple[frozenset[str], frozenset[str]]:
-    """Every second group for validation, the others for the test.
-
-    >>> halves(["Ann", "Ann", "Bob", "Cleo"]) == (frozenset({"Ann", "Cleo"}), frozenset({"Bob"}))
-    True
-
-    Raises:
-        EUAError: if there is only one group, which cannot be in both.
-    """
-    distinct = list(dict.fromkeys(groups))
-    if len(distinct) < 2:
-        raise EUAError(
-            f"{len(distinct)} group ({', '.join(distinct)}) cannot be split into one for choosing settings and one for "
-            "reporting: give rows of at least two groups (people, authors)."
-        )
-    return frozenset(distinct[::2]), frozenset(distinct[1::2])

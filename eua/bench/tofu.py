@@ -25,8 +25,9 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from eua.bench.facts import plain_text
-from eua.bench.published import every_second, published_rows, rows_if_any
+from eua.bench.plain_text import plain_text
+from eua.bench.published import published_rows, rows_if_any
+from eua.bench.splits import every_second
 from eua.bench.task import FORGOTTEN, EvaluationSet, Task
 from eua.data.sources import Row
 from eua.demo.target import cached_model
@@ -45,7 +46,7 @@ BASE_MODEL: dict[str, Any] = {"batch_size": 32, "learning_rate": 2e-4, "bf16": T
 BASE_RATE_FACTOR = 4.0
 TRAINING = {"per_device_train_batch_size": 16, "bf16": True}
 NOTE = (
-    "A seed trains other models, if they are trained for this task, and orders training. Forget quality is of half of the "
+    "Each seed trains its own models, unless they are given, and shuffles training. Forget quality is of half of the "
     "authors and with the wrong answers that AltPO does not train on, so its p-values are larger than published ones. "
     "Perplexity is of the questions and answers about authors whom unlearning never saw."
 )
@@ -111,7 +112,7 @@ def tofu(
         retain_model: the same of a model that was trained on the rows to retain; None: as for ``model``, or none.
         base: folder or hub name of a model that is trained on the rows instead, e.g. SmolLM2; None: one from scratch.
         authors: number of retained authors that are used; None: all.
-        target_epochs: passes of a small model over its rows.
+        target_epochs: passes of a model that is trained here, from scratch or from ``base``, over its rows.
         epochs: the larger number of passes of unlearning over the rows to forget; half of it is the other one.
         size: further arguments of :func:`eua.demo.target.train_target`.
 

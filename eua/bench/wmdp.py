@@ -19,7 +19,8 @@ from collections.abc import Sequence
 
 from transformers import AutoConfig
 
-from eua.bench.published import every_second, pieces, published_rows, spread
+from eua.bench.published import pieces, published_rows
+from eua.bench.splits import every_second, spread
 from eua.bench.task import EvaluationSet, Task
 from eua.data.sources import Row
 from eua.errors import EUAError
@@ -27,7 +28,7 @@ from eua.errors import EUAError
 HUB, HUB_RETAIN, HUB_TEXTS = "cais/wmdp", "cais/mmlu", "cais/wmdp-corpora"
 DOMAINS = ("bio", "cyber")
 TRAINING = {"per_device_train_batch_size": 4, "overlap": "drop"}
-NOTE = "A seed orders training; the model is the same. Perplexity is of the last of the texts to retain."
+NOTE = "Each seed shuffles training; the model is the same. Perplexity is of the last of the texts to retain."
 TEXTS = 50  # pieces of text whose perplexity is measured
 CALIBRATED = 0.4  # share of the questions to retain that calibrate the guard
 _CHOICES, _TEXT = ("question", "choices", "answer"), ("text",)

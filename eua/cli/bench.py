@@ -1,4 +1,4 @@
-"""``eua bench``: compares unlearning methods on one footing, as JSON, tables and a page."""
+"""``eua bench``: compares unlearning methods on an equal footing, as JSON, tables and a page."""
 
 from __future__ import annotations
 
@@ -82,9 +82,7 @@ def _parser() -> Parser:
         ),
         usage="eua bench {people,facts,tofu,muse,wmdp,report} [OPTIONS]",
     )
-    parser.add_argument(
-        "task", choices=(*TASKS, "report"), help="what to compare methods on; report: write the results so far anew"
-    )
+    parser.add_argument("task", choices=(*TASKS, "report"), help="what to compare methods on; report: rewrite the result files")
     parser.add_argument("--output", type=Path, default=Path("eua-bench"), help="folder for trials, models and results")
     parser.add_argument(
         "--methods", type=_names, metavar="A,B,…", help="methods to compare (default: all that the task has rows for)"
@@ -94,19 +92,19 @@ def _parser() -> Parser:
         "--seeds",
         type=positive(int),
         default=3,
-        help="seeds at which the chosen settings are measured, from 1; 0 is the choice's",
+        help="seeds at which the chosen settings are measured (1, 2, …); seed 0 is for the choice",
     )
     parser.add_argument(
         "--workers", type=positive(int), help="processes on this machine (default: one per GPU, or per two CPU cores)"
     )
-    parser.add_argument("--limit", type=positive(float), metavar="SECONDS", help="begin no new trial after so long")
+    parser.add_argument("--limit", type=positive(float), metavar="SECONDS", help="begin no new trial after this many seconds")
     parser.add_argument(
         "--storage", metavar="URL", help="Optuna storage that several machines share (default: a file in the output folder)"
     )
     parser.add_argument(
         "--discard-models", action="store_true", help="keep only the figures of the chosen settings' models, not the models"
     )
-    parser.add_argument("--epochs", type=positive(float), help="passes over the rows to forget; half of them is tried, too")
+    parser.add_argument("--epochs", type=positive(float), help="passes over the rows to forget; half as many are tried, too")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder in which small models are kept")
     rows = parser.add_argument_group("rows and models")
     rows.add_argument("--people", type=positive(int), help="people: how many to make up (default: 100)")
@@ -116,7 +114,7 @@ def _parser() -> Parser:
     rows.add_argument("--authors", type=positive(int), help="tofu: retained authors to use (default: all)")
     rows.add_argument(
         "--model",
-        help="folder or hub name of the model before unlearning (people, tofu: trained from scratch; facts: SmolLM2)",
+        help="folder or hub name of the model before unlearning (default: tofu trains one from scratch, facts takes SmolLM2)",
     )
     rows.add_argument("--retain-model", help="the same of a model that was never trained on the rows to forget")
     rows.add_argument("--base", help="tofu: a model that is trained on the rows first, in place of one from scratch")
@@ -124,7 +122,9 @@ def _parser() -> Parser:
     rows.add_argument("--trained", type=positive(int), help="facts: wordings of each fact that unlearning sees (default: 1)")
     rows.add_argument("--pieces", type=count, help="muse, wmdp: pieces of text to train on, to forget and to retain")
     rows.add_argument(
-        "--target-epochs", type=positive(float), help="people, tofu: passes of models that are trained from scratch"
+        "--target-epochs",
+        type=positive(float),
+        help="people, tofu: passes of the models that are trained first, from scratch or from --base",
     )
     return parser
 
@@ -177,7 +177,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _bench(settings: dict[str, Any], output: Path, storage: str | None) -> Any:
-    from eua.bench.run import Bench
+    from eua.bench.results import Bench
 
     options = dict(settings["options"])
     if "cache" in options:
@@ -201,7 +201,7 @@ def _maker(task: str) -> Callable[..., Any]:
 
 
 def _results(output: Path, storage: str | None) -> dict[str, Any]:
-    from eua.bench.run import TUNING_SEED, results_of
+    from eua.bench.results import TUNING_SEED, results_of
 
     settings = _settings(output)
     try:

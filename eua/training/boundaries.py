@@ -27,7 +27,7 @@ from eua.files import replacing
 from eua.methods.table import METHODS
 from eua.model.fingerprints import model_fingerprint
 from eua.model.forward import answer_states, check_finite, eval_hidden_states
-from eua.model.head import Fill, Side, output_head
+from eua.model.head import Fill, Head, Side, output_head
 
 # Which logits make a boundary: the smallest make m_out, the largest m_in.
 TAIL_OF_KIND: dict[str, Side] = {"forget": "bottom", "retain": "top", "eval_forget": "bottom", "eval_retain": "top"}
@@ -45,7 +45,7 @@ _BATCHES_AT_ONCE = 32
 _SECONDS_BETWEEN_SAVES = 30.0
 
 
-class BoundaryStore:
+class ReferenceStore:
     """The boundaries of rows, or their NLL, for the model as it is before the first step. A resumed run finds them in the file.
 
     :meth:`look_up` and :meth:`complete` are separate, since sharded weights can be read before training is prepared, but a
@@ -217,12 +217,21 @@ def compute_boundaries(
     head = output_head(model)
 
     def tail(states: Tensor, targets: Tensor) -> Tensor:
-        try:
-            return head.tail_energy(states, fraction, TAIL_OF_KIND[kind], fill, temperature)
-        except ValueError as error:  # the fraction leaves no logit, which shows only once the vocabulary is known
-            raise EUAError(f"rho cannot be used with this model: {error}") from error
+        return boundaries_of(head, states, kind, fraction, fill, temperature)
 
     return _figures(model, rows, kind, tail, "boundaries", batch_size)
+
+
+def boundaries_of(head: Head, states: Tensor, kind: str, fraction: float, fill: Fill, temperature: float) -> Tensor:
+    """The boundary at each hidden state, (A, H) → (A,); arguments as in :func:`compute_boundaries`.
+
+    Raises:
+        EUAError: if the fraction leaves no logit, which shows only once the vocabulary is known.
+    """
+    try:
+        return head.tail_energy(states, fraction, TAIL_OF_KIND[kind], fill, temperature)
+    except ValueError as error:
+        raise EUAError(f"rho cannot be used with this model: {error}") from error
 
 
 def compute_nll(model: nn.Module, rows: Sequence[EncodedRow], kind: str, *, batch_size: int = 16) -> list[Tensor]:

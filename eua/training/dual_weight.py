@@ -17,7 +17,7 @@ _SAVED_AS = "dual_weight"  # in the trainer's state
 class DualWeight(TrainerCallback):
     """PDU's multiplier λ: it starts at α, and after its warm-up moves by η·(NLL − ε) after each step, never below 0.
 
-    The released code moves it after every micro-batch; a step has one only without gradient accumulation.
+    The released code moves it after every micro-batch; the two agree only without gradient accumulation.
 
     Args:
         settings: ``alpha`` (λ at the start), ``retain_bound`` (ε, in nats), ``dual_step`` (η) and ``dual_warmup``.

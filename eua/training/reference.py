@@ -10,7 +10,7 @@ from eua.errors import EUAError
 from eua.methods.answers import Places
 from eua.model.forward import check_head, hidden_and_inner_states
 from eua.model.head import Fill, Head, output_head
-from eua.training.boundaries import TAIL_OF_KIND
+from eua.training.boundaries import boundaries_of
 
 
 class Reference:
@@ -54,7 +54,5 @@ class Reference:
         """m_out at the answer tokens of forget rows and m_in at those of retain rows (method.md §3), (B, S−1); 0 elsewhere."""
         boundary = torch.zeros(places.counted.shape, device=states.device)
         for kind, tokens in (("forget", places.forget), ("retain", places.retain)):
-            boundary[tokens] = self.head.tail_energy(
-                states[:, :-1][tokens], fraction, TAIL_OF_KIND[kind], fill, temperature
-            ).float()
+            boundary[tokens] = boundaries_of(self.head, states[:, :-1][tokens], kind, fraction, fill, temperature).float()
         return boundary

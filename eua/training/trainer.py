@@ -40,7 +40,7 @@ from eua.model.forgotten import forgotten_prompts, prompt_digest, set_forgotten
 from eua.model.forward import block_of, check_head, freeze_above, hidden_and_inner_states, token_energies
 from eua.model.head import output_head
 from eua.model.loading import load_model, load_tokenizer
-from eua.training.boundaries import BoundaryStore
+from eua.training.boundaries import ReferenceStore
 from eua.training.checkpoints import CheckpointingTrainer, last_checkpoint, read_checkpoint
 from eua.training.checks import (
     check_arguments,
@@ -108,8 +108,9 @@ class EUATrainer(CheckpointingTrainer):
             name of a data set on the hub, a ``datasets.Dataset``, a ``DataFrame`` or a list.
         eval_forget_dataset, eval_retain_dataset: rows held out from training, from the same sources, for :meth:`evaluate`,
             which ``eval_strategy="steps"`` or ``"epoch"`` calls during training.
-        ref_model: the model before unlearning, or its name or path. It stays in memory: boundaries are then computed from it at
-            every step, not beforehand, and ``retain_loss="kl"``, RMU and UNDIAL compare the model in training with it.
+        ref_model: the model before unlearning, or its name or path. It stays in memory: EUA's boundaries of training rows are
+            then computed from it at every step, not beforehand, and ``retain_loss="kl"``, RMU and UNDIAL compare the model in
+            training with it.
         processing_class: the model's tokenizer; loaded from the model's folder if None.
         peft_config: trains an adapter (LoRA, …) on the frozen model.
         callbacks, optimizers: as in transformers' Trainer.
@@ -207,10 +208,10 @@ class EUATrainer(CheckpointingTrainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self._figures: Figures | None = None  # of the steps since the last line of the log
-        self.boundaries = self._boundary_store()
+        self.reference_values = self._reference_store()
 
-    def _boundary_store(self) -> BoundaryStore:
-        return BoundaryStore(
+    def _reference_store(self) -> ReferenceStore:
+        return ReferenceStore(
             self.output_folder / BOUNDARIES_FILE,
             self.encoded_rows,
             method=self.args.method,
@@ -250,10 +251,10 @@ class EUATrainer(CheckpointingTrainer):
         self._resumed_state = read_checkpoint(Path(checkpoint)) if checkpoint else None
         self._write_date_of(Path(checkpoint).parent if checkpoint else None)
         boundaries = self._find_boundaries(resuming=bool(checkpoint))
-        if is_sharded(self.accelerator) and checkpoint and self.boundaries.missing:
+        if is_sharded(self.accelerator) and checkpoint and self.reference_values.missing:
             raise EUAError(
-                f"{self.boundaries.path} lacks the boundaries of {self.boundaries.missing} rows, and weights in "
-                f"{checkpoint} have been trained since: put that file back, or train anew into another folder."
+                f"{self.reference_values.path} lacks boundaries or likelihoods of {self.reference_values.missing} rows, and "
+                f"weights in {checkpoint} have been trained since: put that file back, or train anew into another folder."
             )
         method = self.objective.method
         keeps_nothing = method.keep is None and self.args.alpha == 0 and self._dual_weight is None
@@ -317,7 +318,7 @@ class EUATrainer(CheckpointingTrainer):
         check_rows_fit(self.model, rows)
         rows["retain"] = self.row_sets.kept(rows)
         self.date, self.encoded_rows = date, rows
-        self.boundaries = self._boundary_store()
+        self.reference_values = self._reference_store()
 
     def _find_boundaries(self, *, resuming: bool) -> dict[str, list[Tensor]]:
         """The boundaries from the weights that the trainer was created with; a second ``train()`` uses the same ones.
@@ -327,13 +328,13 @@ class EUATrainer(CheckpointingTrainer):
         if self.date is not None and self.args.should_save:
             save_run_date(self.output_folder, self.date)
         used = self._get_train_sampler().rows_used(pairs_of_epochs(self.args, len(self.encoded_rows["forget"])))
-        self.boundaries.look_up(self._reference_model, resuming=resuming, used=used)
+        self.reference_values.look_up(self._reference_model, resuming=resuming, used=used)
         if not is_sharded(self.accelerator):
             self._complete_boundaries()
-        return self.boundaries.values
+        return self.reference_values.values
 
     def _complete_boundaries(self) -> None:
-        self.boundaries.complete(
+        self.reference_values.complete(
             self._reference_model, batch_size=self.args.boundary_batch_size, progress=not self.args.disable_tqdm
         )
 
@@ -402,7 +403,7 @@ class EUATrainer(CheckpointingTrainer):
         ref_hidden = ref_inner = None
         if self.reference is not None:
             ref_hidden, ref_inner = self.reference.states(batch, settings.layer)
-            if self.boundaries.every_step and settings.constant_boundaries is None and not held_out:
+            if self.reference_values.every_step and settings.constant_boundaries is None and not held_out:
                 computed = (settings.rho, settings.temperature, settings.fill)
                 figures = self.reference.boundaries(ref_hidden, places, *computed)
         return Answers(
@@ -467,7 +468,7 @@ class EUATrainer(CheckpointingTrainer):
                 "pass eval_forget_dataset and eval_retain_dataset to EUATrainer."
             )
         started = time.time()
-        if is_sharded(self.accelerator) and self.boundaries.missing:
+        if is_sharded(self.accelerator) and self.reference_values.missing:
             raise EUAError(
                 "evaluate() was called before train(), but only train() shards the model over the processes and computes its "
                 "boundaries: set eval_on_start = True to evaluate before the first step."

@@ -9,8 +9,9 @@ from itertools import chain
 import pytest
 
 from eua import EUAError
-from eua.bench.facts import GUESSED, facts_task, half_of, plain_text
+from eua.bench.facts import GUESSED, facts_task, half_of
 from eua.bench.knowledge import Knowledge, ask_facts, first_sentence
+from eua.bench.plain_text import plain_text
 from eua.bench.questions import load_facts
 from eua.bench.wrappings import PREFIXES, SUFFIXES, wrappings
 from eua.demo.world import _VALUES, _WORDINGS

@@ -9,40 +9,13 @@ import pytest
 import torch
 
 from eua.bench import measure
-from eua.bench.measure import _add_membership, _finite, _leaks, _said, declines, objectives
+from eua.bench.measure import _add_membership, _finite, _leaks, _said, objectives
 from eua.bench.task import EvaluationSet
-from eua.data.alternatives import idk_answers
 from eua.errors import EUAError
 from eua.evaluation.membership import PRIVACY_SCORES
 from eua.evaluation.retain_model import RetainFigures
 from eua.evaluation.said import KeyedFact, SaidFact
 from eua.model.loading import load_model
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("I don't know.", True),
-        ("I’m not sure about that one.", True),
-        ("Unfortunately, I have no information on this author.", True),
-        ("That is beyond what I can say, sorry.", True),
-        ("Ann was born in Oslo.", False),
-        ("I was born in Oslo.", False),
-        ("He did not know that it was late.", False),
-        ("It is set in a world beyond the stars.", False),
-        ("My book cannot be bought anymore.", False),
-        ("I wrote that I don't have a home.", False),
-        ("", False),
-    ],
-)
-def test_answers_that_decline(text, expected):
-    assert declines(text) is expected
-
-
-@pytest.mark.parametrize("text", idk_answers())
-def test_every_phrase_that_methods_train_on_counts_as_declining(text):
-    assert declines(text)
-    assert declines(f" {text.rstrip('.').upper()}")
 
 
 def test_every_row_counts_the_same_in_the_objectives(make_task):

@@ -17,12 +17,16 @@ from transformers import AutoModelForCausalLM
 
 from eua import EnergyGuard
 from eua.bench import run as run_module
+from eua.bench import workers as workers_module
+from eua.bench.columns import SAID
 from eua.bench.page import render_front, render_page
-from eua.bench.run import Bench, results_of, run_bench, work
+from eua.bench.results import Bench, _versions_of, results_of
+from eua.bench.run import run_bench
 from eua.bench.study import Done, Plan
-from eua.bench.table import SAID, markdown, tables
+from eua.bench.table import markdown, tables
 from eua.bench.task import EvaluationSet, Task
 from eua.bench.trial import RETAIN_ONLY, TARGET
+from eua.bench.workers import work
 from eua.errors import EUAError
 from eua.evaluation.results import read_results
 from tests.bench.conftest import made_up_trial
@@ -124,13 +128,13 @@ def test_models_of_chosen_trials_are_kept_and_others_are_not(bench, results):
 
 
 def test_a_complete_benchmark_runs_nothing_again(bench, results, monkeypatch):
-    monkeypatch.setattr(run_module, "run_trial", lambda *_, **__: pytest.fail("a finished trial ran again"))
+    monkeypatch.setattr(workers_module, "run_trial", lambda *_, **__: pytest.fail("a finished trial ran again"))
     assert run_bench(bench, workers=1) == results
 
 
 def _work_slowly(bench: Bench, plans) -> None:
     """A worker that says when it is at its second method's trial, and then never ends."""
-    run = run_module.run_trial
+    run = workers_module.run_trial
 
     def run_trial(task, plan, phase, output, **options):
         if plan.method == "npo":
@@ -138,7 +142,7 @@ def _work_slowly(bench: Bench, plans) -> None:
             time.sleep(PATIENCE)
         return run(task, plan, phase, output, **options)
 
-    run_module.run_trial = run_trial
+    workers_module.run_trial = run_trial
     work(bench, "tuning", plans)
 
 
@@ -178,7 +182,7 @@ def test_the_limit_begins_no_new_trial(bench, tmp_path):
 
 
 def test_results_are_written_as_they_come(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "run_trial", made_up_trial)
+    monkeypatch.setattr(workers_module, "run_trial", made_up_trial)
     monkeypatch.setattr(run_module, "_WRITE", 0.0)
     came: list[int] = []
     again = replace(bench, output=tmp_path, methods=["grad_ascent"], seeds=1)
@@ -193,7 +197,7 @@ def _ended(results) -> int:
 def test_models_are_kept_unless_they_are_not_wanted(bench, results, make_task, tmp_path):
     plan = Plan("grad_ascent", {"learning_rate": 1e-4, "num_train_epochs": 1}, 1)
     task = replace(make_task(1), facts=(), relearning_steps=(), second=())
-    result = run_module.run_trial(task, plan, "report", tmp_path, keep_model=False)
+    result = workers_module.run_trial(task, plan, "report", tmp_path, keep_model=False)
     assert "model" not in result
     assert [path.name for path in tmp_path.iterdir() if any(path.iterdir())] == ["rows"]
 
@@ -204,7 +208,7 @@ def test_a_failed_trial_is_reported_and_the_others_go_on(bench, tmp_path, monkey
             raise EUAError("The loss became nan at step 3: lower the learning rate.")
         return made_up_trial(task, plan, phase, output)
 
-    monkeypatch.setattr(run_module, "run_trial", run_trial)
+    monkeypatch.setattr(workers_module, "run_trial", run_trial)
     results = run_bench(replace(bench, output=tmp_path), workers=1)
     assert results["complete"]
     assert results["chosen"]["npo"] is None
@@ -297,11 +301,11 @@ def test_two_workers_share_the_trials(bench, results, tmp_path, monkeypatch):
 def test_versions_that_differ_among_trials_are_collected(results):
     assert len(results["versions_of_trials"]) == 1
     done = [Done(Plan("npo", {}, seed), seed, {"versions": {"eua": eua}}, None) for seed, eua in enumerate(("1", "2", "1"))]
-    assert run_module._versions_of([*done, Done(Plan("npo", {}, 3), 3, None, "it failed")]) == [{"eua": "1"}, {"eua": "2"}]
+    assert _versions_of([*done, Done(Plan("npo", {}, 3), 3, None, "it failed")]) == [{"eua": "1"}, {"eua": "2"}]
 
 
 def _sleep_with_a_parent(folder: Path) -> None:
-    run_module._end_with_parent()
+    workers_module._end_with_parent()
     (folder / str(os.getpid())).touch()
     time.sleep(PATIENCE)
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from eua.bench.columns import SAID, mean_cell
+from eua.bench.notes import NOT_KEPT
 from eua.bench.page import render_page
-from eua.bench.table import NOT_KEPT, SAID, Table, markdown, mean_cell, tables
+from eua.bench.table import Table, markdown, tables
 from eua.bench.trial import RETAIN_ONLY, TARGET
 
 SETTINGS = {"learning_rate": 1e-4}

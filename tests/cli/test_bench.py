@@ -43,9 +43,9 @@ def test_a_folder_with_other_files_is_refused(tmp_path, capsys):
 
 def test_it_writes_results_and_goes_on(tmp_path: Path, monkeypatch, capsys):
     from eua.bench import people as people_module
-    from eua.bench import run as run_module
+    from eua.bench import workers as workers_module
 
-    monkeypatch.setattr(run_module, "run_trial", made_up_trial)
+    monkeypatch.setattr(workers_module, "run_trial", made_up_trial)
     trained = people_module.cached_model
     monkeypatch.setattr(people_module, "cached_model", lambda rows, cache, **more: trained(rows, cache, **more | SIZE))
     output = tmp_path / "results"

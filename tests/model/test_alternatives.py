@@ -147,6 +147,8 @@ def test_an_interrupted_command_goes_on_where_it_stopped(known, tokenizer, rows,
     asked.clear()
     assert main(command("with.jsonl", "--overwrite")) != 0
     asked[:] = [""] * 3
+    (tmp_path / "with.jsonl").unlink()
+    assert main(command("with.jsonl", "--seed", "1")) == 2  # other settings
     assert main(command("with.jsonl", "--overwrite", "--seed", "1")) == 0
     assert len(asked) == 3 + 4  # other settings begin anew
 

@@ -23,7 +23,7 @@ from eua.distributed import any_process, own_part
 from eua.guard.scores import prompt_scores
 from eua.model.forward import check_head, token_energies
 from eua.model.head import output_head
-from eua.training.boundaries import BoundaryStore, compute_boundaries, fingerprint
+from eua.training.boundaries import ReferenceStore, compute_boundaries, fingerprint
 from tests.conftest import tiny_llama
 from tests.processes import Ranks
 
@@ -137,7 +137,7 @@ def check_store(group: dist.ProcessGroup, folder: Path) -> None:
     rows = {"forget": ROWS, "retain": ROWS[:5]}
     settings = {"fraction": 0.2, "temperature": 1.0, "fill": "zero"}
     model = tiny_llama(64)
-    stores = [BoundaryStore(path, rows, **settings) for _ in range(2)]
+    stores = [ReferenceStore(path, rows, **settings) for _ in range(2)]
     stores[0].look_up(model, resuming=False)
     assert stores[0].missing == 13
     stores[0].complete(model, batch_size=2, progress=False)

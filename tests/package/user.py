@@ -3,7 +3,7 @@
 import torch
 
 from eua import EnergyGuard, EUAConfig, EUATrainer, d2_loss
-from eua.bench.facts import plain_text
+from eua.bench.plain_text import plain_text
 from eua.bench.questions import load_facts
 from fused_energy import linear_energy
 

@@ -112,7 +112,7 @@ def test_what_needs_the_weights_in_place_says_so(model, tokenizer, rows, tmp_pat
     (tmp_path / "boundaries.safetensors").unlink()
     again = make(model, tokenizer, rows, tmp_path, passed=evaluated, save_strategy="steps", save_steps=2)
     with pytest.raises(
-        EUAError, match="lacks the boundaries of 21 rows, and weights in .*checkpoint-6 have been trained since"
+        EUAError, match="lacks boundaries or likelihoods of 21 rows, and weights in .*checkpoint-6 have been trained since"
     ):
         again.train(resume_from_checkpoint=True)
 
