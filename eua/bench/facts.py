@@ -40,7 +40,7 @@ class FactsTask:
         validation, test: sets of the same names to choose settings on, and to report. No entity is in both, whatever the seeds
             of two tasks are. The names are "forget", "same relation, seen", "same relation, never seen", "same entity", "far,
             seen" and "far, never seen", as far as both halves have such facts: the trained wordings, and with the addition "in
-            other words" one other wording a fact, in which the model says it.
+            other words" one other wording a fact, both only where the model's own answer is one sentence that says it.
         facts: the facts of ``test`` with all wordings; the group of each is the name of its set.
         second: rows of ``retain`` to be forgotten in a second request, about facts of the same relations; no entity of the
             test sets is among them.
@@ -241,13 +241,18 @@ class _Draw:
         return {"alternatives": self.rng.sample(wrong, min(ALTERNATIVES, len(wrong)))} if wrong else {}
 
     def measured(self, half: int) -> dict[str, EvaluationSet]:
-        """The sets of a half of the entities that have rows, no more facts a role than are to be forgotten."""
+        """The sets of a half of the entities that have rows, no more facts a role than are to be forgotten.
+
+        Answers are those that the model itself gives, from beginning to end, if there are any in a set: where it says more
+        than the first sentence, it does not stop there, so it could lose nothing.
+        """
         sets: dict[str, EvaluationSet] = {}
         for name, chosen in self._chosen(half).items():
-            forget = name == FORGOTTEN
-            sets[name] = EvaluationSet([row for index in chosen for row in self.rows(index, range(self.trained))], forget)
+            whole = [row for index in chosen for row in self.rows(index, self._whole(index, trained=True))]
+            plain = whole or [row for index in chosen for row in self.rows(index, range(self.trained))]
             reworded = [row for index in chosen for row in self.rows(index, self._other_wording(index))]
-            sets[f"{name}, in other words"] = EvaluationSet(reworded, forget)
+            sets[name] = EvaluationSet(plain, name == FORGOTTEN)
+            sets[f"{name}, in other words"] = EvaluationSet(reworded, name == FORGOTTEN)
         return {name: one for name, one in sets.items() if one.rows}
 
     def keyed(self, half: int, sets: Iterable[str]) -> list[KeyedFact]:
@@ -262,10 +267,18 @@ class _Draw:
             for (kind, role), members in self.roles.items()
             if role != "calibration"
         }
-        return {name: members[: len(found[FORGOTTEN])] for name, members in found.items()}
+        count = len(found[FORGOTTEN])
+        for members in found.values():  # first those that can be measured in a trained wording
+            members.sort(key=lambda index: not self._whole(index, trained=True))
+        return {name: members[:count] for name, members in found.items()}
+
+    def _whole(self, index: int, *, trained: bool) -> list[int]:
+        """The wordings that are trained, or those that are not, to which the model's answer is the fact and nothing more."""
+        wordings = self.wordings[: self.trained] if trained else self.wordings[self.trained :]
+        return [wording for wording in wordings if self.knowledge.is_whole(index, wording)]
 
     def _other_wording(self, index: int) -> list[int]:
-        """One of the wordings that are not trained, if there are any; one in which the model says the fact, if it does."""
+        """One of the wordings that are not trained, if there are any: one in which the model says the fact, best as a whole."""
         said, unseen = self.knowledge.said(index), self.wordings[self.trained :]
-        choices = [wording for wording in unseen if said[wording]] or unseen
+        choices = self._whole(index, trained=False) or [wording for wording in unseen if said[wording]] or unseen
         return self.rng.sample(choices, min(1, len(choices)))

@@ -65,6 +65,11 @@ class Knowledge:
         fact = self.facts[index]
         return sentence if sentence and says(sentence, fact.keys) else fact.answer
 
+    def is_whole(self, index: int, wording: int) -> bool:
+        """Whether the model's answer to a wording says the fact and ends after its first sentence."""
+        text = self.answers[index][wording].strip()
+        return bool(text) and text == first_sentence(text) and says(text, self.facts[index].keys)
+
 
 def ask_facts(
     model: PreTrainedModel,

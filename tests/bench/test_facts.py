@@ -186,6 +186,26 @@ def test_a_second_request_forgets_retained_facts_of_the_same_relation(knowledge,
     assert not subjects(world_facts, task.second) & tested
 
 
+def test_answers_that_go_on_are_not_measured_where_the_model_also_gives_whole_ones(knowledge, world_facts):
+    """It goes on after the first sentence about every other person in the trained wording, and about all in the second."""
+
+    def answered(place: int, fact) -> tuple[str, ...]:
+        more = f"{fact.answer} And more of it"
+        return (more if place % 2 else fact.answer), more, fact.answer
+
+    answers = tuple(answered(place, fact) for place, fact in enumerate(world_facts))
+    task = facts_task(replace(knowledge, answers=answers), 0, relations=["pet"], forget=6, least=2)
+    places = {fact.wordings[0]: place for place, fact in enumerate(world_facts)}
+    last = {fact.wordings[2] for fact in world_facts}
+    for part in (task.validation, task.test):
+        for name, one in part.items():
+            questions = {row["question"] for row in one.rows}
+            assert questions <= last if "other words" in name else not [q for q in questions if places[q] % 2]
+    assert [row for row in task.forget if places[row["question"]] % 2]  # they are trained on all the same
+    unlike = replace(knowledge, answers=tuple((answer[1],) * 3 for answer in answers))
+    assert facts_task(unlike, 0, relations=["pet"], forget=6, least=2).test["forget"].rows  # there are no others
+
+
 def test_a_fact_is_reworded_as_the_model_says_it(knowledge, world_facts):
     """It says facts in the first and the last wording alone."""
     answers = tuple((fact.answer, "I do not know.", fact.answer) for fact in world_facts)
