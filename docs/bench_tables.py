@@ -5,6 +5,8 @@ of results, the table's title, and the headings of the columns that follow the m
 
     <!-- bench people.json | Cost of unlearning | seconds; peak memory (GiB) -->
     <!-- end -->
+
+A third part, `| npo, eua`, shows the rows of these methods alone.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eua.bench.notes import NOT_KEPT
 from eua.bench.page import render_front
 from eua.bench.table import METHOD, Table, markdown_table, tables
 
@@ -23,7 +26,9 @@ RESULTS = ROOT / "benches" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmark.md")
 PICTURES = {"people.json": ROOT / "docs" / "people_front.svg"}
 _PLACE = re.compile(
-    r"(?P<begin><!-- bench (?P<file>\S+) \| (?P<title>.+?) \| (?P<columns>.+?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
+    r"(?P<begin><!-- bench (?P<file>\S+) \| (?P<title>.+?) \| (?P<columns>[^|]+?)(?: \| (?P<rows>[^|]+?))? -->\n)"
+    r".*?(?P<end><!-- end -->)",
+    re.DOTALL,
 )
 
 
@@ -47,7 +52,10 @@ def _fill(place: re.Match[str]) -> str:
     if place["title"] not in made:
         raise ValueError(f"{place['file']} has no table {place['title']!r}, but {', '.join(made)}.")
     columns = [METHOD, *(name.strip() for name in place["columns"].split(";"))]
-    return f"{place['begin']}\n{markdown_table(_some_columns(made[place['title']], columns))}\n{place['end']}"
+    table = _some_columns(made[place["title"]], columns)
+    if place["rows"] is not None:
+        table = _some_rows(table, [name.strip() for name in place["rows"].split(",")])
+    return f"{place['begin']}\n{markdown_table(table)}\n{place['end']}"
 
 
 def _some_columns(table: Table, columns: Sequence[str]) -> Table:
@@ -56,6 +64,14 @@ def _some_columns(table: Table, columns: Sequence[str]) -> Table:
         raise ValueError(f"The table {table.title!r} has no column {', '.join(missing)}, but {'; '.join(table.head)}.")
     places = [table.head.index(name) for name in columns]
     return Table(table.title, table.note, list(columns), [[row[place] for place in places] for row in table.rows])
+
+
+def _some_rows(table: Table, methods: Sequence[str]) -> Table:
+    rows = {row[0].split(f" {NOT_KEPT}")[0]: row for row in table.rows}
+    missing = [name for name in methods if name not in rows]
+    if missing:
+        raise ValueError(f"The table {table.title!r} has no row {', '.join(missing)}, but {', '.join(rows)}.")
+    return Table(table.title, table.note, table.head, [rows[name] for name in methods])
 
 
 if __name__ == "__main__":
