@@ -26,7 +26,6 @@ NOTE = (
     "decoding only. The shares of facts said by way of asking are of a model in bfloat16; all else is measured in float32. "
     "Perplexity is of thirty paragraphs unrelated to the facts."
 )
-RATE_FACTOR = 4.0  # models of 135M parameters need a few times the published learning rates
 
 
 def facts(
@@ -71,7 +70,6 @@ def facts(
         text=task.plain_text,
         unrelated=task.plain_text,
         training=TRAINING,
-        rate_factor=RATE_FACTOR,
         epochs=(epochs / 2, epochs),
         blocks=AutoConfig.from_pretrained(model).num_hidden_layers,
         tolerance=max(0.05, 1 / (1 + groups)),

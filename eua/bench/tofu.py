@@ -43,7 +43,6 @@ MOST_OTHERS = 3  # answers about other authors that may contain a key; or about 
 SMALL_MODEL: dict[str, Any] = {"vocabulary": 4096, "batch_size": 16, "learning_rate": 1e-3, "bf16": True}
 SMALL_RATE_FACTOR = 20.0  # by which published learning rates are multiplied
 BASE_MODEL: dict[str, Any] = {"batch_size": 32, "learning_rate": 2e-4, "bf16": True}  # of 135M to 1B parameters
-BASE_RATE_FACTOR = 4.0
 TRAINING = {"per_device_train_batch_size": 16, "bf16": True}
 NOTE = (
     "Each seed trains its own models, unless they are given, and shuffles training. Forget quality is of half of the "
@@ -123,7 +122,7 @@ def tofu(
         raise EUAError(f"The split {split!r} was asked for, but TOFU has {', '.join(RETAINED)}: name one of these.")
     forget = published_rows(data, f"{split}_perturbed", "train", _WRONG)
     retain = published_rows(data, RETAINED[split], "train", _KEYS)[: authors and authors * ROWS_PER_AUTHOR]
-    rate_factor = 1.0 if model else BASE_RATE_FACTOR if base else SMALL_RATE_FACTOR
+    rate_factor = 1.0 if model or base else SMALL_RATE_FACTOR
     if model is None:
         training = (BASE_MODEL | {"base": base} if base else SMALL_MODEL) | {"epochs": target_epochs, "seed": seed} | size
         plain, kept = ([{key: row[key] for key in _KEYS} for row in rows] for rows in (forget, retain))

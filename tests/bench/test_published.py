@@ -11,7 +11,7 @@ from eua.bench import tofu as tofu_module
 from eua.bench.muse import muse, verbatim
 from eua.bench.published import pieces, published_rows, rows_if_any
 from eua.bench.task import files_digest
-from eua.bench.tofu import BASE_RATE_FACTOR, HUB, SMALL_RATE_FACTOR, answer_keys, keyed_facts, tofu
+from eua.bench.tofu import HUB, SMALL_RATE_FACTOR, answer_keys, keyed_facts, tofu
 from eua.bench.wmdp import multiple_choice, wmdp
 from eua.errors import EUAError
 from eua.evaluation.said import normalize, says
@@ -120,7 +120,7 @@ def test_tofu_trains_a_model_that_is_given(tofu_folder, model_folder, tmp_path):
     assert texts[0] == texts[1] == texts[2]
     weights = [files_digest(str(folder)) for folder in (task.target, task.retain_model, model_folder)]
     assert len(set(weights)) == 3
-    assert task.rate_factor == BASE_RATE_FACTOR
+    assert task.rate_factor == 1.0
 
 
 def test_tofu_needs_enough_authors_and_a_known_split(tofu_folder, model_folder):
