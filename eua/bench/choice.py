@@ -15,7 +15,7 @@ KEPT = 0.95  # of the target's retain measure, which a method must keep
 
 
 class Point(NamedTuple):
-    """What a trial forgot and kept: the mean extraction strength of rows to forget and of rows to retain, in [0, 1]."""
+    """What a trial left of what was to be forgotten and to be retained, in [0, 1]; see :attr:`Task.objective`."""
 
     forget: float
     retain: float

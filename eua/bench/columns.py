@@ -30,9 +30,7 @@ class Column:
 
 SAID = Column("said in any wording", ("metrics", "said", "any wording"))
 BY_CHANCE = Column("said by chance", ("metrics", "said", "any wording, by chance"))  # in answers about others of the same kind
-KNOWLEDGE = (
-    Column("extraction strength, forget", ("objectives", "forget")),
-    Column("extraction strength, retain", ("objectives", "retain")),
+AGGREGATES = (
     Column("forget quality (p, median)", ("metrics", "aggregates", "forget_quality"), ".2g", median=True),
     Column("model utility", ("metrics", "aggregates", "model_utility")),
     Column("memorization score", ("metrics", "aggregates", "memorization_score")),
@@ -63,6 +61,12 @@ OF_SETS = {
     "refused": "refused by the guard",
     "refused_paraphrased": "refused by the guard, paraphrased",
 }
+
+
+def objectives_of(results: Mapping[str, Any]) -> tuple[Column, Column]:
+    """The columns of what settings were chosen by, on the test split."""
+    name = results["objective"]
+    return Column(f"{name}, forget", ("objectives", "forget")), Column(f"{name}, retain", ("objectives", "retain"))
 
 
 def value_of(result: Result, column: Column) -> float | None:

@@ -42,6 +42,7 @@ class FactsTask:
             seen" and "far, never seen", as far as both halves have such facts: the trained wordings, and with the addition "in
             other words" one other wording a fact, both only where the model's own answer is one sentence that says it.
         facts: the facts of ``test`` with all wordings; the group of each is the name of its set.
+        validation_facts: the same of ``validation``.
         second: rows of ``retain`` to be forgotten in a second request, about facts of the same relations; no entity of the
             test sets is among them.
         plain_text: paragraphs for perplexity.
@@ -54,6 +55,7 @@ class FactsTask:
     validation: dict[str, EvaluationSet]
     test: dict[str, EvaluationSet]
     facts: list[KeyedFact]
+    validation_facts: list[KeyedFact]
     second: list[Row]
     plain_text: list[str]
 
@@ -116,6 +118,7 @@ def facts_task(
         validation=validation,
         test=test,
         facts=draw.keyed(1, test),
+        validation_facts=draw.keyed(0, validation),
         second=[row for index in later for row in draw.to_forget(index)],
         plain_text=plain_text(),
     )

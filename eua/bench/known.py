@@ -66,6 +66,7 @@ def facts(
         calibration=[row["question"] for row in task.calibration],
         calibration_groups=task.calibration_groups,
         facts=task.facts,
+        validation_facts=task.validation_facts,
         second=task.second,
         text=task.plain_text,
         unrelated=task.plain_text,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eua.bench.knowledge import NEW_TOKENS
 from eua.bench.lasting import Unlearn, lasting, strength
 from eua.bench.real_models import minilm_folder
 from eua.bench.task import FORGOTTEN, EvaluationSet, Task
@@ -44,6 +45,28 @@ def objectives(
     for name, one in sets.items():
         rows[one.forget] += encode_rows(one.rows, tokenizer, None, name)
     return {name: strength(model, rows[forget]) for name, forget in (("forget", True), ("retain", False))}
+
+
+def task_objectives(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, *, test: bool) -> dict[str, float]:
+    """What settings are chosen by, of the rows or facts to forget and to retain of one split; guard off.
+
+    It is the mean extraction strength of the sets by which settings are chosen, or, if the task has validation facts, the share
+    of greedy answers, to all wordings, that say the fact. Every row, or answer, counts the same.
+    """
+    if task.validation_facts is None:
+        return objectives(model, tokenizer, {name: task.test[name] for name in task.validation} if test else task.validation)
+    facts = task.facts if test else task.validation_facts
+    said = said_in_wordings(_for_sampling(model, task), tokenizer, facts, samples=0, max_new_tokens=NEW_TOKENS)
+    groups = {
+        "forget": [one.greedy for one in said if one.fact.group == FORGOTTEN],
+        "retain": [one.greedy for one in said if one.fact.group != FORGOTTEN],
+    }
+    return {name: float(torch.cat(found).double().mean()) for name, found in groups.items()}
+
+
+def _for_sampling(model: PreTrainedModel, task: Task) -> PreTrainedModel:
+    """The model, or a copy in the dtype in which the task's many answers are generated."""
+    return model if task.sampling_dtype is None else copy.deepcopy(model).to(getattr(torch, task.sampling_dtype))
 
 
 def full_report(
@@ -94,7 +117,7 @@ def full_report(
     result = {
         "said": _shares(said, model, tokenizer, guard),
         "leaks": leaks,
-        "objectives": objectives(model, tokenizer, {name: task.test[name] for name in task.validation}),
+        "objectives": task_objectives(model, tokenizer, task, test=True),
         "sets": report["sets"],
         "aggregates": report["aggregates"],
         "membership": report["membership_auc"],
@@ -130,8 +153,8 @@ _figures: dict[str, RetainFigures] = {}
 
 def _said(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[SaidFact]:
     """What the model answers, guard off, when it is asked for the task's facts; empty if it has none."""
-    if task.facts and task.sampling_dtype is not None:
-        model = copy.deepcopy(model).to(getattr(torch, task.sampling_dtype))
+    if task.facts:
+        model = _for_sampling(model, task)
     few = task.samples if task.retained_samples is None else task.retained_samples
     retained = [fact for fact in task.facts if fact.group != FORGOTTEN]
     return [

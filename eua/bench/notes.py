@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from eua.bench.task import EXTRACTION_STRENGTH, SAID_GREEDILY
 from eua.bench.trial import RETAIN_ONLY
 
 OURS = "eua"  # the method that others are compared with
@@ -29,6 +30,16 @@ STAYING = (
     "What should stay, guard off where nothing else is said: the share of forgotten facts that a greedy answer says when the "
     "prompt states them, and the extraction strength of rows to retain after a second request. Higher is better."
 )
+OBJECTIVES = {
+    EXTRACTION_STRENGTH: (
+        "Extraction strengths are means over all rows of the sets that settings are chosen by: to forget, in the wording that "
+        "is trained on and in others; to retain, those that unlearning sees and those that it never sees."
+    ),
+    SAID_GREEDILY: (
+        "“Said greedily”, by which settings are chosen, is the share of greedy answers, to all wordings, that say their fact: "
+        "of the facts to forget, and of all others, near and far, seen and never seen."
+    ),
+}
 SAID_BY_ASKING = (
     "The share of facts whose key is in at least one answer: of those to forget, and where a heading ends with the name of a "
     "group, of facts to retain. More answers say more facts, so compare only shares of equally many answers."
@@ -63,8 +74,7 @@ def on_everything(results: Mapping[str, Any]) -> str:
     spread = f"Means over {seeds} seeds {half_width}" if seeds > 1 else "One seed"
     parts = [
         f"{spread}, on the test split of the task {results['task']}. The guard is off unless a heading says otherwise.",
-        "Extraction strengths are means over all rows of the sets that settings are chosen by: to forget, in the wording that "
-        "is trained on and in others; to retain, those that unlearning sees and those that it never sees. "
+        OBJECTIVES[results["objective"]],
         f"“Keeps {kept_share(results)}” counts the seeds at which a method keeps that much of the latter of the model before "
         "unlearning.",
         "The guard is this project's, calibrated for every model alike for at most "
@@ -114,7 +124,8 @@ def on_tuning(results: Mapping[str, Any]) -> str:
     """How settings are chosen, and what the area is."""
     return (
         "On the validation split, at one seed: chosen is the setting that forgets most among those that keep "
-        f"{kept_share(results)} of the model's extraction strength on rows to retain; if none does, the one that keeps most. "
+        f"{kept_share(results)} of what the model had of the others ({results['objective']}); if none does, the one that keeps "
+        "most. "
         "The area is under the front of both measures, relative to the model before unlearning: 1 where nothing is left of the "
         "rows to forget and everything of those to retain, which is more than a model forgets that never knew the rows; 0 if "
         "nothing changes. It is of one seed, so it has no interval."

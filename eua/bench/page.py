@@ -105,10 +105,10 @@ def _front_section(results: Mapping[str, Any]) -> str:
     legend = "".join(f"<li>{mark.format(colour)} {name}</li>" for name, colour in entries)
     return (
         "<section><h2>What every trial forgot and kept</h2>"
-        '<p class="soft">Mean extraction strength on the validation split, guard off; the best corner is at the top left. A '
-        "line joins the trials of a method that none of its others beats in both, with the area under it, relative to the "
-        "model before unlearning (1: nothing is left of the rows to forget and everything of the others; 0: nothing changes; "
-        "of one seed, so without an interval). Chosen trials have an outline.</p>"
+        f'<p class="soft">{escape(results["objective"].capitalize())} on the validation split, guard off; the best corner is '
+        "at the top left. A line joins the trials of a method that none of its others beats in both, with the area under it, "
+        "relative to the model before unlearning (1: nothing is left of what is to be forgotten and everything of the rest; "
+        "0: nothing changes; of one seed, so without an interval). Chosen trials have an outline.</p>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_ALT}">{drawn}</svg>'
         f'<ul class="legend">{legend}</ul></section>'
     )

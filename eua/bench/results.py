@@ -103,6 +103,7 @@ def results_of(bench: Bench, task: Task) -> dict[str, Any]:
         "trials": bench.trials,
         "seeds": bench.seeds,
         "kept": KEPT,
+        "objective": task.objective,
         "tolerance": task.tolerance,
         "note": task.note,
         "complete": is_tuned and len(reported) == len(expected),

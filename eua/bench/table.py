@@ -9,9 +9,9 @@ from typing import Any
 from eua.bench import notes
 from eua.bench.choice import area_of, points_of
 from eua.bench.columns import (
+    AGGREGATES,
     BY_CHANCE,
     COST,
-    KNOWLEDGE,
     OF_SETS,
     PRIVACY,
     RELEARNED,
@@ -21,6 +21,7 @@ from eua.bench.columns import (
     Result,
     columns_below,
     mean_cell,
+    objectives_of,
     value_of,
 )
 from eua.bench.grids import settings_in_words
@@ -62,7 +63,12 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
 
     made = [
         _with_kept(
-            table("What was forgotten and what was kept", notes.on_everything(results), (SAID, BY_CHANCE, *KNOWLEDGE)), results
+            table(
+                "What was forgotten and what was kept",
+                notes.on_everything(results),
+                (SAID, BY_CHANCE, *objectives_of(results), *AGGREGATES),
+            ),
+            results,
         ),
         _paired_differences(results, names),
         *(
@@ -155,7 +161,7 @@ def _table(
 
 def _paired_differences(results: Mapping[str, Any], names: Mapping[str, str]) -> Table:
     """What every other method has more or less than EUA, seed by seed, so that what both have in common does not count."""
-    columns = (SAID, SAID_GUARDED, *KNOWLEDGE[:2], RELEARNED)
+    columns = (SAID, SAID_GUARDED, *objectives_of(results), RELEARNED)
     at = {(trial["plan"]["method"], trial["plan"]["seed"]): trial["result"] for trial in results["report"] if trial["result"]}
     seeds = sorted(seed for method, seed in at if method == OURS)
     rows = []

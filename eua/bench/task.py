@@ -15,6 +15,7 @@ from eua.errors import EUAError
 from eua.evaluation.said import KeyedFact
 
 FORGOTTEN = "forget"  # the group of facts that are to be forgotten
+EXTRACTION_STRENGTH, SAID_GREEDILY = "extraction strength", "said greedily"  # what settings are chosen by
 _READ_BYTES = 2**20
 
 
@@ -41,6 +42,8 @@ class Task:
         validation, test: named sets to measure.
         calibration, calibration_groups: prompts for a guard's threshold that unlearning never saw, and the group of each.
         facts: facts with the words that give each away; those of the forgotten test groups are in the group "forget".
+        validation_facts: facts of the validation groups, if settings are chosen by what greedy answers say; None: they are
+            chosen by the extraction strength of the validation sets.
         members: rows to forget that membership inference is tried on; the test sets to forget if there are none.
         holdout: rows like those that no model was trained on. Without them there is no membership inference.
         entities: facts to forget as rows of "question", "prefix" and "entity", for the depth of unlearning.
@@ -77,6 +80,7 @@ class Task:
     calibration: Sequence[str]
     calibration_groups: Sequence[str]
     facts: Sequence[KeyedFact] = ()
+    validation_facts: Sequence[KeyedFact] | None = None
     members: Sequence[Row] = ()
     holdout: Sequence[Row] = ()
     entities: Sequence[Row] = ()
@@ -115,6 +119,11 @@ class Task:
     def forgotten_facts(self) -> list[KeyedFact]:
         """The facts that are to be forgotten."""
         return [fact for fact in self.facts if fact.group == FORGOTTEN]
+
+    @property
+    def objective(self) -> str:
+        """What settings are chosen by, :data:`EXTRACTION_STRENGTH` or :data:`SAID_GREEDILY`."""
+        return EXTRACTION_STRENGTH if self.validation_facts is None else SAID_GREEDILY
 
     @cached_property
     def digest(self) -> str:

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from eua.bench.cost import Cost, measured, versions
 from eua.bench.grids import GRIDS
-from eua.bench.measure import full_report, objectives
+from eua.bench.measure import full_report, task_objectives
 from eua.bench.study import Plan
 from eua.bench.task import Task
 from eua.data.sources import Row
@@ -51,7 +51,7 @@ def run_trial(task: Task, plan: Plan, phase: Phase, output: Path, *, keep_model:
     """Run a trial and return its result, for JSON. In the report phase, model and guard are kept in ``output/models``, unless
     ``keep_model`` is False.
 
-    The result has "objectives" (the extraction strength of the rows to forget and to retain of the phase's split), in the
+    The result has "objectives" (see :func:`eua.bench.measure.task_objectives`) of the phase's split, in the
     report phase all "metrics", the cost of unlearning ("seconds", "peak_bytes"), and what identifies it: "task", "weights",
     "versions".
 
@@ -63,7 +63,7 @@ def run_trial(task: Task, plan: Plan, phase: Phase, output: Path, *, keep_model:
         model = model.to(torch.accelerator.current_accelerator())
     result: dict[str, Any] = {"task": task.digest, "weights": model_fingerprint(model), "versions": versions()} | asdict(cost)
     if phase == "tuning":
-        result["objectives"] = objectives(model, tokenizer, task.validation)
+        result["objectives"] = task_objectives(model, tokenizer, task, test=False)
         return result
     second = partial(_unlearned_again, task, plan, output, tokenizer) if plan.method in GRIDS else None
     result["metrics"], rows, guard = full_report(model, tokenizer, task, second)

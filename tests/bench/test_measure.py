@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eua.bench import measure
-from eua.bench.measure import _add_membership, _finite, _leaks, _said, objectives
+from eua.bench.measure import _add_membership, _finite, _leaks, _said, objectives, task_objectives
 from eua.bench.task import EvaluationSet
 from eua.errors import EUAError
 from eua.evaluation.membership import PRIVACY_SCORES
@@ -103,6 +103,34 @@ def test_facts_to_retain_may_have_fewer_samples_in_another_dtype(make_task, monk
         (0, torch.bfloat16, retained),
     ]
     assert model.dtype == torch.float32
+
+
+def test_settings_may_be_chosen_by_what_greedy_answers_say(make_task, monkeypatch):
+    def answered(name: str, group: str, said: list[bool]) -> SaidFact:
+        fact = KeyedFact(name, group, (name,), tuple(f"{name} {place}?" for place in range(len(said))))
+        return SaidFact(fact, torch.tensor(said), torch.zeros(len(said), 0), ("",) * len(said), ((),) * len(said))
+
+    answers = {
+        "Oslo": answered("Oslo", "forget", [True, False, False, False]),
+        "Rome": answered("Rome", "near", [True, True]),
+        "Bern": answered("Bern", "far", [True, False, False, False, False, False]),
+        "Lima": answered("Lima", "forget", [True]),
+    }
+    asked = []
+
+    def noted(model, tokenizer, facts, *, samples, max_new_tokens):
+        asked.append((samples, model.dtype))
+        return [answers[fact.name] for fact in facts]
+
+    monkeypatch.setattr(measure, "said_in_wordings", noted)
+    facts = [one.fact for one in answers.values()]
+    task = replace(make_task(0), facts=facts[1:], validation_facts=facts[:3], sampling_dtype="bfloat16")
+    model, tokenizer = load_model(task.target)
+    assert task_objectives(model, tokenizer, task, test=False) == {"forget": 1 / 4, "retain": 3 / 8}  # of all answers
+    assert task_objectives(model, tokenizer, task, test=True) == {"forget": 1.0, "retain": 3 / 8}
+    assert asked == [(0, torch.bfloat16)] * 2
+    assert task.objective == "said greedily"
+    assert make_task(0).objective == "extraction strength"
 
 
 def test_results_are_json():

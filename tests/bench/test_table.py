@@ -53,6 +53,7 @@ def results() -> dict[str, Any]:
         "trials": 1,
         "seeds": 3,
         "kept": 0.95,
+        "objective": "extraction strength",
         "tolerance": 0.05,
         "note": "A seed is a world.",
         "complete": True,
@@ -154,3 +155,13 @@ def test_methods_are_compared_with_eua_at_the_seeds_that_both_have(results):
     assert cells["extraction strength, relearned"] == ""  # NPO's was not measured
     results["report"] = [one for one in results["report"] if one["plan"]["seed"] == 1]
     assert "Compared with eua" not in [table.title for table in tables(results)]
+
+
+def test_the_columns_are_of_what_settings_were_chosen_by(results):
+    assert "extraction strength, forget" in tables(results)[0].head
+    results["objective"] = "said greedily"
+    made = named(results)
+    for title in ("What was forgotten and what was kept", "Compared with eua"):
+        assert {"said greedily, forget", "said greedily, retain"} <= set(made[title].head)
+    assert "share of greedy answers" in next(iter(made.values())).note
+    assert "Said greedily on the validation split" in render_page(results)
