@@ -33,7 +33,7 @@ def point_of(trial: Done) -> Point:
     """The objectives of a trial that has a result."""
     if trial.result is None:
         raise EUAError(f"Trial {trial.number} ended with an error ({trial.error}), so it has no objectives: leave it out.")
-    return Point(trial.result["objectives"]["forget"], trial.result["objectives"]["retain"])
+    return Point(**trial.result["objectives"])
 
 
 def choose(trials: Sequence[Done], target_retain: float) -> Choice | None:
@@ -131,7 +131,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> Interval:
 def points_of(results: Mapping[str, Any], method: str) -> list[Point]:
     """What the trials of a method's tuning forgot and kept, on the validation split."""
     return [
-        Point(trial["result"]["objectives"]["forget"], trial["result"]["objectives"]["retain"])
+        Point(**trial["result"]["objectives"])
         for trial in results["tuning"]
         if trial["plan"]["method"] == method and trial["result"] is not None
     ]

@@ -23,7 +23,7 @@ TRAINING: dict[str, Any] = {"per_device_train_batch_size": 8, "bf16": True}
 NOTE = (
     "The model is the same for all seeds. Each seed draws which of the facts that it knows are to be forgotten, so two "
     "seeds share some of them, and shuffles training, which computes in bfloat16. Facts to retain are asked with greedy "
-    "decoding only. The shares of facts said by way of asking are of a model in bfloat16; all else is measured in float32. "
+    "decoding only. What is said greedily, and by way of asking, is generated in bfloat16; all else is in float32. "
     "Perplexity is of thirty paragraphs unrelated to the facts."
 )
 

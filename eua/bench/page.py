@@ -21,7 +21,7 @@ from eua.bench.trial import RETAIN_ONLY, TARGET
 from eua.files import replacing
 
 WIDTH, HEIGHT, MARGIN = 760, 460, 56
-LEGEND, LINE = 180, 24  # width of the legend beside a picture alone, and height of its lines
+LEGEND, LINE = 180, 24  # width of the legend in a picture's own file, and height of its lines
 _TICKS = 5
 _ALT = "Forget–retain front"
 _STYLE = (  # as on the page, in its light colours
