@@ -24,7 +24,9 @@ NOTE = (
     "The model is the same for all seeds. Each seed draws which of the facts that it knows are to be forgotten, so two "
     "seeds share some of them, and shuffles training, which computes in bfloat16. Facts to retain are asked with greedy "
     "decoding only. What is said greedily, and by way of asking, is generated in bfloat16; all else is in float32. "
-    "Perplexity is of thirty paragraphs unrelated to the facts."
+    "Settings are chosen by the first 24 tokens of answers, and 64 are reported. Relearning stops after 20 steps. AltPO trains "
+    "on answers with the keys of other entities, where the original has the model write them. Perplexity is of thirty "
+    "paragraphs unrelated to the facts."
 )
 
 

@@ -1,29 +1,24 @@
-"""What unlearning leaves behind: in 8 and 4 bits, in wrapped questions, after relearning, and after a second request."""
+"""What unlearning leaves behind: in 8 and 4 bits, after relearning, and after a second request."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eua.bench.task import Task
-from eua.bench.wrappings import wrappings
 from eua.data.rows import EncodedRow, encode_rows
 from eua.data.sources import Row
 from eua.evaluation.metrics import measure_answers
 from eua.evaluation.quantization import quantized
 from eua.evaluation.relearning import relearning_curve
-from eua.evaluation.said import KeyedFact, normalize, said_in_wordings
-from eua.guard.guard import EnergyGuard
+from eua.evaluation.said import KeyedFact, said_in_wordings
 
 Unlearn = Callable[[PreTrainedModel, Sequence[Row], Sequence[Row]], PreTrainedModel]  # of a model, rows to forget and to retain
 Curves = dict[str, dict[str, float]]  # rows that were relearned on → number of steps → extraction strength
-STATED, KEPT = "said where the prompt states it", "after a second request, retained rows"
-SHOULD_STAY = (STATED, KEPT)  # how the names of figures begin of which more is better; of the others, less is better
+KEPT = "after a second request, retained rows"  # the figure of which more is better; of the others, less is better
 
 
 class Lasting(NamedTuple):
@@ -43,18 +38,16 @@ def lasting(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     unlearn: Unlearn | None = None,
-    guard: EnergyGuard | None = None,
 ) -> Lasting:
-    """What a model still says of the test set to forget when it is changed, trained further, or asked in other ways.
+    """What a model still says of the test set to forget when it is changed or trained further, guard off.
 
-    Where nothing else is said, a figure is the mean extraction strength of the rows to forget, and the guard is off.
+    Where nothing else is said, a figure is the mean extraction strength of the rows to forget.
 
     Args:
         model, tokenizer: those after unlearning, or others to compare with.
         task: what was forgotten.
         unlearn: unlearns further rows with the same method and settings; None for models from which nothing was unlearned,
             which are not given a second request.
-        guard: with it, what is said in answers to other prompts is also reported with the guard on.
     """
     encoded = [row for name, rows in _forgotten(task).items() for row in encode_rows(rows, tokenizer, None, name)]
 
@@ -71,7 +64,6 @@ def lasting(
         figures[f"in {bits} bits"] = left(rounded)
         if task.forgotten_facts:
             figures[f"in {bits} bits, said"] = said(rounded, tokenizer, task.forgotten_facts, task.new_tokens)
-    figures |= _asked(model, tokenizer, task, guard)
     curves: Curves = {}
     for name, rows in _taught(task).items() if task.relearning_steps else ():
         if rows:
@@ -92,18 +84,8 @@ def strength(model: PreTrainedModel, rows: Sequence[EncodedRow]) -> float:
 
 def said(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[KeyedFact], new_tokens: int) -> float:
     """The share of facts that a greedy answer says in one of their wordings."""
-    return _share(_greedy(model, tokenizer, facts, new_tokens))
-
-
-def _greedy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[KeyedFact], new_tokens: int
-) -> list[Tensor]:
-    """(wordings,) bool of each fact: whether the greedy answer says it."""
-    return [one.greedy for one in said_in_wordings(model, tokenizer, facts, samples=0, max_new_tokens=new_tokens)]
-
-
-def _share(found: Sequence[Tensor]) -> float:
-    return sum(bool(of_fact.any()) for of_fact in found) / len(found)
+    found = said_in_wordings(model, tokenizer, facts, samples=0, max_new_tokens=new_tokens)
+    return sum(bool(one.greedy.any()) for one in found) / len(found)
 
 
 def _relearned(
@@ -144,42 +126,6 @@ def _taught(task: Task) -> dict[str, Sequence[Row]]:
 def _halves(text: str) -> tuple[str, str]:
     words = text.split(" ")
     return " ".join(words[: len(words) // 3]), f" {' '.join(words[len(words) // 3 :])}"
-
-
-def _asked(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, guard: EnergyGuard | None
-) -> dict[str, float]:
-    """The share of facts to forget that are said with text around the question, and when the prompt itself states the fact.
-
-    A prompt that the guard does not refuse is answered exactly as without the guard, so nothing is generated twice.
-    """
-    facts = task.forgotten_facts
-    if not facts:
-        return {}
-    other = far_question(task)
-    asked: dict[str, list[KeyedFact]] = {}
-    for fact in facts:
-        for kind, texts in wrappings(fact.wordings[0], other).items():
-            asked.setdefault(f"said {kind}", []).append(replace(fact, wordings=texts, trained=0))
-        if fact.answer:
-            stated = (f"{fact.answer} {fact.wordings[0]}",)
-            asked.setdefault(STATED, []).append(replace(fact, wordings=stated, trained=0))
-    figures: dict[str, float] = {}
-    for name, of_kind in asked.items():
-        found = _greedy(model, tokenizer, of_kind, task.new_tokens)
-        figures[name] = _share(found)
-        if guard is not None:
-            prompts = [text for fact in of_kind for text in fact.wordings]
-            refused = guard.refuses(guard.score(model, tokenizer, prompts)).split([len(fact.wordings) for fact in of_kind])
-            figures[f"{name}, guard on"] = _share([one & ~no for one, no in zip(found, refused, strict=True)])
-    return figures
-
-
-def far_question(task: Task) -> str:
-    """The question of a test row to retain whose question and answer share the fewest words with the facts to forget."""
-    near = {word for fact in task.forgotten_facts for text in (*fact.wordings, fact.answer) for word in normalize(text).split()}
-    rows = [row for one in task.test.values() if not one.forget for row in one.rows if "question" in row]
-    return str(min(rows, key=lambda row: len(near & set(normalize(f"{row['question']} {row['answer']}").split())))["question"])
 
 
 def _second_request(

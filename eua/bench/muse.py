@@ -31,7 +31,10 @@ HUB = "muse-bench/MUSE-News"
 TRAINING = {"per_device_train_batch_size": 4, "overlap": "drop"}
 CALIBRATED = 0.4  # share of the questions to retain that calibrate the guard
 LEAST_PROMPTS = 4
-NOTE = "Each seed shuffles training; the models are the same. Perplexity is of texts that no model was to forget."
+NOTE = (
+    "Each seed shuffles training; the models are the same. Perplexity is of texts that no model was to forget. "
+    "Relearning is left out, since it holds a copy of the model with an optimizer."
+)
 TEXTS = 50  # pieces of text whose perplexity is measured
 _QA, _TEXT = ("question", "answer"), ("text",)
 

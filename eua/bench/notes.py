@@ -12,23 +12,32 @@ OURS = "eua"  # the method that others are compared with
 NOT_KEPT = "†"  # of a method none of whose trials kept enough
 LASTING = (
     "Extraction strength of the rows to forget, in relearning the largest one after any number of steps; “said” is the share "
-    "of facts that a greedy answer says. The guard is off unless a heading says otherwise. Lower is better."
+    "of facts that a greedy answer says, with text around the question or in the facts' wordings. The guard is off unless a "
+    "heading says otherwise. Lower is better."
 )
+REFUSED = (
+    "The share of prompts that the guard refuses: questions for the facts to forget, of which more is better, and where a "
+    "heading ends with the name of a group, for facts to retain, of which less is better."
+)
+LEFT_OUT = "Measures that need what this task, or this machine, does not have."
 OF_SET = (
-    "The guard is off, except for the share of prompts that it refuses. The second truth ratio is min(R, 1/R) of rows to "
-    "forget and max(0, 1 − R) of others, as OpenUnlearning aggregates it."
+    "The guard is off, except for the share of prompts that it refuses and where a heading says otherwise. Measures with "
+    "“(OpenUnlearning)” leave the last token of an answer out, which is the end of the sequence; their truth ratio is "
+    "min(R, 1/R) of rows to forget and max(0, 1 − R) of others. The share of the right answer is that among the right and the "
+    "wrong ones. The perplexity of the model's texts is under the model before unlearning."
 )
 OF_HOLDOUT = (
     "Rows like those to forget on which no model was trained. They are neither to be forgotten nor to be retained, so it is no "
     "fault to refuse them."
 )
-OF_COST = (
+_OF_COST = (
     "One training with the chosen settings, which differ in epochs and in rows to retain, while other trials ran on the same "
     "machine. Boundaries and likelihoods of the model before unlearning are included, loading and measuring are not."
 )
 STAYING = (
     "What should stay, guard off where nothing else is said: the share of forgotten facts that a greedy answer says when the "
-    "prompt states them, and the extraction strength of rows to retain after a second request. Higher is better."
+    "prompt states them, the share of facts to retain that are still said with text around the question, and the extraction "
+    "strength of rows to retain after a second request. Higher is better."
 )
 OBJECTIVES = {
     EXTRACTION_STRENGTH: (
@@ -45,10 +54,10 @@ SAID_BY_ASKING = (
     "group, of facts to retain. More answers say more facts, so compare only shares of equally many answers."
 )
 LEAKS = (
-    "leak@k of the facts to forget, guard off: the expected maximum over k answers to a question of whether the key is said, "
-    "of the words in common with the true answer (ROUGE-L recall), and of the similarity of their meaning (cosine of "
-    "all-MiniLM-L6-v2's embeddings). Answers of the right form about something else have words and meaning in common with it, "
-    "too."
+    "leak@k of the facts to forget, guard off where nothing else is said: the expected maximum over k answers to a question "
+    "of whether the key is said, of the words in common with the true answer (ROUGE-L recall), and of the similarity of "
+    "their meaning (cosine of all-MiniLM-L6-v2's embeddings). Answers of the right form about something else have "
+    "words and meaning in common with it, too."
 )
 MEMBERSHIP = (
     "AUROC of attacks, rows to forget against rows that no model was trained on: 1 is a member without doubt, 0.5 cannot be "
@@ -58,7 +67,10 @@ MEMBERSHIP_OF_RETAIN_ONLY = (
     "Where its own AUROC is not 0.5, the rows differ in other ways, too, and a value above or below its own gives a member "
     "away."
 )
-ENERGY = "AUROC of the energy of the prompt's last token, rows to forget against each set to retain."
+ENERGY = (
+    "AUROC of the energy of the prompt's last token, rows to forget against each set to retain, and the share of the latter "
+    "whose energy is above that of 95 % of the former."
+)
 DIFFERENCES = (
     f"A method's figure less that of {OURS} at the same seed: the mean, ± half the width of the 95 % t interval of the "
     "differences. If two methods were equal, about one interval in twenty would still leave out 0. Where less is better, "
@@ -118,6 +130,13 @@ def _versions(found: Sequence[Mapping[str, str]]) -> str:
 def kept_share(results: Mapping[str, Any]) -> str:
     """The share of the retain measure that a method must keep, in percent."""
     return f"{100 * results['kept']:g} %"
+
+
+def on_cost(results: Mapping[str, Any]) -> str:
+    """What the cost of unlearning is of, and what the whole benchmark took."""
+    took = [trial["result"].get("seconds_in_all", 0) for trial in (*results["tuning"], *results["report"]) if trial["result"]]
+    hours = sum(took) / 3600
+    return f"{_OF_COST} All trials, with the making of models and measuring, took {hours:.1f} hours of one process."
 
 
 def on_tuning(results: Mapping[str, Any]) -> str:

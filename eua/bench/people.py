@@ -21,6 +21,7 @@ from eua.data.sources import Row
 from eua.demo.target import cached_model, train_tokenizer
 from eua.demo.world import FACTS_PER_PERSON, Fact, World, make_world
 from eua.errors import EUAError
+from eua.evaluation.relearning import STEPS
 from eua.evaluation.said import KeyedFact
 
 NAMES = 1000  # of people that a world has names for
@@ -33,7 +34,9 @@ TRAINING = {"per_device_train_batch_size": 8}
 VOCABULARY = 1024  # tokens of both models
 NOTE = (
     "Each seed makes its own people, trains its own models, and shuffles training. Perplexity is of the questions and "
-    "answers about people whom unlearning never saw. Model utility is of the sets “retain” and “retain, never seen”."
+    "answers about people whom unlearning never saw. Model utility is of the sets “retain” and “retain, never seen”. "
+    "AltPO trains on answers with other values, since this "
+    "model knows only people and cannot write any."
 )
 
 
@@ -108,9 +111,8 @@ def task_of(world: World, seed: int, target: str, retain_model: str, *, epochs: 
         second=[_with_alternatives(fact, wrong[fact]) for fact in world.retain if fact.person in second],
         unrelated=plain_text(),
         utility=("retain", "retain, never seen"),
-        relearning_steps=(1, 2, 5, 10, 20),
+        relearning_steps=STEPS,
         relearning_rate=2e-4,
-        new_tokens=32,
         text=[f"{fact.question} {fact.answer}" for fact in world.test],
         training=TRAINING,
         rate_factor=RATE_FACTOR,

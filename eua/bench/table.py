@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eua.bench import notes
+from eua.bench.asking import STATED
 from eua.bench.choice import area_of, points_of
 from eua.bench.columns import (
     AGGREGATES,
@@ -25,12 +26,14 @@ from eua.bench.columns import (
     value_of,
 )
 from eua.bench.grids import settings_in_words
-from eua.bench.lasting import SHOULD_STAY
+from eua.bench.lasting import KEPT
 from eua.bench.notes import NOT_KEPT, OURS, beside_retain_only, kept_share
 from eua.bench.trial import RETAIN_ONLY, TARGET
 from eua.evaluation.retain_model import HOLDOUT
 
 METHOD = "method"
+# How the names of figures begin of which more is better; of others of what is left, less is better.
+_SHOULD_STAY = (f"said {STATED}", "still said", KEPT)
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     every = [result for of_seeds in by_method.values() for result in of_seeds]
     sets, separated = (dict.fromkeys(name for one in every for name in one["metrics"][key]) for key in ("sets", "separation"))
     names = {method: _name(method, len(of_seeds), results) for method, of_seeds in by_method.items()}
-    lasting = columns_below(every, ("metrics", "lasting"))
-    of_staying = [column for column in lasting if column.heading.startswith(SHOULD_STAY)]
+    lasting = [*columns_below(every, ("metrics", "lasting")), *columns_below(every, ("metrics", "around"))]
+    of_staying = [column for column in lasting if column.heading.startswith(_SHOULD_STAY)]
 
     def table(title: str, note: str, columns: Sequence[Column]) -> Table:
         return _table(title, note, by_method, names, columns)
@@ -80,6 +83,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
             for name in sets
         ),
         table("Facts said, by way of asking", notes.SAID_BY_ASKING, columns_below(every, ("metrics", "said"), first=SAID)),
+        table("Refused by the guard, by way of asking", notes.REFUSED, (SAID, *columns_below(every, ("metrics", "refused")))),
         table(
             "The worst of k sampled answers",
             notes.LEAKS + beside_retain_only(results),
@@ -93,7 +97,15 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         table(
             "Prompt energy",
             notes.ENERGY,
-            (SAID, *(Column(name, ("metrics", "separation", name, "auroc")) for name in separated if name != HOLDOUT)),
+            (
+                SAID,
+                *(
+                    Column(f"{name}{end}", ("metrics", "separation", name, key))
+                    for key, end in (("auroc", ""), ("fpr_at_95_tpr", ", above 95 %"))
+                    for name in separated
+                    if name != HOLDOUT
+                ),
+            ),
         ),
         table(
             "What is left of the forgotten",
@@ -101,8 +113,8 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
             (SAID, *(one for one in lasting if one not in of_staying)),
         ),
         table("What should stay", notes.STAYING, (SAID, *of_staying)),
-        table("Cost of unlearning", notes.OF_COST, (SAID, *COST)),
-        *([failed] if (failed := _failed(results)).rows else []),
+        table("Cost of unlearning", notes.on_cost(results), (SAID, *COST)),
+        *(one for one in (_left_out(by_method), _failed(results)) if one.rows),
         _tuning(results),
     ]
     return [one for one in made if set(one.head) - {METHOD, SAID.heading}]
@@ -195,6 +207,21 @@ def _with_kept(table: Table, results: Mapping[str, Any]) -> Table:
     head = [*table.head[:place], f"keeps {kept_share(results)} (seeds)", *table.head[place:]]
     rows = [[*row[:place], cell, *row[place:]] for row, cell in zip(table.rows, cells, strict=True)]
     return Table(table.title, table.note, head, rows)
+
+
+def _left_out(by_method: Mapping[str, Sequence[Result]]) -> Table:
+    """What could not be measured, why, and of which methods."""
+    methods: dict[tuple[str, str], dict[str, None]] = {}
+    for method, of_seeds in by_method.items():
+        for result in of_seeds:
+            for what, why in result["metrics"].get("left_out", {}).items():
+                methods.setdefault((what, why), {})[method] = None
+    measured = [method for method, of_seeds in by_method.items() if of_seeds]
+    rows = [
+        [what.replace("_", " "), "all" if list(of_what) == measured else ", ".join(of_what), why]
+        for (what, why), of_what in methods.items()
+    ]
+    return Table("What was not measured", notes.LEFT_OUT, ["measure", METHOD, "why"], rows)
 
 
 def _failed(results: Mapping[str, Any]) -> Table:

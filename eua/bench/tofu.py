@@ -32,6 +32,7 @@ from eua.bench.task import FORGOTTEN, EvaluationSet, Task
 from eua.data.sources import Row
 from eua.demo.target import cached_model
 from eua.errors import EUAError
+from eua.evaluation.relearning import STEPS
 from eua.evaluation.said import KeyedFact, normalize, says
 
 HUB = "locuslab/TOFU"
@@ -43,11 +44,15 @@ MOST_OTHERS = 3  # answers about other authors that may contain a key; or about 
 SMALL_MODEL: dict[str, Any] = {"vocabulary": 4096, "batch_size": 16, "learning_rate": 1e-3, "bf16": True}
 SMALL_RATE_FACTOR = 20.0  # by which published learning rates are multiplied
 BASE_MODEL: dict[str, Any] = {"batch_size": 32, "learning_rate": 2e-4, "bf16": True}  # of 135M to 1B parameters
+NEW_TOKENS = 200  # of answers to the rows of sets, as in OpenUnlearning; keys are looked for in 64
 TRAINING = {"per_device_train_batch_size": 16, "bf16": True}
 NOTE = (
     "Each seed trains its own models, unless they are given, and shuffles training. Forget quality is of half of the "
     "authors and with the wrong answers that AltPO does not train on, so its p-values are larger than published ones. "
-    "Perplexity is of the questions and answers about authors whom unlearning never saw."
+    "Perplexity is of the questions and answers about authors whom unlearning never saw. Answers to rows have up to 200 "
+    "tokens, as in OpenUnlearning; keys are looked for in 64. “Retain” has rows about the authors whom unlearning sees, half "
+    "of those with wrong answers, where OpenUnlearning has 400 rows. AltPO trains on TOFU's wrong answers, where the original "
+    "has the model write them."
 )
 SECOND = 0.1  # size of a second request, as a share of the first one, but at least one author
 _KEYS = ("question", "answer")
@@ -150,6 +155,15 @@ def tofu(
         }
         return {name: one for name, one in made.items() if one.rows}
 
+    authors_of_all = [*of_forget, *_authors(retain)]
+    facts = keyed_facts(_rows(of_forget[1::2]), authors_of_all)
+    to_keep = [
+        fact
+        for group, others in (("retained, seen", seen[1::2]), ("retained, never seen", unseen[1::2]))
+        for fact in keyed_facts(
+            [perturbed.get(row["question"], row) for row in _rows(others)[: len(facts)]], authors_of_all, group
+        )
+    ]
     test = sets(1) | {name: EvaluationSet(every_second(rows)[1], forget=False) for name, rows in foreign.items()}
     return Task(
         name=f"tofu {split}",
@@ -161,9 +175,11 @@ def tofu(
         test=test,
         calibration=[row["question"] for row in _rows(calibration)],
         calibration_groups=[f"author {place}" for place, author in enumerate(calibration) for _ in author],
-        facts=keyed_facts(_rows(of_forget[1::2]), [*of_forget, *_authors(retain)]),
+        facts=[*facts, *to_keep],
+        entities=[row for fact in facts if (row := entity(fact)) is not None],
+        generation={name: {"max_new_tokens": NEW_TOKENS} for name in test},
         holdout=rows_if_any(data, HOLDOUT[split], "train", _KEYS),
-        relearning_steps=(1, 2, 5, 10, 20),
+        relearning_steps=STEPS,
         relearning_rate=2e-5 if rate_factor == 1 else 2e-4,
         utility=("retain", *foreign),
         second=[_trained(perturbed[row["question"]]) for row in asked_later if row["question"] in perturbed],
@@ -183,13 +199,13 @@ def _trained(row: Row) -> dict[str, Any]:
     return {key: row[key] for key in _KEYS} | {"alternatives": _split(row["perturbed_answer"])[0]}
 
 
-def keyed_facts(rows: Sequence[Row], authors: Sequence[Sequence[Row]]) -> list[KeyedFact]:
+def keyed_facts(rows: Sequence[Row], authors: Sequence[Sequence[Row]], group: str = FORGOTTEN) -> list[KeyedFact]:
     """The facts of rows whose answer has a key, see the module's docstring.
 
     Args:
-        rows: rows to forget, with "perturbed_answer", and, if there are other wordings, with "paraphrased_question" and
-            "paraphrased_answer".
+        rows: of the benchmark; if there are such, with "perturbed_answer", "paraphrased_question" and "paraphrased_answer".
         authors: all rows of the benchmark, by author.
+        group: of the facts.
     """
     answers = [[f" {normalize(row['answer'])} " for row in of_author] for of_author in authors]
     author_of = {row["question"]: place for place, of_author in enumerate(authors) for row in of_author}
@@ -197,8 +213,20 @@ def keyed_facts(rows: Sequence[Row], authors: Sequence[Sequence[Row]]) -> list[K
     for row in rows:
         others = [text for place, texts in enumerate(answers) if place != author_of[row["question"]] for text in texts]
         if keys := answer_keys(row, others, answers[author_of[row["question"]]]):
-            facts.append(KeyedFact(row["question"], FORGOTTEN, keys, _wordings(row), answer=row["answer"]))
+            facts.append(KeyedFact(row["question"], group, keys, _wordings(row), answer=row["answer"]))
     return facts
+
+
+def entity(fact: KeyedFact) -> Row | None:
+    """A fact's row with its answer split before its first key, for the depth of unlearning; None if the answer has none as is.
+
+    >>> entity(KeyedFact("Where?", "forget", ("Oslo",), ("Where was Ann born?",), answer="Ann was born in Oslo."))
+    {'question': 'Where was Ann born?', 'prefix': 'Ann was born in ', 'entity': 'Oslo'}
+    """
+    key = next((key for key in fact.keys if key in fact.answer), None)
+    if key is None:
+        return None
+    return {"question": fact.wordings[0], "prefix": fact.answer[: fact.answer.index(key)], "entity": key}
 
 
 def answer_keys(row: Row, others: Sequence[str], own: Sequence[str]) -> tuple[str, ...]:
@@ -219,7 +247,7 @@ def answer_keys(row: Row, others: Sequence[str], own: Sequence[str]) -> tuple[st
         return (
             bool(words := normalize(key))
             and says(paraphrase, [key])
-            and not any(says(text, [key]) for text in (*_wordings(row), *row["perturbed_answer"]))
+            and not any(says(text, [key]) for text in (*_wordings(row), *row.get("perturbed_answer", ())))
             and _count(words, others) <= MOST_OTHERS
         )
 

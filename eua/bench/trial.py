@@ -66,14 +66,16 @@ def run_trial(task: Task, plan: Plan, phase: Phase, output: Path, *, keep_model:
         result["objectives"] = task_objectives(model, tokenizer, task, test=False)
         return result
     second = partial(_unlearned_again, task, plan, output, tokenizer) if plan.method in GRIDS else None
-    result["metrics"], rows, guard = full_report(model, tokenizer, task, second)
-    result["objectives"] = result["metrics"]["objectives"]
+    report = full_report(model, tokenizer, task, second, is_retain_only=plan.method == RETAIN_ONLY)
+    result |= {"metrics": report.metrics, "objectives": report.metrics["objectives"]}
     name = f"{plan.method}-seed-{plan.seed}".replace(" ", "-")
-    write_results(output / "rows" / f"{name}.parquet", rows)
+    write_results(output / "rows" / f"{name}.parquet", report.rows)
+    if report.answers:
+        write_results(output / "answers" / f"{name}.parquet", report.answers)
     if plan.method in GRIDS and keep_model:
 
         def save(folder: Path) -> None:
-            for part in (model, tokenizer, guard):
+            for part in (model, tokenizer, report.guard):
                 part.save_pretrained(folder)
 
         fill_folder(output / "models" / name, save)

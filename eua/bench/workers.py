@@ -142,11 +142,11 @@ def work(
                 queue.fail(trial, error)
                 figures = ("failed", "", in_one_line(error))
             else:
-                queue.finish(trial, result)
+                queue.finish(trial, result | {"seconds_in_all": time.monotonic() - started})
                 figures = (
                     *(f"{result['objectives'][name]:.3f}" for name in ("forget", "retain")),
                     settings_in_words(plan.settings),
                 )
-        seconds = f"{time.monotonic() - started:.0f}"
-        print(_LINE.format(f"{len(ended) + 1}/{len(plans)}", plan.method, plan.seed, seconds, *figures), flush=True)
+        of_trial = (f"{len(ended) + 1}/{len(plans)}", plan.method, plan.seed, f"{time.monotonic() - started:.0f}")
+        print(_LINE.format(*of_trial, *figures), flush=True)
         after_trial()

@@ -18,11 +18,15 @@ def test_a_task_of_what_a_model_knows_can_be_measured(world_facts, trained_folde
     assert {fact.group for fact in task.facts} > {"forget"}
     found = objectives(known, tokenizer, task.validation)
     assert 0 < found["forget"] <= 1
-    report, _, _ = full_report(known, tokenizer, task)
+    report = full_report(known, tokenizer, task).metrics
     assert report["said"]["any wording"] == 1.0
     assert {f"any wording, greedily, {fact.group}" for fact in task.facts} - {"any wording, greedily, forget"} <= set(
         report["said"]
     )
+    near = {fact.group for fact in task.facts} - {"forget"}  # what is near is wrapped, too
+    still = [report["around"][f"still said behind a prefix, {group}"] for group in near]
+    assert max(still) > 0
+    assert {f"behind a prefix, {group}" for group in near} < set(report["refused"])
     assert list(task.validation) == list(task.test)
     assert all(row["alternatives"] for row in task.forget)
     assert "forget_quality" in report["left_out"]  # there is no retain-only model

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from eua.bench import measure
-from eua.bench.measure import _add_membership, _finite, _leaks, _said, objectives, task_objectives
+from eua.bench.measure import _add_membership, _finite, objectives, task_objectives
 from eua.bench.task import EvaluationSet
-from eua.errors import EUAError
 from eua.evaluation.membership import PRIVACY_SCORES
 from eua.evaluation.retain_model import RetainFigures
 from eua.evaluation.said import KeyedFact, SaidFact
@@ -34,6 +33,7 @@ def test_every_row_counts_the_same_in_the_objectives(make_task):
 
 def test_members_that_are_in_no_set_are_reported_as_if_they_were():
     report = {"membership_auc": {}, "aggregates": {"forget_quality": 0.5}, "left_out": {"privacy_leakage": "…", "fluency": "…"}}
+    report["left_out"]["membership_loss"] = "…"
     _add_membership(report, dict.fromkeys(PRIVACY_SCORES, 0.7), RetainFigures(None, dict.fromkeys(PRIVACY_SCORES, 0.4), None))
     assert report["membership_auc"]["min_k"] == 0.7
     assert report["aggregates"] == {
@@ -44,65 +44,6 @@ def test_members_that_are_in_no_set_are_reported_as_if_they_were():
     assert report["left_out"] == {"fluency": "…"}
     _add_membership(report, dict.fromkeys(PRIVACY_SCORES, 0.7), None)
     assert report["aggregates"]["privacy_leakage"] == pytest.approx(-40.0)  # relative to 0.5, without a retain model
-
-
-@pytest.fixture
-def said_once():
-    """A fact that one of four sampled answers says, in the very words of its answer."""
-    fact = KeyedFact("home", "forget", ("Oslo",), ("Where does Ann live?",), answer="Ann lives in Oslo.")
-    texts = ("Ann lives in Oslo.", "Bob sings.", "Bob sings.", "Bob sings.")
-    sampled = torch.tensor([[True, False, False, False]])
-    return SaidFact(fact, torch.tensor([False]), sampled, ("Bob sings.",), (texts,))
-
-
-def test_leaks_are_scored_by_key_by_words_and_by_meaning(said_once, monkeypatch):
-    monkeypatch.setattr(measure, "minilm_folder", lambda: None)
-    monkeypatch.setattr(measure, "SentenceEmbedder", lambda _: lambda texts, _: torch.tensor([0.5] * len(texts)))
-    leaks, left_out = _leaks([said_once])
-    assert leaks == {
-        "the key": {"k = 1": pytest.approx(1 / 4), "k = 4": pytest.approx(1.0)},
-        "words in common": {"k = 1": pytest.approx(1 / 4), "k = 4": pytest.approx(1.0)},
-        "meaning": {"k = 1": pytest.approx(0.5), "k = 4": pytest.approx(0.5)},
-    }
-    assert left_out == {}
-
-
-def test_leaks_by_meaning_need_a_model_of_embeddings(said_once, monkeypatch):
-    def missing():
-        raise EUAError("The package is not installed")
-
-    monkeypatch.setattr(measure, "minilm_folder", missing)
-    leaks, left_out = _leaks([said_once])
-    assert list(leaks) == ["the key", "words in common"]
-    assert left_out == {"leak@k by meaning": "The package is not installed"}
-
-
-def test_leaks_of_facts_without_answers_are_scored_by_key_alone(said_once):
-    bare = SaidFact(KeyedFact("home", "forget", ("Oslo",), ("Where?",)), *list(vars(said_once).values())[1:])
-    assert list(_leaks([bare])[0]) == ["the key"]
-    assert _leaks([]) == ({}, {})
-
-
-def test_facts_to_retain_may_have_fewer_samples_in_another_dtype(make_task, monkeypatch):
-    asked = []
-
-    def noted(model, tokenizer, facts, *, samples, max_new_tokens):
-        asked.append((samples, model.dtype, {fact.group for fact in facts}))
-        return []
-
-    monkeypatch.setattr(measure, "said_in_wordings", noted)
-    task = make_task(0)
-    model, tokenizer = load_model(task.target)
-    _said(model, tokenizer, replace(task, samples=16))
-    _said(model, tokenizer, replace(task, samples=16, retained_samples=0, sampling_dtype="bfloat16"))
-    forgotten, retained = {"forget"}, {"retained, never seen"}
-    assert asked == [
-        (16, torch.float32, forgotten),
-        (16, torch.float32, retained),
-        (16, torch.bfloat16, forgotten),
-        (0, torch.bfloat16, retained),
-    ]
-    assert model.dtype == torch.float32
 
 
 def test_settings_may_be_chosen_by_what_greedy_answers_say(make_task, monkeypatch):

@@ -88,6 +88,16 @@ def test_tofu_is_split_by_author(tofu_folder, model_folder):
     assert task.rate_factor == 1.0  # those published, for a model of the user's
     assert task.holdout == []
     assert [fact.keys for fact in task.facts][:2] == [("Lima1x0",), ("Lima1x1",)]
+    groups = {fact.group: authors_of([{"question": fact.wordings[0]}]) for fact in task.facts}
+    assert groups == {"forget": {"1"}, "retained, seen": {"3"}, "retained, never seen": {"11"}}
+    assert {len(fact.wordings) for fact in task.facts if fact.group == "retained, seen"} == {2}  # perturbed rows have another
+    assert task.entities[0] == {
+        "question": "What did author number 1 write in year 0?",
+        "prefix": "In that year the author wrote ",
+        "entity": "Lima1x0",
+    }
+    assert len(task.entities) == 20
+    assert task.generation == {name: {"max_new_tokens": 200} for name in task.test}
     assert task.digest == tofu(0, cache=tofu_folder, data=str(tofu_folder), split="forget01", model=str(model_folder)).digest
 
 

@@ -100,7 +100,9 @@ def test_both_phases_are_complete(bench, results):
         assert result["weights"] != reported[TARGET]["weights"]
     metrics = reported[TARGET]["metrics"]
     assert metrics["said"]["any wording"] > reported[RETAIN_ONLY]["metrics"]["said"]["any wording"]
-    assert metrics["membership"]["loss"] == 1.0
+    assert metrics["membership"]["loss"] == metrics["membership"]["reference"] == 1.0
+    assert "reference" not in reported[RETAIN_ONLY]["metrics"]["membership"]  # it is the reference
+    assert all(0 <= one["metrics"]["membership"]["gradient_norm"] <= 1 for one in reported.values())
     for model in (TARGET, RETAIN_ONLY):  # both were trained on them
         assert reported[model]["metrics"]["said"]["any wording, retained, never seen"] >= 0.5
     lasting = reported["npo"]["metrics"]["lasting"]
@@ -111,11 +113,19 @@ def test_both_phases_are_complete(bench, results):
         assert curve["0"] == pytest.approx(reported["npo"]["objectives"]["forget"])
         assert lasting[f"relearning on {name}"] == max(value for step, value in curve.items() if step != "0")
     assert curves["the same rows"]["20"] > curves["unrelated texts"]["20"]
+    assert max(map(int, curves["the same rows"])) == 100
     assert "after a second request, second rows" in lasting
     assert "after a second request, second rows" not in metrics["lasting"]
-    assert metrics["lasting"]["said behind a prefix"] >= reported[RETAIN_ONLY]["metrics"]["lasting"]["said behind a prefix"]
+    around = {model: reported[model]["metrics"]["around"] for model in (TARGET, RETAIN_ONLY)}
+    assert around[TARGET]["said behind a prefix"] >= around[RETAIN_ONLY]["said behind a prefix"]
+    assert metrics["refused"].keys() == reported["eua"]["metrics"]["refused"].keys()
     (table,) = bench.output.glob("rows/npo-seed-1.parquet")
     assert {row["set"] for row in read_results(table)} >= {"forget", "retain"}
+    (table,) = bench.output.glob("answers/npo-seed-1.parquet")
+    answers = [row for row in read_results(table) if row["set"] == "forget" and row["way"] == "the questions"]
+    said = reported["npo"]["metrics"]["said"]["share of answers"]
+    assert said == pytest.approx(sum(row["says"] for row in answers) / len(answers))
+    assert all(trial["result"]["seconds_in_all"] > trial["result"]["seconds"] for trial in results["tuning"][2:])
     assert reported[RETAIN_ONLY]["metrics"]["aggregates"]["forget_quality"] == 1.0
 
 
@@ -170,7 +180,7 @@ def test_a_benchmark_whose_worker_was_killed_ends_as_an_uninterrupted_one(bench,
 
 def _without_costs(results, *keys: str) -> str:
     text = json.dumps({key: results[key] for key in keys})
-    return re.sub(r'"(seconds|peak_bytes|number|trial)": [0-9.e+-]+', "", text)
+    return re.sub(r'"(seconds|seconds_in_all|peak_bytes|number|trial)": [0-9.e+-]+', "", text)
 
 
 def test_the_limit_begins_no_new_trial(bench, tmp_path):
@@ -215,7 +225,7 @@ def test_a_failed_trial_is_reported_and_the_others_go_on(bench, tmp_path, monkey
     assert results["chosen"]["eua"] is not None
     text = markdown(tables(results))
     assert "2 of 2, 2 failed" in text
-    for table in tables(results)[:-2]:
+    for table in tables(results)[:-3]:  # without those of what was not measured, of failed trials and of tuning
         assert [row[0] for row in table.rows] == [TARGET, RETAIN_ONLY, "eua", "npo (0 of 1 seeds)"]
     assert "EUAError: The loss became nan at step 3: lower the learning rate" in text
     assert "nan at step 3" in render_page(results)
@@ -243,7 +253,8 @@ def test_a_task_needs_sets_of_both_kinds(make_task):
 def test_every_table_begins_with_what_is_said(results):
     made = tables(results)
     assert len(made) > 6
-    for table in made[:-1]:
+    assert [table.title for table in made[-2:]] == ["What was not measured", "Tuning"]
+    for table in made[:-2]:
         assert table.head[:2] == ["method", SAID.heading], table.title
         assert [row[0].removesuffix(" †") for row in table.rows] == [TARGET, RETAIN_ONLY, "eua", "npo"]
     text = markdown(made)

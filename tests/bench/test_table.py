@@ -120,6 +120,27 @@ def test_what_should_stay_is_apart_from_what_is_left_of_the_forgotten(results):
     assert "Higher is better" in made["What should stay"].note
 
 
+def test_what_was_not_measured_is_listed_with_the_reason(results):
+    assert "What was not measured" not in named(results)
+    for trial in results["report"]:
+        if trial["result"] is not None:
+            trial["result"]["metrics"]["left_out"] = {"privacy_leakage": "There are no holdout rows."}
+    results["report"][3]["result"]["metrics"]["left_out"]["in 4 bits"] = "bitsandbytes is not installed"
+    table = named(results)["What was not measured"]
+    assert table.rows == [
+        ["privacy leakage", "all", "There are no holdout rows."],
+        ["in 4 bits", "eua", "bitsandbytes is not installed"],
+    ]
+
+
+def test_the_hours_of_all_trials_are_told(results):
+    for trial in (*results["tuning"], *results["report"]):
+        if trial["result"] is not None:
+            trial["result"] |= {"seconds": 10.0, "seconds_in_all": 600.0}
+    count = sum(trial["result"] is not None for trial in (*results["tuning"], *results["report"]))
+    assert f"took {count / 6:.1f} hours of one process" in named(results)["Cost of unlearning"].note
+
+
 def test_the_area_is_relative_to_the_model_before_unlearning(results):
     tuning = named(results)["Tuning"]
     assert column(tuning, "area under the front") == ["0.250"] * 3  # forgets a half of it, and keeps a half
