@@ -1,4 +1,5 @@
-"""Fills the benchmark's tables in the documents and draws its pictures: ``python docs/bench_tables.py``.
+"""Fills the benchmark's tables in the documents, draws its pictures, and writes all tables of every file of results beside it:
+``python docs/bench_tables.py``.
 
 No figure in them is typed by hand: they are those of ``benches/results``. A page names a table between two comments: the file
 of results, the table's title, and the headings of the columns that follow the method.
@@ -19,7 +20,7 @@ from typing import Any
 
 from eua.bench.notes import NOT_KEPT
 from eua.bench.page import render_front
-from eua.bench.table import METHOD, Table, markdown_table, tables
+from eua.bench.table import METHOD, Table, markdown, markdown_table, tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benches" / "results"
@@ -45,6 +46,14 @@ def results_in(file: str) -> dict[str, Any]:
     """What a benchmark wrote."""
     results: dict[str, Any] = json.loads((RESULTS / file).read_text(encoding="utf-8"))
     return results
+
+
+def written() -> dict[Path, str]:
+    """File → content, of all that this script writes."""
+    pages = {page: filled(page.read_text(encoding="utf-8")) for page in PAGES}
+    pictures = {picture: render_front(results_in(file)) for file, picture in PICTURES.items()}
+    files = sorted(path for path in RESULTS.glob("*.json") if "tuning" in results_in(path.name))
+    return pages | pictures | {path.with_suffix(".md"): markdown(tables(results_in(path.name))) for path in files}
 
 
 def _fill(place: re.Match[str]) -> str:
@@ -75,7 +84,5 @@ def _some_rows(table: Table, methods: Sequence[str]) -> Table:
 
 
 if __name__ == "__main__":
-    for page in PAGES:
-        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
-    for file, picture in PICTURES.items():
-        picture.write_text(render_front(results_in(file)), encoding="utf-8")
+    for path, content in written().items():
+        path.write_text(content, encoding="utf-8")

@@ -52,8 +52,8 @@ def both_phases(
 
 
 def default_workers() -> int:
-    """One per GPU, or one per two CPU cores."""
-    return len(gpus()) or max(1, (os.cpu_count() or 1) // 2)
+    """One per GPU, or one per CPU core."""
+    return len(gpus()) or os.cpu_count() or 1
 
 
 def gpus() -> list[str]:

@@ -95,7 +95,7 @@ def _parser() -> Parser:
         help="seeds at which the chosen settings are measured (1, 2, …); seed 0 is for the choice",
     )
     parser.add_argument(
-        "--workers", type=positive(int), help="processes on this machine (default: one per GPU, or per two CPU cores)"
+        "--workers", type=positive(int), help="processes on this machine (default: one per GPU, or per CPU core)"
     )
     parser.add_argument("--limit", type=positive(float), metavar="SECONDS", help="begin no new trial after this many seconds")
     parser.add_argument(

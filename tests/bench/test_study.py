@@ -8,6 +8,7 @@ import time
 from multiprocessing import get_context
 from pathlib import Path
 
+import optuna
 import pytest
 
 from eua.bench import study as study_module
@@ -141,6 +142,20 @@ def test_a_study_of_something_else_is_refused(tmp_path):
         EUAError, match="The study test holds trials of people with other rows, models or settings.*name another"
     ):
         queue(tmp_path).belongs_to("xyz", "people")
+
+
+def test_a_database_server_is_asked_whether_a_connection_still_lives(monkeypatch):
+    """A file's connection waits for its turn instead; other storages have no such argument."""
+    opened = []
+
+    class Storage(optuna.storages.RDBStorage):
+        def __init__(self, url, *, engine_kwargs, **options):
+            opened.append((url, engine_kwargs))
+            super().__init__("sqlite:///:memory:", **options)
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", Storage)
+    TrialQueue("postgresql://user:secret@server/bench", "test").add([Plan("npo", {}, 0)])
+    assert opened == [("postgresql://user:secret@server/bench", {"pool_pre_ping": True})]
 
 
 def test_a_storage_that_cannot_be_opened_is_explained_without_its_password(tmp_path):

@@ -35,6 +35,25 @@ def test_what_cannot_work_is_explained(arguments, message, tmp_path, capsys):
     assert not (tmp_path / "results" / "bench.db").exists()
 
 
+def test_trials_may_be_kept_in_another_storage(tmp_path, monkeypatch, capsys):
+    from eua.bench import people as people_module
+    from eua.bench import workers as workers_module
+
+    monkeypatch.setattr(workers_module, "run_trial", made_up_trial)
+    trained = people_module.cached_model
+    monkeypatch.setattr(people_module, "cached_model", lambda rows, cache, **more: trained(rows, cache, **more | SIZE))
+    command = ["people", "--people", "20", "--target-epochs", "0.1", "--epochs", "1", "--trials", "1", "--seeds", "1"]
+    command += ["--methods", "npo", "--workers", "1", "--cache", str(tmp_path / "cache")]
+    shared = ["--storage", f"sqlite:///{tmp_path}/shared.db"]
+    assert main(["bench", *command, *shared, "--output", str(tmp_path / "first")]) == 0
+    assert not (tmp_path / "first" / "bench.db").exists()
+    monkeypatch.setattr(workers_module, "run_trial", lambda *_, **__: pytest.fail("another machine's trial ran again"))
+    assert main(["bench", *command, *shared, "--output", str(tmp_path / "second")]) == 0
+    results = [(tmp_path / name / "results.json").read_text() for name in ("first", "second")]
+    assert results[0] == results[1]
+    assert main(["bench", "report", *shared, "--output", str(tmp_path / "second")]) == 0
+
+
 def test_a_folder_with_other_files_is_refused(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("years of work")
     assert main(["bench", "people", "--output", str(tmp_path)]) == BAD_INPUT

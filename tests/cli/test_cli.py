@@ -139,6 +139,23 @@ def test_a_user_without_a_home_can_use_every_command(command, monkeypatch, capsy
     assert command != "demo" or str(Path(tempfile.gettempdir(), "eua")) in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize(
+    ("method", "more", "said"),
+    [
+        ("npo", ["--preset", "openunlearning"], "| preset | openunlearning |"),
+        ("undial", ["--beta", "3"], "| beta | 3 |"),  # which compares with a second model
+    ],
+)
+def test_unlearn_with_another_method(method, more, said, tiny_folder, data, tmp_path):
+    command = unlearn_command(tiny_folder, data, tmp_path / "out", "--method", method, "--num-train-epochs", "2", *more)
+    assert main(command) == 0
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_folder, tmp_path / "out"))
+    assert any(not torch.equal(one, other) for one, other in zip(before.parameters(), after.parameters(), strict=True))
+    card = ModelCard.load(tmp_path / "out" / "README.md").text
+    assert f"| method | {method} |" in card
+    assert said in card
+
+
 def test_unlearn_with_lora_writes_an_adapter(tiny_folder, data, tmp_path):
     assert main(unlearn_command(tiny_folder, data, tmp_path / "out", "--num-train-epochs", "1", "--lora-rank", "4")) == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -117,6 +117,14 @@ def test_texts_are_compressed_without_special_tokens(tokenizer, rows):
     assert lengths[:2].tolist() == [len(zlib.compress(f" {row['answer']}".encode())) for row in rows["forget"][:2]]
 
 
+def test_a_short_text_has_the_length_that_zlib_gives_it():
+    class Cat:
+        def batch_decode(self, ids, skip_special_tokens):
+            return ["The cat sat on the mat."] * len(ids)
+
+    assert compressed_lengths([EncodedRow([1, 2], 1)], Cat()).tolist() == [28]
+
+
 def test_aucs_count_holdout_rows_as_positive():
     assert membership_auc(torch.tensor([0.1, 0.4, 0.4]), torch.tensor([0.4, 0.8])) == pytest.approx(0.833333, abs=1e-6)
     assert membership_auc(torch.tensor([0.1, math.nan]), torch.tensor([0.4])) == 1

@@ -54,6 +54,13 @@ def test_losses_are_those_of_the_released_code(name, gamma, alpha, parameters, v
         assert found_gradient == pytest.approx(gradient, abs=1e-6)
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_npo_begins_with_a_known_value(beta):
+    """Where the model is the reference, nothing is in excess: ``2/β·ln 2``."""
+    loss = Objective("npo", {"beta": beta}).loss(answers_of(PAIRS, matrix(A), matrix(A), "nll"), 1, 0).loss
+    assert loss.item() == pytest.approx(2 / beta * math.log(2), abs=1e-6)
+
+
 @pytest.mark.parametrize("name", ["idk_dpo", "alt_po"])
 def test_dpo(name):
     value, gradient = loss_of(name, 1, 0, WITH_ALTERNATIVES, beta=0.1)

@@ -108,6 +108,70 @@ def by_definition(method, model, reference, batch, settings) -> torch.Tensor:
     return settings.gamma * forget + (settings.alpha * tokens("retain").mean() if rows["retain"] else 0.0)
 
 
+def as_released(method, model, reference, batch, settings) -> torch.Tensor:
+    """The loss of the original code on whole logits: masks that are not shifted, KL and UNDIAL at every position."""
+    z, inner = logits_of(model, batch)
+    with torch.no_grad():
+        z_ref, inner_ref = logits_of(reference, batch)
+    labels, to_forget = batch["labels"], batch["forget"][:, 0]
+    labelled = labels != -100
+
+    def product_of_means(values, rows):
+        sums = (values * labelled).sum(1)[rows]
+        return sums.mean() * (1 / labelled.sum(1)[rows]).mean()
+
+    if method == "rmu":
+        goal = control_vector(inner.shape[-1], settings.steering, settings.seed).double()
+        forget = product_of_means(((inner - goal) ** 2).mean(-1), to_forget)
+        kept = product_of_means(((inner - inner_ref) ** 2).mean(-1), ~to_forget)
+        return settings.gamma * forget + settings.alpha * kept
+    if method == "undial":
+        targets = labels[to_forget, 1:]
+        targets = targets.where(targets >= 0, z.shape[-1] - 100)  # where Python's index −100 points to
+        teacher = z_ref[to_forget, :-1].clone()
+        teacher.scatter_add_(2, targets[..., None], torch.full_like(targets[..., None], -settings.beta, dtype=z.dtype))
+        forget = -(teacher.softmax(-1) * z[to_forget, :-1].log_softmax(-1)).sum(-1).mean()
+    elif method == "pdu":
+        own = z[to_forget][labelled[to_forget]]
+        forget = ((own.max(-1).values - own.mean(-1)) ** 2).mean()
+    else:
+        forget = z[to_forget, :-1].log_softmax(-1).gather(2, labels[to_forget, 1:, None].clamp(min=0))[..., 0]
+        forget = forget[labelled[to_forget, 1:]].mean()
+    if settings.retain_loss == "kl":
+        log_p, log_q = z[~to_forget].log_softmax(-1), z_ref[~to_forget].log_softmax(-1)
+        kept = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    else:
+        nll = -z[~to_forget, :-1].log_softmax(-1).gather(2, labels[~to_forget, 1:, None].clamp(min=0))[..., 0]
+        kept = nll[labelled[~to_forget, 1:]].mean()
+    return settings.gamma * forget + settings.alpha * kept
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("rmu", {}), ("pdu", {"alpha": 2.0}), ("undial", {"alpha": 1.0}), ("grad_diff", {"retain_loss": "kl"})],
+    ids=["rmu", "pdu", "undial", "kl"],
+)
+def test_step_as_released_is_that_of_the_original_code(method, options, tokenizer, rows, tmp_path):
+    trainer = trainer_of(method, tokenizer, rows, tmp_path, as_released=True, **options)
+    model, reference = trainer.model, sharp(tokenizer)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    boundaries = trainer._find_boundaries(resuming=False)
+    items = [
+        [
+            {"row": trainer.encoded_rows[kind][i], "reference": boundaries[kind][i], "kind": kind}
+            for kind in ("forget", "retain")
+        ]
+        for i in range(3)
+    ]
+    batch = trainer.data_collator(items)
+    assert bool((batch["attention_mask"] == 0).any())  # there is padding
+    expected = as_released(method, model, reference, batch, trainer.args)
+    torch.testing.assert_close(trainer.compute_loss(model, batch).double(), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "flat"])
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"eua"}))
 def test_step_is_the_method(method, padding_free, tokenizer, rows, tmp_path):
@@ -170,7 +234,7 @@ def test_training_moves_weights_and_logs_what_the_method_has(method, peft_config
     assert names == settings.eval_metrics
 
 
-@pytest.mark.parametrize("method", ["npo", "idk_dpo", "alt_po", "pdu", "rmu"])
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_an_interrupted_run_ends_with_the_same_weights(method, tokenizer, rows, tmp_path):
     how = {"save_strategy": "steps", "save_steps": 4, "num_train_epochs": 3}
     how |= {"dual_warmup": 1.0, "alpha": 1.0, "dual_step": 0.5} if method == "pdu" else {}
