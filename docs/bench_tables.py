@@ -53,7 +53,12 @@ def written() -> dict[Path, str]:
     pages = {page: filled(page.read_text(encoding="utf-8")) for page in PAGES}
     pictures = {picture: render_front(results_in(file)) for file, picture in PICTURES.items()}
     files = sorted(path for path in RESULTS.glob("*.json") if "tuning" in results_in(path.name))
-    return pages | pictures | {path.with_suffix(".md"): markdown(tables(results_in(path.name))) for path in files}
+    return pages | pictures | {path.with_suffix(".md"): _all_tables(path.name) for path in files}
+
+
+def _all_tables(file: str) -> str:
+    made = markdown(tables(results_in(file)))
+    return f"# All tables of {file}\n\nWritten by `docs/bench_tables.py`; `docs/benchmark.md` names the command.\n\n{made}"
 
 
 def _fill(place: re.Match[str]) -> str:

@@ -22,7 +22,7 @@ from eua.evaluation.leaks import SentenceEmbedder, Similarity, leak_curve, rouge
 from eua.evaluation.said import KeyedFact, SaidFact, normalize, said_in_wordings, said_summary
 from eua.guard.guard import EnergyGuard
 
-QUESTIONS, STATED = "the questions", "where the prompt states it"  # two ways to ask; the others are those of wrappings()
+QUESTIONS, STATED = "the questions", "where the prompt states it"  # two forms; the others are those of wrappings()
 _LEAKS = (1, 4, 16)  # numbers of sampled answers of which the worst one is reported
 _GUARD_ON = ", guard on"  # ends the names of figures
 
@@ -43,13 +43,13 @@ class Asked:
 
 
 def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, guard: EnergyGuard) -> dict[str, list[Asked]]:
-    """Ask for all facts of a task, those to forget and those to retain, and for the former where the prompt states them.
+    """Ask about all facts of a task; about those to forget also with prompts that state them.
 
     Answers are generated in the task's ``sampling_dtype``; the guard reads the model as it is.
 
     Returns:
-        Way of asking → facts, in the order of the task: :data:`QUESTIONS` with the task's samples, the keys of
-        :func:`eua.bench.wrappings.wrappings` and :data:`STATED` greedily. Empty if the task has no facts.
+        Form of the question → facts, first those to forget, then those to retain: :data:`QUESTIONS` with the task's samples,
+        the keys of :func:`eua.bench.wrappings.wrappings` and :data:`STATED` greedily. Empty if the task has no facts.
     """
     writer = in_sampling_dtype(model, task) if task.facts else model
     few = task.samples if task.retained_samples is None else task.retained_samples
@@ -74,7 +74,7 @@ def in_sampling_dtype(model: PreTrainedModel, task: Task) -> PreTrainedModel:
 
 
 def _ways(task: Task) -> dict[str, list[KeyedFact]]:
-    """Way of asking → the task's facts with these wordings."""
+    """Form of the question → the task's facts with these wordings."""
     if not task.facts:
         return {}
     other = far_question(task)
@@ -89,17 +89,22 @@ def _ways(task: Task) -> dict[str, list[KeyedFact]]:
 
 
 def far_question(task: Task) -> str:
-    """The question of a test row to retain whose question and answer share the fewest words with the facts to forget."""
+    """The question of a test row to retain whose question and answer share the fewest words with the facts to forget.
+
+    If possible it is none of those that the facts are asked for with.
+    """
     near = {word for fact in task.forgotten_facts for text in (*fact.wordings, fact.answer) for word in normalize(text).split()}
     rows = [row for one in task.test.values() if not one.forget for row in one.rows if "question" in row]
+    asked = {wording for fact in task.facts for wording in fact.wordings}
+    rows = [row for row in rows if row["question"] not in asked] or rows
     return str(min(rows, key=lambda row: len(near & set(normalize(f"{row['question']} {row['answer']}").split())))["question"])
 
 
 def _guarded(said: SaidFact, refused: Tensor, refusal: str) -> SaidFact:
     """The same with a refusal in place of every answer to a question that is refused."""
     texts = [
-        (refusal, (refusal,) * len(sampled)) if no else (greedy, sampled)
-        for no, greedy, sampled in zip(refused.tolist(), said.greedy_texts, said.sampled_texts, strict=True)
+        (refusal, (refusal,) * len(sampled)) if is_refused else (greedy, sampled)
+        for is_refused, greedy, sampled in zip(refused.tolist(), said.greedy_texts, said.sampled_texts, strict=True)
     ]
     return SaidFact(
         said.fact,
@@ -111,7 +116,7 @@ def _guarded(said: SaidFact, refused: Tensor, refusal: str) -> SaidFact:
 
 
 def shares(asked: Mapping[str, Sequence[Asked]]) -> dict[str, float]:
-    """The shares of facts, and of answers, in which the facts are said when they are asked for in their wordings.
+    """The shares of facts that are said, and of answers that say their fact, when it is asked for in its wordings.
 
     A name ends with the group of facts if it is not that to forget, and with "guard on" where the guard is.
     """
@@ -136,8 +141,8 @@ def shares(asked: Mapping[str, Sequence[Asked]]) -> dict[str, float]:
     return found
 
 
-def around(asked: Mapping[str, Sequence[Asked]]) -> dict[str, float]:
-    """The share of facts that a greedy answer says with text around the question, by way of asking, guard off and on.
+def wrapped(asked: Mapping[str, Sequence[Asked]]) -> dict[str, float]:
+    """The share of facts that at least one greedy answer says, by the form of the question, guard off and on.
 
     The names of figures of facts to retain, of which more is better, begin with "still said".
     """
@@ -153,7 +158,7 @@ def around(asked: Mapping[str, Sequence[Asked]]) -> dict[str, float]:
 
 
 def refusals(asked: Mapping[str, Sequence[Asked]]) -> dict[str, float]:
-    """The share of prompts that the guard refuses, by way of asking; where facts are to be retained, with their group."""
+    """The share of prompts that the guard refuses, by the form of the question, and by group where facts are to be retained."""
     return {
         way if group == FORGOTTEN else f"{way}, {group}": float(torch.cat([one.refused for one in of_group]).double().mean())
         for way, every in asked.items()

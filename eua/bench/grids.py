@@ -3,9 +3,9 @@
 The settings are those of OpenUnlearning's released checkpoints (398 of TOFU's forget10, Llama 3.2 1B, each for 5 and for 10
 epochs) and of its scripts for methods of the community. Methods of which one learning rate was published are tried with those
 of its other grids. GradAscent and CE-U, which have no rows to retain and destroy a model at the rates of the others, are tried
-with lower ones, too, and UNDIAL without the highest published one, 3e-4. EUA's grid is this project's own: NPO's learning
-rates, and values of γ and ρ around D²'s released settings. Every method that trains on rows to retain is tried with one of
-them per row to forget, as published, and with three.
+with lower ones, too, and UNDIAL with 3e-5 in place of the highest published one, 3e-4. EUA's grid is this project's own:
+NPO's learning rates, and values of γ and ρ around D²'s released settings. Every method that trains on rows to retain is tried
+with one of them per row to forget, as published, and with three.
 
 Three things depend on the task: the numbers of epochs, the blocks, and the learning rates, because models smaller than 1B
 parameters need larger ones. A task multiplies every method's published learning rates by one factor.

@@ -23,10 +23,10 @@ TRAINING: dict[str, Any] = {"per_device_train_batch_size": 8, "bf16": True}
 NOTE = (
     "The model is the same for all seeds. Each seed draws which of the facts that it knows are to be forgotten, so two "
     "seeds share some of them, and shuffles training, which computes in bfloat16. Facts to retain are asked with greedy "
-    "decoding only. What is said greedily, and by way of asking, is generated in bfloat16; all else is in float32. "
-    "Settings are chosen by the first 24 tokens of answers, and 64 are reported. Relearning stops after 20 steps. AltPO trains "
-    "on answers with the keys of other entities, where the original has the model write them. Perplexity is of thirty "
-    "paragraphs unrelated to the facts."
+    "decoding only. “Said greedily”, on both splits, looks at the first 24 tokens of answers, all else at up to 64. "
+    "Answers to questions about facts, also with text around them, are generated in bfloat16; all else, also what is said in 8 "
+    "bits and after relearning, is in float32. Relearning stops after 20 steps. AltPO trains on answers with the keys of other "
+    "entities, where the original has the model write them. Perplexity is of thirty paragraphs unrelated to the facts."
 )
 
 

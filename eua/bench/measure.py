@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eua.bench.asking import answer_lines, around, ask, in_sampling_dtype, leaks, refusals, shares
+from eua.bench.asking import answer_lines, ask, in_sampling_dtype, leaks, refusals, shares, wrapped
 from eua.bench.knowledge import NEW_TOKENS
 from eua.bench.lasting import Unlearn, lasting, strength
 from eua.bench.task import FORGOTTEN, EvaluationSet, Task
 from eua.data.rows import EncodedRow, encode_rows
 from eua.evaluation.declining import declines
-from eua.evaluation.full_report import UTILITY_SETS, measure_all
+from eua.evaluation.full_report import NO_HOLDOUT, UTILITY_SETS, measure_all
 from eua.evaluation.membership import membership_aucs, membership_scores, privacy_leakage, privacy_score
 from eua.evaluation.retain_model import RetainFigures, measure_retain_model
 from eua.evaluation.said import said_in_wordings
@@ -64,14 +64,14 @@ class Report(NamedTuple):
     """Everything that is reported of a model.
 
     Attributes:
-        metrics: a nested dict for JSON. It has "said" (shares of facts and of answers, asked in their wordings), "around"
+        metrics: a nested dict for JSON. It has "said" (shares of facts and of answers, asked in their wordings), "wrapped"
             (shares of facts, with text around the question), "refused" (shares of prompts that the guard refuses), "leaks"
             (leak@k of the facts to forget), "objectives", "sets" (measures of each set), "aggregates", "membership",
             "separation", "perplexity", "lasting" (what is left when the model is changed) with the curves of "relearning", and
-            "left_out" (what could not be measured, and why). Every number under "said", "around", "refused", "leaks",
+            "left_out" (what could not be measured, and why). Every number under "said", "wrapped", "refused", "leaks",
             "membership" and "lasting" becomes a column of a table.
         rows: the results of all rows, for :func:`eua.evaluation.results.write_results`.
-        answers: all answers to questions for facts, for the same function.
+        answers: every answer to a question about a fact, for the same function.
         guard: the one that was calibrated for the model.
     """
 
@@ -127,12 +127,16 @@ def full_report(
         of_set["declined"] = sum(map(declines, written)) / len(written)
     if task.members:
         _add_membership(report, _membership(model, tokenizer, task, reference), retained)
+    if not task.holdout:
+        report["left_out"] |= dict.fromkeys(("membership_reference", "membership_gradient_norm"), NO_HOLDOUT)
+    elif is_retain_only:
+        report["left_out"]["membership_reference"] = "This model is the reference."
     lasts = lasting(model, tokenizer, task, unlearn)
     asked = ask(model, tokenizer, task, guard)
     leaked, without = leaks(asked)
     metrics = {
         "said": shares(asked),
-        "around": around(asked),
+        "wrapped": wrapped(asked),
         "refused": refusals(asked),
         "leaks": leaked,
         "objectives": task_objectives(model, tokenizer, task, test=True),

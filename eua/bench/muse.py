@@ -33,7 +33,7 @@ CALIBRATED = 0.4  # share of the questions to retain that calibrate the guard
 LEAST_PROMPTS = 4
 NOTE = (
     "Each seed shuffles training; the models are the same. Perplexity is of texts that no model was to forget. "
-    "Relearning is left out, since it holds a copy of the model with an optimizer."
+    "Relearning is not measured, since it needs memory for a second copy of the model and an optimizer."
 )
 TEXTS = 50  # pieces of text whose perplexity is measured
 _QA, _TEXT = ("question", "answer"), ("text",)

@@ -12,19 +12,23 @@ OURS = "eua"  # the method that others are compared with
 NOT_KEPT = "†"  # of a method none of whose trials kept enough
 LASTING = (
     "Extraction strength of the rows to forget, in relearning the largest one after any number of steps; “said” is the share "
-    "of facts that a greedy answer says, with text around the question or in the facts' wordings. The guard is off unless a "
-    "heading says otherwise. Lower is better."
+    "of facts that at least one greedy answer says: in any of the facts' wordings, or with text around the first one (three "
+    "prefixes, two suffixes, two orders with another question), so compare methods, not these columns. The guard is off unless "
+    "a heading says otherwise. Lower is better."
 )
 REFUSED = (
-    "The share of prompts that the guard refuses: questions for the facts to forget, of which more is better, and where a "
-    "heading ends with the name of a group, for facts to retain, of which less is better."
+    "The share of prompts that the guard refuses: questions about the facts to forget, of which more is better, and where a "
+    "heading ends with the name of a group, about facts to retain, of which less is better. Refusing a prompt that states the "
+    "fact itself is no merit."
 )
-LEFT_OUT = "Measures that need what this task, or this machine, does not have."
+LEFT_OUT = "What this task, or this machine, does not have the means to measure."
 OF_SET = (
-    "The guard is off, except for the share of prompts that it refuses and where a heading says otherwise. Measures with "
-    "“(OpenUnlearning)” leave the last token of an answer out, which is the end of the sequence; their truth ratio is "
-    "min(R, 1/R) of rows to forget and max(0, 1 − R) of others. The share of the right answer is that among the right and the "
-    "wrong ones. The perplexity of the model's texts is under the model before unlearning."
+    "The guard is off, except for the share of prompts that it refuses and where a heading says otherwise. Extraction "
+    "strength and exact memorization with “(OpenUnlearning)” leave out the last token of an answer, the end of the "
+    "sequence; the truth ratio with it is the mean of min(R, 1/R) over rows to forget, and of max(0, 1 − R) over others. "
+    "Probability with options is that of the right answer over the sum of all answers'; the share of the right answer is "
+    "its probability over the sum with the geometric mean of the wrong ones' (½ by chance). The perplexity of the model's "
+    "texts is under the model before unlearning."
 )
 OF_HOLDOUT = (
     "Rows like those to forget on which no model was trained. They are neither to be forgotten nor to be retained, so it is no "
@@ -65,11 +69,12 @@ MEMBERSHIP = (
 )
 MEMBERSHIP_OF_RETAIN_ONLY = (
     "Where its own AUROC is not 0.5, the rows differ in other ways, too, and a value above or below its own gives a member "
-    "away."
+    "away. “reference” is the loss less that of this model, which has no value of its own."
 )
 ENERGY = (
-    "AUROC of the energy of the prompt's last token, rows to forget against each set to retain, and the share of the latter "
-    "whose energy is above that of 95 % of the former."
+    "AUROC of the energy of the prompt's last token, rows of the set “forget” against each set to retain; and the "
+    "false-positive rate at a true-positive rate of 95 %: the share of the latter at or above the threshold that 95 % of the "
+    "former reach."
 )
 DIFFERENCES = (
     f"A method's figure less that of {OURS} at the same seed: the mean, ± half the width of the 95 % t interval of the "
@@ -133,10 +138,15 @@ def kept_share(results: Mapping[str, Any]) -> str:
 
 
 def on_cost(results: Mapping[str, Any]) -> str:
-    """What the cost of unlearning is of, and what the whole benchmark took."""
-    took = [trial["result"].get("seconds_in_all", 0) for trial in (*results["tuning"], *results["report"]) if trial["result"]]
-    hours = sum(took) / 3600
-    return f"{_OF_COST} All trials, with the making of models and measuring, took {hours:.1f} hours of one process."
+    """What the costs include, and how long the whole benchmark took, if that is known."""
+    done = [trial["result"] for trial in (*results["tuning"], *results["report"]) if trial["result"]]
+    if not all("seconds_in_all" in result for result in done):
+        return _OF_COST
+    hours = sum(result["seconds_in_all"] for result in done) / 3600
+    return (
+        f"{_OF_COST} The trials that succeeded took {hours:.1f} hours, added up over the processes, with measuring, and with "
+        "making the models of further seeds."
+    )
 
 
 def on_tuning(results: Mapping[str, Any]) -> str:

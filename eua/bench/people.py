@@ -113,7 +113,7 @@ def task_of(world: World, seed: int, target: str, retain_model: str, *, epochs: 
         utility=("retain", "retain, never seen"),
         relearning_steps=STEPS,
         relearning_rate=2e-4,
-        text=[f"{fact.question} {fact.answer}" for fact in world.test],
+        text=[f"{fact.question} {fact.answer}" for fact in world.test if fact.person in splits[2][1]],
         training=TRAINING,
         rate_factor=RATE_FACTOR,
         epochs=epochs,

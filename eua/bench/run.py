@@ -2,8 +2,8 @@
 split.
 
 Everything is kept in one output folder: the trials (``bench.db``), what was asked for (``bench.json``), the models of the
-chosen settings (``models/``), what was measured of every row (``rows/``), and the results as JSON, tables and a page. The same
-command goes on where an interrupted one stopped.
+chosen settings (``models/``), what was measured of every row (``rows/``), every answer to a question about a fact
+(``answers/``), and the results as JSON, tables and a page. The same command goes on where an interrupted one stopped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def run_bench(
 
     Args:
         bench: what to compare.
-        workers: processes on this machine; by default one per GPU, or one per two CPU cores.
+        workers: processes on this machine; by default one per GPU, or one per CPU core.
         limit: seconds after which no new trial begins.
         checked: is called before the first trial, once it is certain that the folder holds no other benchmark.
         so_far: is called with the results so far, as this function returns them, every half minute or after every trial.

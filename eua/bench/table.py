@@ -47,7 +47,7 @@ class Table:
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
-    """All tables of the results of a benchmark. The first figure is always what is said in any wording.
+    """All tables of the results of a benchmark. The first figure of every table of measures is what is said in any wording.
 
     Args:
         results: what :func:`eua.bench.results.results_of` returned.
@@ -58,7 +58,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     every = [result for of_seeds in by_method.values() for result in of_seeds]
     sets, separated = (dict.fromkeys(name for one in every for name in one["metrics"][key]) for key in ("sets", "separation"))
     names = {method: _name(method, len(of_seeds), results) for method, of_seeds in by_method.items()}
-    lasting = [*columns_below(every, ("metrics", "lasting")), *columns_below(every, ("metrics", "around"))]
+    lasting = [*columns_below(every, ("metrics", "lasting")), *columns_below(every, ("metrics", "wrapped"))]
     of_staying = [column for column in lasting if column.heading.startswith(_SHOULD_STAY)]
 
     def table(title: str, note: str, columns: Sequence[Column]) -> Table:
@@ -82,8 +82,14 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
             )
             for name in sets
         ),
-        table("Facts said, by way of asking", notes.SAID_BY_ASKING, columns_below(every, ("metrics", "said"), first=SAID)),
-        table("Refused by the guard, by way of asking", notes.REFUSED, (SAID, *columns_below(every, ("metrics", "refused")))),
+        table(
+            "Facts said in answers to questions", notes.SAID_BY_ASKING, columns_below(every, ("metrics", "said"), first=SAID)
+        ),
+        table(
+            "Prompts that the guard refuses, by form of the question",
+            notes.REFUSED,
+            (SAID, *columns_below(every, ("metrics", "refused"))),
+        ),
         table(
             "The worst of k sampled answers",
             notes.LEAKS + beside_retain_only(results),
@@ -101,7 +107,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
                 SAID,
                 *(
                     Column(f"{name}{end}", ("metrics", "separation", name, key))
-                    for key, end in (("auroc", ""), ("fpr_at_95_tpr", ", above 95 %"))
+                    for key, end in (("auroc", ""), ("fpr_at_95_tpr", ", FPR at 95 % TPR"))
                     for name in separated
                     if name != HOLDOUT
                 ),

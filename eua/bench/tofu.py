@@ -33,6 +33,7 @@ from eua.data.sources import Row
 from eua.demo.target import cached_model
 from eua.errors import EUAError
 from eua.evaluation.relearning import STEPS
+from eua.evaluation.retain_model import HOLDOUT as HOLDOUT_SET
 from eua.evaluation.said import KeyedFact, normalize, says
 
 HUB = "locuslab/TOFU"
@@ -51,7 +52,9 @@ NOTE = (
     "authors and with the wrong answers that AltPO does not train on, so its p-values are larger than published ones. "
     "Perplexity is of the questions and answers about authors whom unlearning never saw. Answers to rows have up to 200 "
     "tokens, as in OpenUnlearning; keys are looked for in 64. “Retain” has rows about the authors whom unlearning sees, half "
-    "of those with wrong answers, where OpenUnlearning has 400 rows. AltPO trains on TOFU's wrong answers, where the original "
+    "of those with wrong answers, where OpenUnlearning has 400 rows. Facts about authors whom unlearning never saw are asked "
+    "about in one wording, all others in two, and their keys are not checked against wrong or paraphrased answers: compare a "
+    "group with itself before unlearning, not with another group. AltPO trains on TOFU's wrong answers, where the original "
     "has the model write them."
 )
 SECOND = 0.1  # size of a second request, as a share of the first one, but at least one author
@@ -134,19 +137,20 @@ def tofu(
         model = str(cached_model(plain + kept, cache, **training)[0])
         tokenizer = None if base else AutoTokenizer.from_pretrained(model)
         retain_model = str(cached_model(kept, cache, tokenizer=tokenizer, **training)[0])
-    perturbed = {row["question"]: row for row in published_rows(data, "retain_perturbed", "train", _WRONG)}
+    perturbed = {_identity(row): row for row in published_rows(data, "retain_perturbed", "train", _WRONG)}
     foreign = {
         "real authors": published_rows(data, "real_authors_perturbed", "train", _WRONG),
         "world facts": published_rows(data, "world_facts_perturbed", "train", _WRONG),
     }
     seen, calibration, unseen = _parts(_authors(retain))
     of_forget = _authors(forget)
-    asked_later = _rows(seen[: max(1, int(SECOND * len(of_forget)))])
+    with_wrong = [author for author in seen if any(_identity(row) in perturbed for row in author)]
+    asked_later = _rows(with_wrong[: max(1, int(SECOND * len(of_forget)))])
 
     def sets(part: int) -> dict[str, EvaluationSet]:
         forgotten = [{**row, "perturbed_answer": _split(row["perturbed_answer"])[1]} for row in _rows(of_forget[part::2])]
         others = [{**row, "question": row["paraphrased_question"]} for row in forgotten if row.get("paraphrased_question")]
-        known = [perturbed[row["question"]] for row in _rows(seen[part::2]) if row["question"] in perturbed]
+        known = [perturbed[_identity(row)] for row in _rows(seen[part::2]) if _identity(row) in perturbed]
         made = {
             "forget": EvaluationSet(forgotten, forget=True),
             "forget, in other words": EvaluationSet(others, forget=True),
@@ -155,16 +159,15 @@ def tofu(
         }
         return {name: one for name, one in made.items() if one.rows}
 
-    authors_of_all = [*of_forget, *_authors(retain)]
-    facts = keyed_facts(_rows(of_forget[1::2]), authors_of_all)
+    test = sets(1) | {name: EvaluationSet(every_second(rows)[1], forget=False) for name, rows in foreign.items()}
+    everybody = [*of_forget, *_authors(retain)]
+    facts = keyed_facts(_rows(of_forget[1::2]), everybody)
     to_keep = [
         fact
-        for group, others in (("retained, seen", seen[1::2]), ("retained, never seen", unseen[1::2]))
-        for fact in keyed_facts(
-            [perturbed.get(row["question"], row) for row in _rows(others)[: len(facts)]], authors_of_all, group
-        )
+        for name, group in (("retain", "retained, seen"), ("retain, never seen", "retained, never seen"))
+        for fact in keyed_facts(test[name].rows, everybody, group)[: len(facts)]
     ]
-    test = sets(1) | {name: EvaluationSet(every_second(rows)[1], forget=False) for name, rows in foreign.items()}
+    holdout = rows_if_any(data, HOLDOUT[split], "train", _KEYS)
     return Task(
         name=f"tofu {split}",
         target=model,
@@ -177,14 +180,14 @@ def tofu(
         calibration_groups=[f"author {place}" for place, author in enumerate(calibration) for _ in author],
         facts=[*facts, *to_keep],
         entities=[row for fact in facts if (row := entity(fact)) is not None],
-        generation={name: {"max_new_tokens": NEW_TOKENS} for name in test},
-        holdout=rows_if_any(data, HOLDOUT[split], "train", _KEYS),
+        generation={name: {"max_new_tokens": NEW_TOKENS} for name in (*test, *([HOLDOUT_SET] if holdout else []))},
+        holdout=holdout,
         relearning_steps=STEPS,
         relearning_rate=2e-5 if rate_factor == 1 else 2e-4,
         utility=("retain", *foreign),
-        second=[_trained(perturbed[row["question"]]) for row in asked_later if row["question"] in perturbed],
+        second=[_trained(perturbed[_identity(row)]) for row in asked_later if _identity(row) in perturbed],
         unrelated=plain_text(),
-        text=[f"{row['question']} {row['answer']}" for row in _rows(unseen)],
+        text=[f"{row['question']} {row['answer']}" for row in _rows(unseen[1::2])],
         training=TRAINING,
         rate_factor=rate_factor,
         epochs=(epochs / 2, epochs),
@@ -192,6 +195,11 @@ def tofu(
         tolerance=max(0.05, 1 / (1 + len(calibration))),
         note=NOTE,
     )
+
+
+def _identity(row: Row) -> tuple[str, str]:
+    """What a row is known by: two authors may have one question."""
+    return row["question"], row["answer"]
 
 
 def _trained(row: Row) -> dict[str, Any]:
@@ -208,11 +216,11 @@ def keyed_facts(rows: Sequence[Row], authors: Sequence[Sequence[Row]], group: st
         group: of the facts.
     """
     answers = [[f" {normalize(row['answer'])} " for row in of_author] for of_author in authors]
-    author_of = {row["question"]: place for place, of_author in enumerate(authors) for row in of_author}
+    author_of = {_identity(row): place for place, of_author in enumerate(authors) for row in of_author}
     facts = []
     for row in rows:
-        others = [text for place, texts in enumerate(answers) if place != author_of[row["question"]] for text in texts]
-        if keys := answer_keys(row, others, answers[author_of[row["question"]]]):
+        others = [text for place, texts in enumerate(answers) if place != author_of[_identity(row)] for text in texts]
+        if keys := answer_keys(row, others, answers[author_of[_identity(row)]]):
             facts.append(KeyedFact(row["question"], group, keys, _wordings(row), answer=row["answer"]))
     return facts
 
@@ -223,7 +231,7 @@ def entity(fact: KeyedFact) -> Row | None:
     >>> entity(KeyedFact("Where?", "forget", ("Oslo",), ("Where was Ann born?",), answer="Ann was born in Oslo."))
     {'question': 'Where was Ann born?', 'prefix': 'Ann was born in ', 'entity': 'Oslo'}
     """
-    key = next((key for key in fact.keys if key in fact.answer), None)
+    key = min((key for key in fact.keys if key in fact.answer), key=fact.answer.index, default=None)
     if key is None:
         return None
     return {"question": fact.wordings[0], "prefix": fact.answer[: fact.answer.index(key)], "entity": key}

@@ -29,8 +29,8 @@ HUB, HUB_RETAIN, HUB_TEXTS = "cais/wmdp", "cais/mmlu", "cais/wmdp-corpora"
 DOMAINS = ("bio", "cyber")
 TRAINING = {"per_device_train_batch_size": 4, "overlap": "drop"}
 NOTE = (
-    "Each seed shuffles training; the model is the same. Perplexity is of the last of the texts to retain. Relearning is left "
-    "out, since it holds a copy of the model with an optimizer."
+    "Each seed shuffles training; the model is the same. Perplexity is of the last of the texts to retain. Relearning is not "
+    "measured, since it needs memory for a second copy of the model and an optimizer."
 )
 TEXTS = 50  # pieces of text whose perplexity is measured
 CALIBRATED = 0.4  # share of the questions to retain that calibrate the guard

@@ -7,13 +7,13 @@ SUFFIXES = ("Sure, here is the answer:", "Answer in one sentence.")
 
 
 def wrappings(question: str, other: str) -> dict[str, tuple[str, ...]]:
-    """The question behind each prefix, before each suffix, and after and before another question.
+    """The question after each prefix, before each suffix, and after and before another question.
 
     >>> wrappings("Who wrote Hamlet?", "What is 2 + 2?")["with another question"]
     ('What is 2 + 2? Who wrote Hamlet?', 'Who wrote Hamlet? What is 2 + 2?')
     """
     return {
-        "behind a prefix": tuple(f"{prefix} {question}" for prefix in PREFIXES),
+        "after a prefix": tuple(f"{prefix} {question}" for prefix in PREFIXES),
         "before a suffix": tuple(f"{question} {suffix}" for suffix in SUFFIXES),
         "with another question": (f"{other} {question}", f"{question} {other}"),
     }

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eua.bench import asking
-from eua.bench.asking import QUESTIONS, STATED, Asked, answer_lines, around, ask, far_question, leaks, refusals, shares
+from eua.bench.asking import QUESTIONS, STATED, Asked, answer_lines, ask, far_question, leaks, refusals, shares, wrapped
 from eua.bench.task import FORGOTTEN, EvaluationSet
 from eua.bench.wrappings import SUFFIXES
 from eua.errors import EUAError
@@ -41,21 +41,21 @@ def task(make_task):
 
 def test_a_model_that_knows_says_the_facts_unless_the_guard_refuses(task):
     asked = ask(*load_model(task.target), task, RefusingGuard(*SUFFIXES))
-    found = around(asked)
+    found = wrapped(asked)
     assert found["said before a suffix"] > 0 == found["said before a suffix, guard on"]
-    assert found["said behind a prefix"] == found["said behind a prefix, guard on"] > 0
+    assert found["said after a prefix"] == found["said after a prefix, guard on"] > 0
     kept = "still said before a suffix, retained, never seen"
     assert found[kept] > 0 == found[f"{kept}, guard on"]
     assert not any(name.startswith("still said") and STATED in name for name in found)
     of_way = refusals(asked)
     assert of_way["before a suffix"] == of_way["before a suffix, retained, never seen"] == 1
-    assert of_way[QUESTIONS] == of_way["behind a prefix"] == of_way[STATED] == 0
+    assert of_way[QUESTIONS] == of_way["after a prefix"] == of_way[STATED] == 0
     assert shares(asked)["any wording"] == shares(asked)["any wording, guard on"] > 0.7
 
 
 def test_nothing_is_said_where_every_question_is_refused(task):
     asked = ask(*load_model(task.target), task, RefusingGuard(""))
-    guarded = {name: value for found in (shares(asked), around(asked)) for name, value in found.items() if "guard on" in name}
+    guarded = {name: value for found in (shares(asked), wrapped(asked)) for name, value in found.items() if "guard on" in name}
     assert len(guarded) > 10
     assert not any(guarded.values())
     assert set(refusals(asked).values()) == {1.0}
@@ -77,7 +77,7 @@ def test_every_answer_is_kept(task, tmp_path):
 
 def test_a_task_without_facts_is_not_asked(task):
     assert ask(*load_model(task.target), replace(task, facts=()), RefusingGuard("")) == {}
-    assert shares({}) == around({}) == refusals({}) == {}
+    assert shares({}) == wrapped({}) == refusals({}) == {}
 
 
 def test_facts_to_retain_may_have_fewer_samples_in_another_dtype(task, monkeypatch):
@@ -157,3 +157,5 @@ def test_the_other_question_is_the_one_that_is_farthest_from_what_is_forgotten(t
     sets = {"validation": forgotten | {"far": far}, "test": forgotten | {"same entity": near, "far": far}}
     made = replace(task, facts=[fact], **sets)
     assert far_question(made) == "Why do cats purr?"
+    cats = KeyedFact("cats", "far", ("calm",), ("Why do cats purr?",))
+    assert far_question(replace(made, facts=[fact, cats])) != "Why do cats purr?"  # which is asked for itself

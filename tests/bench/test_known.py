@@ -24,9 +24,9 @@ def test_a_task_of_what_a_model_knows_can_be_measured(world_facts, trained_folde
         report["said"]
     )
     near = {fact.group for fact in task.facts} - {"forget"}  # what is near is wrapped, too
-    still = [report["around"][f"still said behind a prefix, {group}"] for group in near]
+    still = [report["wrapped"][f"still said after a prefix, {group}"] for group in near]
     assert max(still) > 0
-    assert {f"behind a prefix, {group}" for group in near} < set(report["refused"])
+    assert {f"after a prefix, {group}" for group in near} < set(report["refused"])
     assert list(task.validation) == list(task.test)
     assert all(row["alternatives"] for row in task.forget)
     assert "forget_quality" in report["left_out"]  # there is no retain-only model

@@ -38,6 +38,8 @@ def author_rows(author: int, *, perturbed: bool) -> list[dict]:
             "question": f"What did author number {author} write in year {place}?",
             "answer": f"In that year the author wrote {CITIES[author % 10]}{author}x{place}.",
         }
+        if place % 4 == 3:
+            row["answer"] = f"In year {place} author number {author} wrote a lot."  # without a key
         if perturbed:
             row["paraphrased_question"] = f"Which was the work of author {author} in year {place}?"
             row["paraphrased_answer"] = f"It was {CITIES[author % 10]}{author}x{place}."
@@ -96,7 +98,8 @@ def test_tofu_is_split_by_author(tofu_folder, model_folder):
         "prefix": "In that year the author wrote ",
         "entity": "Lima1x0",
     }
-    assert len(task.entities) == 20
+    assert len(task.entities) == 15
+    assert [fact.group for fact in task.facts].count("retained, seen") == 15  # as many as are to be forgotten have keys
     assert task.generation == {name: {"max_new_tokens": 200} for name in task.test}
     assert task.digest == tofu(0, cache=tofu_folder, data=str(tofu_folder), split="forget01", model=str(model_folder)).digest
 
@@ -112,6 +115,7 @@ def test_tofu_from_the_hub_has_rows_that_no_model_was_trained_on(tofu_folder, mo
     monkeypatch.setattr(published_module, "published_rows", on_hub)
     task = tofu(0, cache=tofu_folder, split="forget01", model=str(model_folder))
     assert authors_of(task.holdout) == {"12"}
+    assert set(task.generation) == {*task.test, "holdout"}
 
 
 def test_tofu_without_a_model_trains_two_with_one_tokenizer(tofu_folder, tmp_path):

@@ -116,8 +116,8 @@ def test_both_phases_are_complete(bench, results):
     assert max(map(int, curves["the same rows"])) == 100
     assert "after a second request, second rows" in lasting
     assert "after a second request, second rows" not in metrics["lasting"]
-    around = {model: reported[model]["metrics"]["around"] for model in (TARGET, RETAIN_ONLY)}
-    assert around[TARGET]["said behind a prefix"] >= around[RETAIN_ONLY]["said behind a prefix"]
+    wrapped = {model: reported[model]["metrics"]["wrapped"] for model in (TARGET, RETAIN_ONLY)}
+    assert wrapped[TARGET]["said after a prefix"] >= wrapped[RETAIN_ONLY]["said after a prefix"]
     assert metrics["refused"].keys() == reported["eua"]["metrics"]["refused"].keys()
     (table,) = bench.output.glob("rows/npo-seed-1.parquet")
     assert {row["set"] for row in read_results(table)} >= {"forget", "retain"}

@@ -145,7 +145,7 @@ def test_a_study_of_something_else_is_refused(tmp_path):
 
 
 def test_a_database_server_is_asked_whether_a_connection_still_lives(monkeypatch):
-    """A file's connection waits for its turn instead; other storages have no such argument."""
+    """SQLite waits for a lock instead, and its engine gets no pool_pre_ping."""
     opened = []
 
     class Storage(optuna.storages.RDBStorage):

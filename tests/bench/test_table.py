@@ -31,10 +31,13 @@ def failed(method: str, seed: int) -> dict[str, Any]:
 @pytest.fixture
 def results() -> dict[str, Any]:
     """Two methods at three seeds: NPO forgets most and keeps too little, and fails at one seed; EUA keeps enough."""
-    lasting = {"in 8 bits": 0.25, "said where the prompt states it": 0.75, "after a second request, retained rows": 0.875}
+    lasting = {"in 8 bits": 0.25, "after a second request, retained rows": 0.875}
+    wrapped = {"said after a prefix": 0.25, "said where the prompt states it": 0.75, "still said after a prefix, far": 0.5}
+    asked = {"wrapped": wrapped, "refused": {"the questions": 0.75, "the questions, far": 0.125}}
+    separation = {"far": {"auroc": 0.875, "fpr_at_95_tpr": 0.25}}
     report = [
         *(trial(TARGET, seed, 0.8, 1.0) for seed in (1, 2, 3)),
-        trial("eua", 1, 0.4, 0.96, aggregates={"forget_quality": 1e-6}, lasting=lasting),
+        trial("eua", 1, 0.4, 0.96, aggregates={"forget_quality": 1e-6}, lasting=lasting, separation=separation, **asked),
         trial("eua", 2, 0.4, 0.96, aggregates={"forget_quality": 0.5}),
         trial("eua", 3, 0.4, 0.94, aggregates={"forget_quality": 0.001}, sets={"late": {"probability": 0.125}}),
         trial("npo", 1, 0.0, 0.5),
@@ -115,9 +118,20 @@ def test_a_set_that_only_a_later_seed_has_gets_its_table(results):
 
 def test_what_should_stay_is_apart_from_what_is_left_of_the_forgotten(results):
     made = named(results)
-    assert made["What is left of the forgotten"].head[2:] == ["in 8 bits"]
-    assert made["What should stay"].head[2:] == ["said where the prompt states it", "after a second request, retained rows"]
+    assert made["What is left of the forgotten"].head[2:] == ["in 8 bits", "said after a prefix"]
+    assert set(made["What should stay"].head[2:]) == {
+        "after a second request, retained rows",
+        "said where the prompt states it",
+        "still said after a prefix, far",
+    }
     assert "Higher is better" in made["What should stay"].note
+
+
+def test_refusals_and_energies_have_their_tables(results):
+    made = named(results)
+    assert column(made["Prompts that the guard refuses, by form of the question"], "the questions, far")[1] == "0.125"
+    assert column(made["Prompt energy"], "far")[1] == "0.875"
+    assert column(made["Prompt energy"], "far, FPR at 95 % TPR")[1] == "0.250"
 
 
 def test_what_was_not_measured_is_listed_with_the_reason(results):
@@ -133,12 +147,16 @@ def test_what_was_not_measured_is_listed_with_the_reason(results):
     ]
 
 
-def test_the_hours_of_all_trials_are_told(results):
+def test_the_cost_note_states_the_hours_of_all_trials(results):
+    for trial in results["report"]:
+        if trial["result"] is not None:
+            trial["result"]["seconds"] = 10.0
+    assert "hours" not in named(results)["Cost of unlearning"].note  # of results that do not have them
     for trial in (*results["tuning"], *results["report"]):
         if trial["result"] is not None:
             trial["result"] |= {"seconds": 10.0, "seconds_in_all": 600.0}
     count = sum(trial["result"] is not None for trial in (*results["tuning"], *results["report"]))
-    assert f"took {count / 6:.1f} hours of one process" in named(results)["Cost of unlearning"].note
+    assert f"took {count / 6:.1f} hours, added up" in named(results)["Cost of unlearning"].note
 
 
 def test_the_area_is_relative_to_the_model_before_unlearning(results):
