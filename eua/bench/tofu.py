@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from eua.bench.plain_text import plain_text
 from eua.bench.published import published_rows, rows_if_any
+from eua.bench.real_models import model_folder
 from eua.bench.splits import every_second
 from eua.bench.task import FORGOTTEN, EvaluationSet, Task
 from eua.data.sources import Row
@@ -117,7 +118,8 @@ def tofu(
         split: "forget01", "forget05" or "forget10".
         model: folder or hub name of a model that was trained on all rows; None: a small one is trained from scratch.
         retain_model: the same of a model that was trained on the rows to retain; None: as for ``model``, or none.
-        base: folder or hub name of a model that is trained on the rows instead, e.g. SmolLM2; None: one from scratch.
+        base: folder or hub name of a model that is trained on the rows instead, or a name of
+            :data:`eua.bench.real_models.MODELS`; None: one from scratch.
         authors: number of retained authors that are used; None: all.
         target_epochs: passes of a model that is trained here, from scratch or from ``base``, over its rows.
         epochs: the larger number of passes of unlearning over the rows to forget; half of it is the other one.
@@ -132,6 +134,7 @@ def tofu(
     retain = published_rows(data, RETAINED[split], "train", _KEYS)[: authors and authors * ROWS_PER_AUTHOR]
     rate_factor = 1.0 if model or base else SMALL_RATE_FACTOR
     if model is None:
+        base = base and model_folder(base, cache)
         training = (BASE_MODEL | {"base": base} if base else SMALL_MODEL) | {"epochs": target_epochs, "seed": seed} | size
         plain, kept = ([{key: row[key] for key in _KEYS} for row in rows] for rows in (forget, retain))
         model = str(cached_model(plain + kept, cache, **training)[0])

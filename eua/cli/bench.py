@@ -117,7 +117,10 @@ def _parser() -> Parser:
         help="folder or hub name of the model before unlearning (default: tofu trains one from scratch, facts takes SmolLM2)",
     )
     rows.add_argument("--retain-model", help="the same of a model that was never trained on the rows to forget")
-    rows.add_argument("--base", help="tofu: a model that is trained on the rows first, in place of one from scratch")
+    rows.add_argument(
+        "--base",
+        help="tofu: a model that is trained on the rows first, in place of one from scratch; smollm2, gemma3: from packages",
+    )
     rows.add_argument("--facts", type=positive(int), help="facts: how many to forget (default: 24)")
     rows.add_argument("--trained", type=positive(int), help="facts: wordings of each fact that unlearning sees (default: 1)")
     rows.add_argument("--pieces", type=count, help="muse, wmdp: pieces of text to train on, to forget and to retain")

