@@ -1,4 +1,4 @@
-"""Fills the benchmark's tables in the documents, draws its pictures, and writes all tables of every file of results beside it:
+"""Fills the benchmark's tables in the documents, draws its pictures, and writes all tables of every file of results next to it:
 ``python docs/bench_tables.py``.
 
 No figure in them is typed by hand: they are those of ``benches/results``. A page names a table between two comments: the file
