@@ -6,6 +6,7 @@ from eua.bench import people as people_module
 from eua.bench.people import FIRST_WORLD, WRONG_ANSWERS, _measured, keyed, people
 from eua.demo.world import make_world
 from eua.evaluation.said import says
+from tests.bench.conftest import SIZE
 
 
 def test_worlds_are_others_than_those_on_which_settings_were_tried(monkeypatch, tmp_path):
@@ -22,6 +23,10 @@ def test_worlds_are_others_than_those_on_which_settings_were_tried(monkeypatch, 
         except InterruptedError:
             continue
     assert seeds == [FIRST_WORLD, FIRST_WORLD + 2]
+
+
+def test_relearning_goes_on_for_a_hundred_steps(make_task):
+    assert people(0, **make_task.keywords, **SIZE).relearning_steps[-1] == 100
 
 
 def test_a_pets_name_and_a_mentors_surname_give_a_fact_away():

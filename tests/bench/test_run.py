@@ -113,7 +113,7 @@ def test_both_phases_are_complete(bench, results):
         assert curve["0"] == pytest.approx(reported["npo"]["objectives"]["forget"])
         assert lasting[f"relearning on {name}"] == max(value for step, value in curve.items() if step != "0")
     assert curves["the same rows"]["20"] > curves["unrelated texts"]["20"]
-    assert max(map(int, curves["the same rows"])) == 100
+    assert list(curves["the same rows"]) == ["0", "5", "20"]
     assert "after a second request, second rows" in lasting
     assert "after a second request, second rows" not in metrics["lasting"]
     wrapped = {model: reported[model]["metrics"]["wrapped"] for model in (TARGET, RETAIN_ONLY)}
