@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import warnings
 
 import pytest
 import torch
@@ -47,6 +48,12 @@ def test_forget_quality_is_scipys_exact_p_value():
         forget_quality(ratios, torch.tensor([]))
     with pytest.raises(EUAError, match="truth_ratios has 1 values, 1 of which are NaN"):
         forget_quality(torch.tensor([float("nan")]), ratios)
+
+
+def test_forget_quality_warns_of_nothing_where_the_exact_value_is_rounded_above_1():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert forget_quality(torch.arange(200.0), torch.arange(200) + 0.5) == pytest.approx(1, abs=1e-9)
 
 
 def test_missing_scipy_is_explained(monkeypatch):
