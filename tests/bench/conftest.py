@@ -14,12 +14,13 @@ from eua.bench.study import Plan
 from eua.bench.task import MakeTask, Task
 from eua.bench.trial import TARGET
 
-SIZE = {"people": 20, "target_epochs": 30, "epochs": 4, "vocabulary": 400, "hidden_size": 128, "layers": 2, "batch_size": 8}
+SIZE = {"vocabulary": 400, "hidden_size": 128, "layers": 2, "batch_size": 8}
+WORLD: dict[str, Any] = {"people": 20, "target_epochs": 30, "epochs": 4, **SIZE}
 
 
 def tiny_task(seed: int, cache: Path) -> Task:
     """One world for all seeds, whose models take half a minute; the seeds of training differ all the same."""
-    task = people(0, cache=cache, **SIZE)
+    task = people(0, cache=cache, **WORLD)
     return replace(task, samples=1, new_tokens=24, relearning_steps=(5, 20))
 
 

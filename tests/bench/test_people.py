@@ -6,7 +6,7 @@ from eua.bench import people as people_module
 from eua.bench.people import FIRST_WORLD, WRONG_ANSWERS, _measured, keyed, people
 from eua.demo.world import make_world
 from eua.evaluation.said import says
-from tests.bench.conftest import SIZE
+from tests.bench.conftest import WORLD
 
 
 def test_worlds_are_others_than_those_on_which_settings_were_tried(monkeypatch, tmp_path):
@@ -26,7 +26,7 @@ def test_worlds_are_others_than_those_on_which_settings_were_tried(monkeypatch, 
 
 
 def test_relearning_goes_on_for_a_hundred_steps(make_task):
-    assert people(0, **make_task.keywords, **SIZE).relearning_steps[-1] == 100
+    assert people(0, **make_task.keywords, **WORLD).relearning_steps[-1] == 100
 
 
 def test_a_pets_name_and_a_mentors_surname_give_a_fact_away():
