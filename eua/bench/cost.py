@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import hashlib
 import platform
 import time
@@ -20,7 +22,8 @@ import torch
 class Cost:
     """``seconds`` of a block, and the largest number of bytes that were in use during it; None where that cannot be measured.
 
-    On a GPU the bytes are those that PyTorch allocated there. On a CPU they are the memory of the whole process.
+    On a GPU the bytes are those that PyTorch allocated there. On a CPU they are the memory of the whole process, of which what
+    earlier blocks left unused is given back first.
     """
 
     seconds: float | None = None
@@ -36,6 +39,7 @@ def measured() -> Iterator[Cost]:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     else:
+        _give_back()
         can_reset = _reset_peak()
     start = time.perf_counter()
     yield cost
@@ -43,6 +47,13 @@ def measured() -> Iterator[Cost]:
         torch.cuda.synchronize()
     cost.seconds = time.perf_counter() - start
     cost.peak_bytes = torch.cuda.max_memory_allocated() if gpu else _peak() if can_reset else None
+
+
+def _give_back() -> None:
+    """Return freed memory to the system, which glibc keeps: otherwise a peak would be that of the hungriest block so far."""
+    gc.collect()
+    with suppress(OSError, AttributeError, TypeError):  # where there is another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_peak() -> bool:

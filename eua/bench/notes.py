@@ -36,7 +36,8 @@ OF_HOLDOUT = (
 )
 _OF_COST = (
     "One training with the chosen settings, which differ in epochs and in rows to retain, while other trials ran on the same "
-    "machine. Boundaries and likelihoods of the model before unlearning are included, loading and measuring are not."
+    "machine. Boundaries and likelihoods of the model before unlearning are included, loading and measuring are not. On a CPU, "
+    "memory is that of the whole process."
 )
 STAYING = (
     "What should stay, guard off where nothing else is said: the share of forgotten facts that a greedy answer says when the "
