@@ -120,6 +120,7 @@ def test_tofu_from_the_hub_has_rows_that_no_model_was_trained_on(tofu_folder, mo
 
 def test_tofu_without_a_model_trains_two_with_one_tokenizer(tofu_folder, tmp_path):
     task = tofu(0, cache=tmp_path, data=str(tofu_folder), split="forget01", authors=6, target_epochs=0.1, **SIZE)
+    assert task.relearning_steps[-1] == 100
     assert task.target != task.retain_model
     assert (Path(task.target) / "tokenizer.json").read_text() == (Path(task.retain_model) / "tokenizer.json").read_text()
     assert task.rate_factor == SMALL_RATE_FACTOR
