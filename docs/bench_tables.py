@@ -25,7 +25,7 @@ from eua.bench.table import METHOD, Table, markdown, markdown_table, tables
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benches" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmark.md")
-PICTURES = {"people.json": ROOT / "docs" / "people_front.svg"}
+PICTURES = {f"{task}.json": ROOT / "docs" / f"{task}_front.svg" for task in ("people", "tofu")}
 _PLACE = re.compile(
     r"(?P<begin><!-- bench (?P<file>\S+) \| (?P<title>.+?) \| (?P<columns>[^|]+?)(?: \| (?P<rows>[^|]+?))? -->\n)"
     r".*?(?P<end><!-- end -->)",
