@@ -17,9 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eua.bench.real_models import minilm_folder
 from eua.bench.task import FORGOTTEN, Task
 from eua.bench.wrappings import wrappings
+from eua.data.keys import normalize
 from eua.errors import EUAError
 from eua.evaluation.leaks import SentenceEmbedder, Similarity, leak_curve, rouge_l_recall
-from eua.evaluation.said import KeyedFact, SaidFact, normalize, said_in_wordings, said_summary
+from eua.evaluation.said import KeyedFact, SaidFact, said_in_wordings, said_summary
 from eua.guard.guard import EnergyGuard
 
 QUESTIONS, STATED = "the questions", "where the prompt states it"  # two forms; the others are those of wrappings()

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from eua.bench.knowledge import Knowledge
 from eua.bench.plain_text import plain_text
 from eua.bench.task import FORGOTTEN, EvaluationSet
+from eua.data.keys import says
 from eua.data.sources import Row
 from eua.errors import EUAError
-from eua.evaluation.said import KeyedFact, says
+from eua.evaluation.said import KeyedFact
 
 DEFAULT_RELATION = "capital"
 # Relations that are forgotten only if they are named. SmolLM2's answers about other entities say more than 15 % of their keys,

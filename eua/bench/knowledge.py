@@ -12,7 +12,8 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eua.bench.questions import Fact, questions_digest
-from eua.evaluation.said import said_in_wordings, says
+from eua.data.keys import says
+from eua.evaluation.said import said_in_wordings
 from eua.files import write_json
 from eua.model.fingerprints import model_fingerprint, tokenizer_fingerprint
 

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eua.data.keys import says
 from eua.errors import EUAError
-from eua.evaluation.said import KeyedFact, says
+from eua.evaluation.said import KeyedFact
 
 QUESTIONS = Path(__file__).with_name("questions.json")
 _FIELDS = frozenset({"kind", "name", "answer", "wordings", "facts"})

@@ -30,12 +30,13 @@ from eua.bench.published import published_rows, rows_if_any
 from eua.bench.real_models import model_folder
 from eua.bench.splits import every_second
 from eua.bench.task import FORGOTTEN, EvaluationSet, Task
+from eua.data.keys import normalize, says
 from eua.data.sources import Row
 from eua.demo.target import cached_model
 from eua.errors import EUAError
 from eua.evaluation.relearning import STEPS
 from eua.evaluation.retain_model import HOLDOUT as HOLDOUT_SET
-from eua.evaluation.said import KeyedFact, normalize, says
+from eua.evaluation.said import KeyedFact
 
 HUB = "locuslab/TOFU"
 RETAINED = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}

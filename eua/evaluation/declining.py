@@ -6,7 +6,7 @@ import re
 from functools import cache
 
 from eua.data.alternatives import idk_answers
-from eua.evaluation.said import normalize
+from eua.data.keys import normalize
 
 # How answers begin that decline to answer: the speaker does not know or cannot say. A guard's refusal begins like this, too.
 _DECLINES = re.compile(

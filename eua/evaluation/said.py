@@ -6,12 +6,9 @@ key (the name, the number) is looked for in what the model generates when it is 
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain, islice
 from typing import Any
 
@@ -20,18 +17,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eua.data.keys import check_keys, normalize, says
 from eua.errors import EUAError
 from eua.guard.guard import EnergyGuard
 from eua.model.asking import answer
 from eua.statistics import share_interval
 
-_LETTERS = str.maketrans({"ł": "l", "ø": "o", "đ": "d", "ı": "i", "æ": "ae", "œ": "oe"})  # which Unicode does not decompose
-_ARTICLES = ("the", "a", "an")
 _OTHERS = 8  # facts of its group that each fact is compared with, for the shares by chance
-# Letters with dots, at least two: "J.R.R.", "D. C.", "U.S.A". A single one may end a sentence.
-_INITIALS = re.compile(r"\b[^\W\d_]\.(?:\s?[^\W\d_]\.)+(?:[^\W\d_]\b)?")
-_CAPITALS = re.compile(r"[A-Z]{1,3}")
-_SHORTEST_PLURAL = 3  # letters of a word that may have a plural; symbols of chemical elements are shorter
 
 
 @dataclass(frozen=True)
@@ -68,7 +60,7 @@ class KeyedFact:
                 f"The fact {self.name!r} has {len(self.wordings)} wordings of which unlearning sees {self.trained}, which "
                 "leaves nothing to ask or to see: give at least one wording, and trained between 0 and their number."
             )
-        _patterns(tuple(self.keys))
+        check_keys(self.keys)
 
 
 @dataclass(frozen=True)
@@ -98,78 +90,6 @@ class SaidFact:
         """The same for some of the wordings."""
         texts = self.greedy_texts[which], self.sampled_texts[which]
         return SaidFact(self.fact, self.greedy[which], self.sampled[which], *texts)
-
-
-def normalize(text: str) -> str:
-    """The words of a text, separated by single spaces: lower case, without accents, punctuation and possessive endings.
-
-    Digits keep together: "1,000" is "1000", and "3.5" stays one word. Initials become one word without dots, whether or not
-    there are spaces between them: "D.C." and "D. C." are "dc". The sign of a currency is a word.
-
-    >>> normalize("The Café's 1,000 guests: Dvořák, J.R.R. & co."), normalize("J. D. Salinger"), normalize("€5")
-    ('the cafe 1000 guests dvorak jrr co', 'jd salinger', '€ 5')
-    """
-    return _words(text.casefold().translate(_LETTERS)).casefold()
-
-
-@lru_cache(maxsize=2**15)  # the same answers are searched for the keys of several facts
-def _words(text: str) -> str:
-    """The same in the case of the text."""
-    text = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
-    text = re.sub(r"['’ʼ][sS]\b", "", text)
-    text = re.sub(r"['’ʼ]", "", text)
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    text = _INITIALS.sub(lambda dotted: "".join(filter(str.isalpha, dotted[0])) + " ", text)
-    text = re.sub(r"(?<!\d)\.|\.(?!\d)", " ", text)
-    text = re.sub(r"[^\w.]|_", lambda mark: f" {mark[0]} " if unicodedata.category(mark[0]) == "Sc" else " ", text)
-    return " ".join(text.split())
-
-
-def says(text: str, keys: Sequence[str]) -> bool:
-    """Whether a text contains one of the keys as whole words, after :func:`normalize`. A leading article of a key is left out.
-
-    The regular plural of a key counts, too. A key of up to three capital letters, such as an abbreviation or a code, must be in
-    capitals in the text, since "US" is not "us". A key may be a part of a longer name: "America" is in "South America".
-
-    >>> says("It's PARIS, of course.", ["Paris"]), says("A Parisian café", ["Paris"]), says("Two puppies", ["a puppy"])
-    (True, False, True)
-    >>> says("It is in the U.S.", ["US"]), says("Come with us", ["US"]), says("It costs €5", ["euro", "€"])
-    (True, False, True)
-
-    Raises:
-        EUAError: if there is no key, or a key without letters, digits and signs of currencies.
-    """
-    if isinstance(keys, str):
-        raise EUAError(f"keys = {keys!r} is one text, of which every letter would be a key: give a list, e.g. [{keys!r}].")
-    folded, cased = _patterns(tuple(keys))
-    return bool((folded and folded.search(normalize(text))) or (cased and cased.search(_words(text))))
-
-
-@lru_cache(maxsize=4096)
-def _patterns(keys: tuple[str, ...]) -> tuple[re.Pattern[str] | None, re.Pattern[str] | None]:
-    """What finds the keys in a normalized text, and what finds those in capitals in the words of a text."""
-    if not keys or not all(map(normalize, keys)):
-        raise EUAError(
-            f"The keys {list(keys)} hold no key, or one without letters and digits, which no text can be searched for: give "
-            "the words that give the fact away."
-        )
-    capitals = [word for word in map(_words, keys) if _CAPITALS.fullmatch(word)]
-    words = [normalize(key).split() for key in keys if _words(key) not in capitals]
-    bare = (of_key[1:] if of_key[0] in _ARTICLES and len(of_key) > 1 else of_key for of_key in words)
-    forms = [r"\ ".join([*map(re.escape, of_key[:-1]), _with_plural(of_key[-1])]) for of_key in bare]
-    return _whole_words(forms), _whole_words(capitals)
-
-
-def _whole_words(forms: Sequence[str]) -> re.Pattern[str] | None:
-    return re.compile(rf"(?<!\S)(?:{'|'.join(forms)})(?!\S)") if forms else None
-
-
-def _with_plural(word: str) -> str:
-    if len(word) < _SHORTEST_PLURAL or not word.isalpha():
-        return re.escape(word)
-    if re.search(r"[^aeiou]y$", word):
-        return rf"{re.escape(word[:-1])}(?:y|ys|ies)"
-    return rf"{re.escape(word)}(?:s|es)?"
 
 
 def said_in_wordings(

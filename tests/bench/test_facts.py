@@ -14,8 +14,8 @@ from eua.bench.knowledge import Knowledge, ask_facts, first_sentence
 from eua.bench.plain_text import plain_text
 from eua.bench.questions import load_facts
 from eua.bench.wrappings import PREFIXES, SUFFIXES, wrappings
+from eua.data.keys import says
 from eua.demo.world import _VALUES, _WORDINGS
-from eua.evaluation.said import says
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from eua.bench import people as people_module
 from eua.bench.people import FIRST_WORLD, WRONG_ANSWERS, _measured, keyed, people
+from eua.data.keys import says
 from eua.demo.world import make_world
-from eua.evaluation.said import says
 from tests.bench.conftest import WORLD
 
 

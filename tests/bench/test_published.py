@@ -13,8 +13,8 @@ from eua.bench.published import pieces, published_rows, rows_if_any
 from eua.bench.task import files_digest
 from eua.bench.tofu import HUB, SMALL_RATE_FACTOR, answer_keys, keyed_facts, tofu
 from eua.bench.wmdp import multiple_choice, wmdp
+from eua.data.keys import normalize, says
 from eua.errors import EUAError
-from eua.evaluation.said import normalize, says
 from eua.evaluation.texts import MUSE_QUESTIONS, MUSE_VERBATIM
 from eua.files import write_jsonl
 from tests.conftest import tiny_llama

@@ -11,7 +11,7 @@ import pytest
 
 from eua import EUAError
 from eua.bench.questions import QUESTIONS, load_facts, questions_digest
-from eua.evaluation.said import normalize, says
+from eua.data.keys import normalize, says
 
 FACTS = load_facts()
 COMMON = (

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from eua import EnergyGuard, EUAError
-from eua.evaluation.said import KeyedFact, SaidFact, normalize, said_in_wordings, said_summary, says
+from eua.data.keys import normalize, says
+from eua.evaluation.said import KeyedFact, SaidFact, said_in_wordings, said_summary
 from eua.guard.guard import DEFAULT_REFUSAL
 from eua.model.asking import answer
 from eua.statistics import share_interval
