@@ -95,7 +95,8 @@ class ForgetRetainCollator:
     """Makes one batch of rows from items of :class:`ForgetRetainDataset`.
 
     In addition to the tensors of :func:`pad_rows`, or of :func:`flatten_rows` with ``padding_free``, a batch contains in the
-    shape of the labels: ``reference``, float32; ``forget`` and ``alternative``, bool; ``row``, the number of the row.
+    shape of the labels: ``reference``, float32; ``forget``, ``alternative`` and ``pushed``, bool; ``row``, the number of the
+    row.
     """
 
     def __init__(self, padding_free: bool = False) -> None:
@@ -111,5 +112,10 @@ class ForgetRetainCollator:
         # Not expanded: memory that several entries share cannot be pinned.
         for kind in ("forget", "alternative"):
             batch[kind] = torch.tensor([entry["kind"] == kind for entry in entries])[:, None].repeat(1, width)
+        batch["pushed"] = torch.ones(len(entries), width, dtype=torch.bool)
+        for i, entry in enumerate(entries):
+            if entry["row"].pushed is not None:
+                batch["pushed"][i] = False
+                batch["pushed"][i, sorted(entry["row"].pushed)] = True
         batch["row"] = torch.arange(len(entries))[:, None].repeat(1, width)
         return flatten_rows(batch) if self.padding_free else batch

@@ -5,11 +5,17 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from eua.data.rows import EncodedRow
+from eua.data.sources import Row
 from eua.errors import EUAError
+
+KEYS = "keys"  # of a row: the words that give its fact away
 
 _LETTERS = str.maketrans({"ł": "l", "ø": "o", "đ": "d", "ı": "i", "æ": "ae", "œ": "oe"})  # which Unicode does not decompose
 _ARTICLES = ("the", "a", "an")
@@ -128,3 +134,45 @@ def key_places(ids: Sequence[int], keys: Sequence[str], tokenizer: PreTrainedTok
             places.append(range(first, stop))
             start = stop
     return places
+
+
+def pushing_keys(
+    encoded: Sequence[EncodedRow],
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    which: Literal["key", "key_start"],
+    name: str = "forget set",
+) -> list[EncodedRow]:
+    """The encoded rows, of whose answers only the tokens that say a key are pushed away.
+
+    Args:
+        encoded: the rows as token ids.
+        rows: the same rows, each with a list of ``keys``.
+        tokenizer: the one that encoded them.
+        which: all tokens of each key (``"key"``), or the first one (``"key_start"``), after which the rest mostly follows from
+            how it is written.
+        name: what error messages call the rows.
+
+    Raises:
+        EUAError: if a row has no keys, or if its answer, as far as it is not cut off, says none of them.
+    """
+    pushing = []
+    for index, (one, row) in enumerate(zip(encoded, rows, strict=True)):
+        where, keys = f"Row {index} of the {name}", row.get(KEYS)
+        if not keys:
+            raise EUAError(
+                f'{where} has no "{KEYS}", but forget_tokens = {which!r} pushes the tokens that say one: give the row a list '
+                'of the words that give its fact away, e.g. "keys": ["Paris"], or set forget_tokens to "answer".'
+            )
+        try:
+            places = key_places(one.answer_ids, keys, tokenizer)
+        except EUAError as error:
+            raise EUAError(f"{where}: {error}") from error
+        if not places:
+            raise EUAError(
+                f"{where} has an answer that says none of its keys {list(keys)}, so none of its tokens would be pushed: "
+                "correct the keys (whole words count), raise max_length if the answer is cut, or leave the row out."
+            )
+        told = [place[:1] if which == "key_start" else place for place in places]
+        pushing.append(replace(one, pushed=frozenset(one.answer_positions[token] for place in told for token in place)))
+    return pushing

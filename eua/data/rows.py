@@ -39,7 +39,7 @@ class EncodedRow:
 
     A chat may have several answers: the prompt is then that of the first one, and ``later_prompts`` are the positions after it
     that belong to no answer. ``cut_ids`` are the tokens that were cut off at the end, ``hidden`` positions that attention does
-    not see.
+    not see. ``pushed`` are the positions that are pushed away if the row is to be forgotten; None: all those of answers.
     """
 
     input_ids: list[int]
@@ -47,6 +47,7 @@ class EncodedRow:
     later_prompts: frozenset[int] = frozenset()
     cut_ids: tuple[int, ...] = ()
     hidden: frozenset[int] = frozenset()
+    pushed: frozenset[int] | None = None
 
     @property
     def key(self) -> tuple[tuple[int, ...], int, frozenset[int]]:

@@ -23,17 +23,19 @@ class Places(NamedTuple):
         of_forget: (B, S) bool, positions in rows to forget.
         of_alternative: (B, S) bool, positions in rows with another answer to a prompt to forget.
         row: (B, S), the number of the row in the batch.
+        pushed: (B, S) bool, the answer tokens that are pushed away in rows to forget; None: all of them.
     """
 
     labels: Tensor
     of_forget: Tensor
     of_alternative: Tensor
     row: Tensor
+    pushed: Tensor | None = None
 
     @classmethod
     def of(cls, batch: Mapping[str, Tensor]) -> Places:
         """From a batch of :class:`eua.data.batches.ForgetRetainCollator`."""
-        return cls(batch["labels"], batch["forget"], batch["alternative"], batch["row"])
+        return cls(batch["labels"], batch["forget"], batch["alternative"], batch["row"], batch["pushed"])
 
     @property
     def counted(self) -> Tensor:
@@ -43,7 +45,8 @@ class Places(NamedTuple):
     @property
     def forget(self) -> Tensor:
         """(B, S−1) bool, the tokens to forget."""
-        return self.counted & self.of_forget[:, 1:]
+        tokens = self.counted & self.of_forget[:, 1:]
+        return tokens if self.pushed is None else tokens & self.pushed[:, 1:]
 
     @property
     def alternative(self) -> Tensor:
@@ -54,6 +57,11 @@ class Places(NamedTuple):
     def retain(self) -> Tensor:
         """(B, S−1) bool, the tokens to retain."""
         return self.counted & ~(self.of_forget | self.of_alternative)[:, 1:]
+
+    @property
+    def after_prompt(self) -> Tensor:
+        """(B, S−1) bool, the first tokens of answers: they are predicted at the last token of a prompt."""
+        return self.counted & (self.labels[:, :-1] == IGNORE_INDEX)
 
     @property
     def rows(self) -> int:

@@ -58,12 +58,19 @@ def d2_loss(
     return D2Loss(gamma * (retain_part + forget_part) + alpha * nll_part, forget_part, retain_part, nll_part)
 
 
-def above_boundary(answers: Answers) -> Tensor:
+def above_boundary(answers: Answers, margin: float | None = None) -> Tensor:
     """EUA's forget part: ``relu(m_out − E)²``, (B, S−1).
 
     Published settings: γ = 0.05, α = 1, ρ = 0.1, T = 1, learning rate 1e-5, 10 epochs.
+
+    Args:
+        answers: of the batch.
+        margin: not in D²: adds ``relu(margin − NLL)²``, in nats². Adding a constant to all logits raises or lowers the energy
+            and changes no probability, so a model can meet its boundary and still say what it should forget. It cannot meet a
+            margin in this way. A token whose margin is met gets a gradient of exactly zero from this part.
     """
-    return _squared_hinge(answers.reference - answers.energy)
+    beyond = _squared_hinge(answers.reference - answers.energy)
+    return beyond if margin is None else beyond + _squared_hinge(margin - answers.nll)
 
 
 def below_boundary(answers: Answers) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eua.methods.answers import Answers, Places
-from eua.methods.d2 import mean
+from eua.methods.d2 import above_boundary, mean
 from eua.methods.retain import retained, retained_places
 from eua.methods.table import AS_RELEASED, METHODS, Method
 
@@ -34,12 +34,15 @@ class Objective:
         parameters: of its forget part, by name.
         retain_loss: "nll", "kl" or "hidden"; ignored for methods without a retain part.
         as_released: average where the released code does, see :data:`eua.methods.table.AS_RELEASED`.
+        prompt_energy: weight, in γ, of EUA's two energy parts at the last token of prompts alone, where a guard reads the
+            energy: there they count as much as at all tokens of answers together. 0: no such parts, as in D².
     """
 
     name: str
     parameters: Mapping[str, Any]
     retain_loss: str = "nll"
     as_released: bool = False
+    prompt_energy: float = 0.0
 
     @property
     def method(self) -> Method:
@@ -50,10 +53,11 @@ class Objective:
         return self.method.retain_loss is not None
 
     def counts(self, places: Places) -> Tensor:
-        """What the two means are divided by for a batch, (2,): numbers of tokens or rows to forget and to retain."""
+        """What the means are divided by for a batch, (4,): the numbers of tokens or rows to forget and to retain, and those of
+        answers to forget and to retain, for the energies of their prompts."""
         forget = self.method.counted(places, **self.parameters).sum()
         kept = retained_places(places, self.retain_loss, self.as_released).sum() if self.has_retain else forget.new_zeros(())
-        return torch.stack([forget, kept]).float()
+        return torch.stack([forget, kept, *(tokens.sum() for tokens in _prompts(places).values())]).float()
 
     def loss(self, answers: Answers, gamma: float, alpha: float, counts: Tensor | None = None) -> Loss:
         """The loss of a batch and its figures.
@@ -61,11 +65,11 @@ class Objective:
         Args:
             answers: of the batch, with what the method needs.
             gamma, alpha: the weights of the two parts.
-            counts: (2,), divisors of the means, instead of this batch's :meth:`counts`. With those of a full gradient
+            counts: (4,), divisors of the means, instead of this batch's :meth:`counts`. With those of a full gradient
                 accumulation step, the losses of its batches add up to the loss of one large batch.
         """
         method, places = self.method, answers.places
-        forget_count, retain_count = (None, None) if counts is None else counts.unbind()
+        forget_count, retain_count, *prompt_counts = (None,) * 4 if counts is None else counts.unbind()
         values, counted = method.forget(answers, **self.parameters), method.counted(places, **self.parameters)
         total = gamma * mean(values, counted, forget_count)
         figures = {"loss_forget": _figure(values, counted)}
@@ -73,6 +77,12 @@ class Objective:
             kept = method.keep(answers)
             total = total + gamma * mean(kept, places.retain, retain_count)
             figures["loss_retain"] = _figure(kept, places.retain)
+            if self.prompt_energy:
+                parts = {"forget": above_boundary(answers), "retain": kept}
+                for (kind, tokens), count in zip(_prompts(places).items(), prompt_counts, strict=True):
+                    total = total + gamma * self.prompt_energy * mean(parts[kind], tokens, count)
+                    figures[f"loss_prompt_{kind}"] = _figure(parts[kind], tokens)
+                    figures[f"energy_prompt_{kind}"] = _figure(answers.energy, tokens)
         if self.has_retain:
             kept, of_retain = (
                 retained(answers, self.retain_loss, self.as_released),
@@ -82,6 +92,12 @@ class Objective:
             if self.retain_loss != "nll":
                 figures[f"{self.retain_loss}_retain"] = _figure(kept, of_retain)
         return Loss(total, figures | _token_figures(answers, beyond_boundary=method.reference == "boundary"))
+
+
+def _prompts(places: Places) -> dict[str, Tensor]:
+    """(B, S−1) bool by kind of row, the first tokens of answers, each of which stands for its prompt."""
+    first = places.after_prompt
+    return {"forget": first & places.of_forget[:, 1:], "retain": first & places.retain}
 
 
 def _token_figures(answers: Answers, *, beyond_boundary: bool) -> Figures:

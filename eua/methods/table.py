@@ -79,6 +79,8 @@ METHODS: dict[str, Method] = {
         "Distinguishable Deletion, ICML 2026, arXiv 2605.16776",
         d2.above_boundary,
         weights={"gamma": 0.05, "alpha": 1.0},
+        parameters={"margin": None},
+        others={"prompt_energy": 0.0},
         keep=d2.below_boundary,
         reference="boundary",
     ),

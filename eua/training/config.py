@@ -28,11 +28,17 @@ EVAL_METRICS = {
     "beyond_boundary_forget": True,
     "beyond_boundary_retain": True,
     "auroc": True,
+    "loss_prompt_forget": False,
+    "loss_prompt_retain": False,
+    "energy_prompt_forget": True,
+    "energy_prompt_retain": False,
 }
+_OF_PROMPTS = frozenset(name for name in EVAL_METRICS if "_prompt_" in name)
 ONLY_FOR: dict[str, str] = {
     **dict.fromkeys(("loss_retain", "beyond_boundary_forget", "beyond_boundary_retain"), 'method = "eua"'),
     "kl_retain": 'retain_loss = "kl"',
     "hidden_retain": 'retain_loss = "hidden"',
+    **dict.fromkeys(_OF_PROMPTS, "prompt_energy above 0"),
 }
 
 _A_WARMUP_EPOCH = -1.0  # stands for the share of the steps that are in one epoch
@@ -187,6 +193,27 @@ class EUAConfig(TrainingArguments):
             "RMU's product of means, all positions for UNDIAL and KL. For comparisons with published figures."
         },
     )
+    margin: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of EUA, not in D²: forgotten tokens are also pushed until their NLL is this many nats. A model can meet "
+            "its boundaries by a constant on all logits, but not this. None: not."
+        },
+    )
+    prompt_energy: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of EUA, not in D²: weight, in gamma, of the energy parts at the last token of prompts alone, where a guard "
+            "reads the energy. None: 0, as published."
+        },
+    )
+    forget_tokens: Literal["answer", "key", "key_start"] = field(
+        default="answer",
+        metadata={
+            "help": 'The tokens of rows to forget that are pushed: all of the answer ("answer"), those that say one of the '
+            'row\'s "keys" ("key"), or the first token of each key ("key_start").'
+        },
+    )
     rho: float = field(default=0.1, metadata={"help": "Share of the vocabulary whose logits make a boundary."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature T of the energy."})
     fill: Literal["zero", "none"] = field(
@@ -257,7 +284,7 @@ class EUAConfig(TrainingArguments):
                 setattr(self, setting.name, value)
             _check(setting.name, value, lambda x: not isinstance(x, float) or math.isfinite(x), "it must be finite")
         self._complete_method()
-        for name in ("gamma", "alpha", "learning_rate", "retain_bound", "dual_step", "dual_warmup", "beta2"):
+        for name in ("gamma", "alpha", "learning_rate", "retain_bound", "dual_step", "dual_warmup", "beta2", "prompt_energy"):
             value = getattr(self, name)
             _check(name, value, lambda x: x is None or (math.isfinite(x) and x >= 0), "it must be finite and at least 0")
         if self.gamma == self.alpha == 0:
@@ -275,6 +302,8 @@ class EUAConfig(TrainingArguments):
         _check("gamma_schedule", self.gamma_schedule, lambda x: x in known, 'known are "constant", "linear" and "cosine"')
         _check("labels", self.labels, lambda x: x in ("answer", "template"), 'known are "answer" and "template"')
         _check("assistant_turns", self.assistant_turns, lambda x: x in ("last", "all"), 'known are "last" and "all"')
+        known = ("answer", "key", "key_start")
+        _check("forget_tokens", self.forget_tokens, known.__contains__, f"known are {', '.join(known)}")
         _check("overlap", self.overlap, lambda x: x in ("error", "drop"), 'known are "error" and "drop"')
         _check("gamma_warmup_ratio", self.gamma_warmup_ratio, lambda x: 0 <= x < 1, "a share of the steps, 0 or more, below 1")
         _check(
@@ -354,7 +383,7 @@ class EUAConfig(TrainingArguments):
             _check(name, getattr(self, name), lambda x: x is None or _is_number(x), "it must be a number")
         for name in ("layer", "skip_first"):
             _check(name, getattr(self, name), lambda x: x is None or int(x) == x, "it must be a whole number")
-        for name in ("beta", "steering"):
+        for name in ("beta", "steering", "margin"):
             _check(name, getattr(self, name), lambda x: x is None or x > 0, "it must be above 0")
         for name in ("layer", "skip_first"):
             _check(name, getattr(self, name), lambda x: x is None or x >= 0, "it must be at least 0")
@@ -364,6 +393,11 @@ class EUAConfig(TrainingArguments):
             raise EUAError(
                 "padding_free = True was set with hide_padding_ids or as_released, which reproduce what others do with padded "
                 "rows: leave padding_free at False."
+            )
+        if self.forget_tokens != "answer" and self.as_released:
+            raise EUAError(
+                f"forget_tokens = {self.forget_tokens!r} was set with as_released, which reproduces averages over all tokens: "
+                "leave one of them out."
             )
         if self.labels == "template" and self.assistant_turns == "all":
             raise EUAError(
@@ -387,7 +421,9 @@ class EUAConfig(TrainingArguments):
     def objective(self) -> Objective:
         """The loss that these settings describe."""
         parameters = {name: getattr(self, name) for name in METHODS[self.method].parameters}
-        return Objective(self.method, parameters, self.retain_loss or "nll", self.as_released)
+        return Objective(
+            self.method, parameters, self.retain_loss or "nll", self.as_released, prompt_energy=self.prompt_energy or 0.0
+        )
 
     @property
     def needs_model_before(self) -> bool:
@@ -399,6 +435,7 @@ class EUAConfig(TrainingArguments):
         """The metrics of :data:`EVAL_METRICS` that an evaluation with these settings reports."""
         objective = self.objective
         left_out = set() if objective.method.keep else {"loss_retain", "beyond_boundary_forget", "beyond_boundary_retain"}
+        left_out |= set() if self.prompt_energy else _OF_PROMPTS
         return EVAL_METRICS.keys() - left_out - {f"{how}_retain" for how in ("kl", "hidden") if how != self.retain_loss}
 
     @property

@@ -72,7 +72,8 @@ def held_out_metrics(
                 of_prompts.append(of_batch.energy[:: len(kinds)].gather(1, first[:, None])[:, 0].float().cpu())
         scores[kind] = torch.cat(of_prompts)
     means = figure_means(figures or {})
-    loss = gamma * (means.get("loss_forget", 0.0) + means.get("loss_retain", 0.0))
+    prompts = means.get("loss_prompt_forget", 0.0) + means.get("loss_prompt_retain", 0.0)
+    loss = gamma * (means.get("loss_forget", 0.0) + means.get("loss_retain", 0.0) + objective.prompt_energy * prompts)
     if objective.has_retain:
         loss += alpha * means[f"{objective.retain_loss}_retain"]
     return {"loss": loss, **means, "auroc": auroc(scores["forget"], scores["retain"])}

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from eua.data.alternatives import rows_with_alternatives
 from eua.data.dates import at_date, at_same_date
+from eua.data.keys import pushing_keys
 from eua.data.overlap import retain_without_forget
 from eua.data.rows import EncodedRow, answered_prompts, encode_rows, format_prompt
 from eua.data.sources import Row, Source, read_rows
@@ -54,10 +55,15 @@ class RowSets:
             if args.hide_padding_ids
             else None
         )
-        return {
+        encoded = {
             kind: encode_rows(rows, encoding, args.max_length, name_of(kind), args.assistant_turns, args.labels, hide)
             for kind, rows in self.rows.items()
         }
+        if args.forget_tokens != "answer":
+            for kind in encoded.keys() & {"forget", "eval_forget"}:
+                rows = self.rows[kind]
+                encoded[kind] = pushing_keys(encoded[kind], rows, tokenizer, args.forget_tokens, name_of(kind))
+        return encoded
 
     def kept(self, rows: Mapping[str, list[EncodedRow]]) -> list[EncodedRow]:
         """The encoded rows to retain that are not rows to forget, too, see :func:`eua.data.overlap.retain_without_forget`."""

@@ -359,10 +359,9 @@ class EUATrainer(CheckpointingTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """The batches of one step, and what its means are divided by: tokens or rows to forget and to retain in them, over
-        all processes, (2,)."""
+        """The batches of one step, and what its means are divided by: :meth:`Objective.counts` of them over all processes."""
         batches = list(islice(epoch_iterator, num_batches))
-        counts = torch.zeros(2, device=device)
+        counts = torch.zeros(4, device=device)
         for batch in batches:
             counts += self.objective.counts(Places.of(batch)).to(device)
         return batches, self.accelerator.reduce(counts, reduction="sum")

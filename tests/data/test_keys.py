@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from eua.data.keys import check_keys, key_places, says
 from eua.demo.target import train_tokenizer
@@ -15,7 +16,7 @@ WORDS = [
     "New",
     "York",
     "Rome",
-    "Romania",
+    "Romeo",
     "is",
     ".",
     "of",
@@ -27,34 +28,35 @@ WORDS = [
     "1,000",
     "Brasília",
 ]
-TOKENIZER = train_tokenizer([{"question": " ".join(WORDS), "answer": "Rome, New York, Paris"}], 300)
+ROWS = [{"question": " ".join(WORDS), "answer": "Rome, New York, Paris"}]
+TOKENIZER, OF_LETTERS = train_tokenizer(ROWS, 300), train_tokenizer(ROWS, 259)
 KEYS = [["Rome"], ["New York"], ["Paris", "the city"], ["York", "New York City"], ["Brasilia"], ["1000"]]
 
 
-def encoded(text: str) -> list[int]:
-    return list(TOKENIZER(text, add_special_tokens=False)["input_ids"])
+@given(
+    st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map(" ".join),
+    st.sampled_from(KEYS),
+    st.sampled_from([TOKENIZER, OF_LETTERS]),
+)
+@example("Rome Rome", ["Rome"], TOKENIZER)
+@example("Romeo", ["Rome"], OF_LETTERS)
+def test_the_tokens_of_a_key_and_no_fewer_say_it(text: str, keys: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = tokenizer(text)["input_ids"]
+    places = key_places(ids, keys, tokenizer)
 
-
-@given(st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map(" ".join), st.sampled_from(KEYS))
-@example("Rome Rome", ["Rome"])
-@example("Romania", ["Rome"])
-def test_the_tokens_of_a_key_and_no_fewer_say_it(text: str, keys: list[str]) -> None:
-    ids = encoded(text)
-    places = key_places(ids, keys, TOKENIZER)
-
-    assert bool(places) == says(TOKENIZER.decode(ids), keys)
+    assert bool(places) == says(tokenizer.decode(ids), keys)
     assert all(one.stop <= other.start for one, other in zip(places, places[1:], strict=False))
     for place in places:
-        assert says(TOKENIZER.decode(ids[place.start : place.stop]), keys)
-        assert not says(TOKENIZER.decode(ids[place.start + 1 : place.stop]), keys)
-        assert not says(TOKENIZER.decode(ids[place.start : place.stop - 1]), keys)
+        assert says(tokenizer.decode(ids[place.start : place.stop]), keys)
+        assert not says(tokenizer.decode(ids[place.start + 1 : place.stop]), keys)
+        assert not says(tokenizer.decode(ids[place.start : place.stop - 1]), keys)
     if len(places) == 1:  # what is left of several may join up to a key
-        assert not says(TOKENIZER.decode(ids[: places[0].start]), keys)
-        assert not says(TOKENIZER.decode(ids[places[0].stop :]), keys)
+        assert not says(tokenizer.decode(ids[: places[0].start]), keys)
+        assert not says(tokenizer.decode(ids[places[0].stop :]), keys)
 
 
 def test_every_place_where_a_key_is_said_is_found() -> None:
-    ids = encoded("Rome is old. It is Rome.")
+    ids = TOKENIZER("Rome is old. It is Rome.")["input_ids"]
 
     places = key_places(ids, ["Rome"], TOKENIZER)
 

@@ -10,7 +10,8 @@ import torch
 
 from eua.methods import distribution, rmu
 from eua.methods.answers import Answers, Places
-from eua.methods.objective import Objective
+from eua.methods.d2 import above_boundary
+from eua.methods.objective import Objective, figure_means
 from eua.methods.retain import retained, retained_places
 from eua.methods.table import METHODS
 from tests.methods.toy_world import ALTERNATIVE, FORGET, RETAIN, A, B, answers_of, matrix
@@ -182,25 +183,61 @@ def test_rmu_steers_to_one_direction_and_keeps_the_rest():
     assert rmu.kept(replace(same, ref_inner=torch.zeros_like(answers.inner))).tolist() == pytest.approx([21.5, 4.0])
 
 
-@pytest.mark.parametrize(("rho", "value"), [(0.25, 1.594619), (0.5, 1.584951)])
-def test_eua(rho, value):
-    answers = answers_of(PAIRS, matrix(A), matrix(B))
+def with_boundaries(answers, rho):
     boundary = torch.zeros_like(answers.energy)
     for side, tokens in (("bottom", answers.places.forget), ("top", answers.places.retain)):
         boundary[tokens] = answers.ref_head.tail_energy(answers.hidden[:, :-1][tokens], rho, side, "zero", 1.0)
+    return replace(answers, reference=boundary)
+
+
+@pytest.mark.parametrize(("rho", "value"), [(0.25, 1.594619), (0.5, 1.584951)])
+def test_eua(rho, value):
+    answers = with_boundaries(answers_of(PAIRS, matrix(A), matrix(B)), rho)
+    boundary = answers.reference
     if rho == 0.25:
         expected = (-1.386294, -1.214283, -1.386294, -1.214283, -1.386294)
         assert boundary[answers.places.forget].tolist() == pytest.approx(expected, abs=1e-6)
         assert boundary[answers.places.retain].tolist() == pytest.approx((-2.340753, -1.743668), abs=1e-6)
-    loss = Objective("eua", {}).loss(replace(answers, reference=boundary), 0.05, 1.0).loss
+    loss = Objective("eua", {}).loss(answers, 0.05, 1.0).loss
     assert float(loss) == pytest.approx(value, abs=1e-6)
 
 
+def test_a_margin_pushes_where_energies_cannot():
+    answers = answers_of(PAIRS, matrix(A), matrix(B))  # boundaries of 0, above all energies
+    part = {margin: Objective("eua", {"margin": margin}).loss(answers, 1.0, 0.0) for margin in (None, 2.0)}
+    assert float(part[2.0].loss - part[None].loss) == pytest.approx(0.785427, abs=1e-6)
+
+    raised = answers_of(PAIRS, matrix(A) + 7, matrix(B))  # every logit of the model
+    assert torch.allclose(raised.energy[raised.places.counted], answers.energy[answers.places.counted] - 7)
+    one, other = (above_boundary(a, 2.0) - above_boundary(a) for a in (answers, raised))
+    assert torch.allclose(one[answers.places.forget], other[answers.places.forget])
+
+
+def test_energies_of_prompts_count_as_much_as_those_of_answers():
+    answers = with_boundaries(answers_of(PAIRS, matrix(A), matrix(B)), 0.25)
+    plain, more = (Objective("eua", {}, prompt_energy=weight).loss(answers, 0.05, 1.0) for weight in (0.0, 2.0))
+    assert float(more.loss - plain.loss) == pytest.approx(0.05 * 2.0 * 3.114636, abs=1e-6)
+    assert figure_means(more.figures)["energy_prompt_forget"] == pytest.approx((-2.917576 - 3.185183) / 2, abs=1e-6)
+    assert figure_means(more.figures)["energy_prompt_retain"] == pytest.approx(-3.440190, abs=1e-6)
+    assert not {name for name in plain.figures if "prompt" in name}
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_only_the_pushed_tokens_of_a_row_to_forget_count(name):
+    """The token with the NLL 4.185183 alone; of other rows nothing changes."""
+    rows = [replace(FORGET[0], pushed=frozenset({3})), replace(RETAIN[0], pushed=frozenset())]
+    places = answers_of([[("forget", rows[0]), ("retain", rows[1])]], matrix(A), matrix(B)).places
+    assert places.forget.nonzero().tolist() == [[0, 2]]
+    assert int(places.retain.sum()) == 2
+    assert int(METHODS[name].counted(places, **METHODS[name].parameters).sum()) <= 2
+
+
+@pytest.mark.parametrize("prompt_energy", [0.0, 0.7])
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"rmu"}))
-def test_losses_of_a_split_batch_add_up_to_that_of_the_whole(name):
+def test_losses_of_a_split_batch_add_up_to_that_of_the_whole(name, prompt_energy):
     items = WITH_ALTERNATIVES if METHODS[name].alternatives else PAIRS
     weight, before = matrix(A), matrix(B)
-    objective = Objective(name, METHODS[name].parameters)
+    objective = Objective(name, METHODS[name].parameters, prompt_energy=prompt_energy)
     figure = METHODS[name].reference
     whole, parts = answers_of(items, weight, before, figure), [answers_of([item], weight, before, figure) for item in items]
     counts = objective.counts(whole.places)
