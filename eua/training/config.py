@@ -203,8 +203,8 @@ class EUAConfig(TrainingArguments):
     prompt_energy: float | None = field(
         default=None,
         metadata={
-            "help": "Of EUA, not in D²: weight, in gamma, of the energy parts at the last token of prompts alone, where a guard "
-            "reads the energy. None: 0, as published."
+            "help": "Of EUA, not in D²: weight, in gamma, of its energy parts at the last token of prompts alone, where a "
+            "guard reads the energy. None: 0, as published."
         },
     )
     forget_tokens: Literal["answer", "key", "key_start"] = field(
