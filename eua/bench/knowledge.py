@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eua.bench.questions import Fact, questions_digest
 from eua.data.keys import says
+from eua.data.sentences import first_sentence
 from eua.evaluation.said import said_in_wordings
 from eua.files import write_json
 from eua.model.fingerprints import model_fingerprint, tokenizer_fingerprint
 
 NEW_TOKENS = 24  # enough for a sentence that answers a question
-
-# The end of a sentence is a full stop, behind quotes and brackets, before white space; not one of an initial or a title.
-_SENTENCE_END = re.compile(r"(?P<word>\S*?)[.!?]+[\"'”’)\]*]*(?=\s|$)")
-_ABBREVIATED = re.compile(r"[\"'“‘(\[*]*((\w\.)*\w|Mr|Mrs|Ms|Dr|St|Mt|Prof|Jr|Sr|No|vs|approx|c|ca)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -112,16 +108,3 @@ def ask_facts(
             names = ("model", "tokenizer", "questions", "max_new_tokens")
             write_json(file, dict(zip(names, asked, strict=True)) | {"answers": answers})
     return Knowledge(tuple(facts), tuple(map(tuple, answers)))
-
-
-def first_sentence(text: str) -> str:
-    """The text up to the end of its first sentence or line; "" if it was cut off before that.
-
-    >>> first_sentence("It was written by J. R. R. Tolkien. He lived in Oxford.")
-    'It was written by J. R. R. Tolkien.'
-    """
-    line, _, rest = text.strip().partition("\n")
-    for end in _SENTENCE_END.finditer(line):
-        if not _ABBREVIATED.fullmatch(end["word"]) or end.end() == len(line):
-            return line[: end.end()]
-    return line if rest else ""

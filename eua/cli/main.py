@@ -16,6 +16,8 @@ from eua.errors import EUAError, did_you_mean, in_one_line
 COMMANDS = {
     "demo": "watch a small model learn, forget and refuse (a few minutes on a laptop, no download)",
     "unlearn": "train a model to forget some rows and keep others",
+    "reword": "add rows that ask for the facts to forget in other words",
+    "neighbours": "let the model write rows to retain that lie near the rows to forget",
     "alternatives": "let the model write other answers to the rows to forget, for the method AltPO",
     "calibrate": "set the threshold above which prompts are refused",
     "ask": "ask a model, guard on",

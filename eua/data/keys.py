@@ -97,11 +97,16 @@ def _with_plural(word: str) -> str:
     return rf"{re.escape(word)}(?:s|es)?"
 
 
-def check_keys(keys: Sequence[str]) -> None:
-    """Raise if there is no key, or one that no text can be searched for."""
+def check_keys(keys: Sequence[str], where: str = "The fact") -> None:
+    """Raise if there is no key, or one that no text can be searched for; ``where`` is what the message calls their owner."""
     if isinstance(keys, str) or not all(isinstance(key, str) for key in keys):
-        raise EUAError(f"keys = {keys!r}, but keys are a list of texts: give the words that give the fact away, in a list.")
-    _patterns(tuple(keys))
+        raise EUAError(
+            f'{where} has {keys!r} as its "{KEYS}", which must be a list of texts: give the words that give it away.'
+        )
+    try:
+        _patterns(tuple(keys))
+    except EUAError as error:
+        raise EUAError(f"{where}: {error}") from error
 
 
 def key_places(ids: Sequence[int], keys: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[range]:
@@ -164,10 +169,8 @@ def pushing_keys(
                 f'{where} has no "{KEYS}", but forget_tokens = {which!r} pushes the tokens that say one: give the row a list '
                 'of the words that give its fact away, e.g. "keys": ["Paris"], or set forget_tokens to "answer".'
             )
-        try:
-            places = key_places(one.answer_ids, keys, tokenizer)
-        except EUAError as error:
-            raise EUAError(f"{where}: {error}") from error
+        check_keys(keys, where)
+        places = key_places(one.answer_ids, keys, tokenizer)
         if not places:
             raise EUAError(
                 f"{where} has an answer that says none of its keys {list(keys)}, so none of its tokens would be pushed: "

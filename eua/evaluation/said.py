@@ -60,7 +60,7 @@ class KeyedFact:
                 f"The fact {self.name!r} has {len(self.wordings)} wordings of which unlearning sees {self.trained}, which "
                 "leaves nothing to ask or to see: give at least one wording, and trained between 0 and their number."
             )
-        check_keys(self.keys)
+        check_keys(self.keys, f"The fact {self.name!r}")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 
 from eua import EUAError
 from eua.bench.facts import GUESSED, facts_task, half_of
-from eua.bench.knowledge import Knowledge, ask_facts, first_sentence
+from eua.bench.knowledge import Knowledge, ask_facts
 from eua.bench.plain_text import plain_text
 from eua.bench.questions import load_facts
 from eua.bench.wrappings import PREFIXES, SUFFIXES, wrappings
@@ -83,23 +83,6 @@ def test_answers_are_kept_for_the_same_model_and_facts_alone(asked, known, token
     ask_facts(known, tokenizer, other, cache=cache, max_new_tokens=2)
     assert forwards
     assert len(list(cache.iterdir())) == 3
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Paris. It lies on the Seine.", "Paris."),
-        ("It was J. R. R. Tolkien. He", "It was J. R. R. Tolkien."),
-        ("St. Petersburg is in Russia! Yes", "St. Petersburg is in Russia!"),
-        ('The word is "mice." It', 'The word is "mice."'),
-        ("It is 3.5 metres. So", "It is 3.5 metres."),
-        ("1 line\n2 lines.", "1 line"),
-        ("It was cut off in the", ""),
-        ("", ""),
-    ],
-)
-def test_the_first_sentence(text, expected):
-    assert first_sentence(text) == expected
 
 
 def test_an_answer_that_does_not_say_the_fact_is_replaced(world_facts):

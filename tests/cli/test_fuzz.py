@@ -45,6 +45,7 @@ def place(tokenizer, rows, tmp_path_factory) -> Path:
     EnergyGuard.calibrate(model, tokenizer, rows["retain"]).save_pretrained(place / "model")
     for name in ("forget", "retain"):
         write_jsonl(place / f"{name}.jsonl", rows[name][:6])
+    write_jsonl(place / "keyed.jsonl", [row | {"keys": [row["answer"].strip(".")]} for row in rows["forget"][:2]])
     write_jsonl(place / "held_out.jsonl", rows["retain"][6:] + rows["calibration"])
     (place / "run.yaml").write_text("max-steps: 1\nlearning-rate: 1e-3\n")
     assert main(command("unlearn", place, place / "run", "--save-strategy", "steps", "--save-steps", "1")) == 0
@@ -66,6 +67,8 @@ def command(name: str, place: Path, output: Path, *more: str) -> list[str]:
             "--max-new-tokens",
             "1",
         ],
+        "reword": ["--forget", str(place / "keyed.jsonl"), "--output", str(output / "rows.jsonl"), "--max-new-tokens", "1"],
+        "neighbours": ["--forget", str(place / "forget.jsonl"), "--output", str(output / "rows.jsonl"), "--count", "1"],
         "bench": ["people", "--people", "20", "--output", str(output), "--cache", str(output / "cache"), "--workers", "1"],
         "calibrate": ["--prompts", str(place / "held_out.jsonl"), "--output", str(output)],
         "ask": ["Who?", "--max-new-tokens", "1"],

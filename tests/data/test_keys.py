@@ -65,5 +65,5 @@ def test_every_place_where_a_key_is_said_is_found() -> None:
 
 @pytest.mark.parametrize("keys", ["Rome", [], ["."], [3]])
 def test_keys_that_cannot_be_looked_for_are_refused(keys: list[str]) -> None:
-    with pytest.raises(EUAError, match="give the words"):
+    with pytest.raises(EUAError, match="the words that give"):
         check_keys(keys)

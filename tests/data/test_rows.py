@@ -170,6 +170,7 @@ def test_a_batch_contains_both_kinds_with_their_boundaries():
         "reference": [[0, -1, -2, 0, 0, 0, -4, 0, -3]],
         "forget": [[True] * 3 + [False] * 6],
         "alternative": [[False] * 9],
+        "pushed": [[True] * 9],
         "row": [[0] * 3 + [1] * 4 + [2] * 2],
     }
 

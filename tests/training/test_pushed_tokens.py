@@ -58,7 +58,7 @@ def test_a_row_without_its_key_is_refused(model, tokenizer, rows, keyed_rows, tm
     other = [*keyed_rows[:1], keyed_rows[1] | {"keys": ["a unicorn"]}]
     with pytest.raises(EUAError, match=r"Row 1 of the forget set has an answer that says none of its keys \['a unicorn'\]"):
         make(model, tokenizer, rows, tmp_path, forget=other, forget_tokens="key_start")
-    with pytest.raises(EUAError, match="Row 0 of the forget set: keys = 'Rome' is one text"):
+    with pytest.raises(EUAError, match="Row 0 of the forget set has 'Rome' as its \"keys\", which must be a list of texts"):
         make(model, tokenizer, rows, tmp_path, forget=[keyed_rows[0] | {"keys": "Rome"}], forget_tokens="key")
     make(model, tokenizer, rows, tmp_path)  # without the option keys are not needed
 
