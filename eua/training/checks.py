@@ -154,8 +154,13 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
-def check_setup(accelerator: Accelerator, model: torch.nn.Module, reference: object) -> None:
+def check_setup(accelerator: Accelerator, model: torch.nn.Module, reference: object, *, splits_gradient: bool = False) -> None:
     """Raise if the model is distributed over processes in a way that is not supported."""
+    if splits_gradient and (accelerator.num_processes > 1 or is_sharded(accelerator) or zero_stage(accelerator)):
+        raise EUAError(
+            "gradient_filter or sign_gate was set in a run of several processes or with DeepSpeed, which add gradients up "
+            "before those of rows to forget could be told from others: leave both out, or train in one process."
+        )
     state = accelerator.state
     plugin = getattr(state, "fsdp_plugin", None)
     if plugin is not None and not accelerator.is_fsdp2:

@@ -214,6 +214,20 @@ class EUAConfig(TrainingArguments):
             'row\'s "keys" ("key"), or the first token of each key ("key_start").'
         },
     )
+    gradient_filter: int = field(
+        default=0,
+        metadata={
+            "help": "Of each matrix, leave this many of its leading singular directions out of the gradient of the rows to "
+            "forget (RepSelect). 0: none."
+        },
+    )
+    sign_gate: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep a coordinate of the gradient of the rows to forget only where its sign is that of the gradient of "
+            "the rows to retain (SAGO)."
+        },
+    )
     rho: float = field(default=0.1, metadata={"help": "Share of the vocabulary whose logits make a boundary."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature T of the energy."})
     fill: Literal["zero", "none"] = field(
@@ -302,6 +316,7 @@ class EUAConfig(TrainingArguments):
         _check("gamma_schedule", self.gamma_schedule, lambda x: x in known, 'known are "constant", "linear" and "cosine"')
         _check("labels", self.labels, lambda x: x in ("answer", "template"), 'known are "answer" and "template"')
         _check("assistant_turns", self.assistant_turns, lambda x: x in ("last", "all"), 'known are "last" and "all"')
+        _check("gradient_filter", self.gradient_filter, lambda x: isinstance(x, int) and x >= 0, "a number of directions")
         known = ("answer", "key", "key_start")
         _check("forget_tokens", self.forget_tokens, known.__contains__, f"known are {', '.join(known)}")
         _check("overlap", self.overlap, lambda x: x in ("error", "drop"), 'known are "error" and "drop"')
@@ -399,6 +414,16 @@ class EUAConfig(TrainingArguments):
                 f"forget_tokens = {self.forget_tokens!r} was set with as_released, which reproduces averages over all tokens: "
                 "leave one of them out."
             )
+        if self.splits_gradient and self.padding_free:
+            raise EUAError(
+                "padding_free = True was set with gradient_filter or sign_gate, which need rows to forget and to retain apart: "
+                "leave padding_free at False."
+            )
+        if self.sign_gate and (method.retain_loss is None or self.alpha == 0):
+            raise EUAError(
+                f"sign_gate = True was set with method = {self.method!r} and alpha = {self.alpha}, without rows to retain "
+                "whose gradient could gate: leave it out, or raise alpha."
+            )
         if self.labels == "template" and self.assistant_turns == "all":
             raise EUAError(
                 'labels = "template" was set with assistant_turns = "all", but only the last answer ends with the template: '
@@ -424,6 +449,11 @@ class EUAConfig(TrainingArguments):
         return Objective(
             self.method, parameters, self.retain_loss or "nll", self.as_released, prompt_energy=self.prompt_energy or 0.0
         )
+
+    @property
+    def splits_gradient(self) -> bool:
+        """Whether rows to forget and to retain have backward passes of their own."""
+        return self.sign_gate or self.gradient_filter > 0
 
     @property
     def needs_model_before(self) -> bool:

@@ -57,6 +57,7 @@ from eua.training.checks import (
 from eua.training.config import EUAConfig
 from eua.training.dual_weight import DualWeight
 from eua.training.evaluation import held_out_metrics
+from eua.training.gradients import ForgetGradient, parts_of
 from eua.training.model_card import model_card
 from eua.training.reference import Reference
 from eua.training.row_sets import RowSets, check_rows_fit, pairs_of_epochs
@@ -198,7 +199,10 @@ class EUATrainer(CheckpointingTrainer):
             optimizers=optimizers,
         )
         model.config.use_cache = use_cache  # Trainer turns it off for good; the saved model should generate at full speed
-        check_setup(self.accelerator, model, self.reference)
+        check_setup(self.accelerator, model, self.reference, splits_gradient=args.splits_gradient)
+        self._forget_gradient: ForgetGradient | None = None
+        if args.splits_gradient:
+            self._forget_gradient = ForgetGradient(model, args.gradient_filter, args.sign_gate)
         if not is_sharded(self.accelerator):
             self._check_forward()
         self.encoded_rows = rows
@@ -365,6 +369,23 @@ class EUATrainer(CheckpointingTrainer):
         for batch in batches:
             counts += self.objective.counts(Places.of(batch)).to(device)
         return batches, self.accelerator.reduce(counts, reduction="sum")
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As Trainer's, but with ``gradient_filter`` or ``sign_gate`` the rows to forget and those to retain, which make up a
+        batch, have a forward and a backward of their own: as many tokens as together."""
+        if self._forget_gradient is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        forget, retain = parts_of(inputs)
+        losses = []
+        with self._forget_gradient.collecting():
+            losses.append(super().training_step(model, forget, num_items_in_batch))
+        if len(retain["row"]):
+            losses.append(super().training_step(model, retain, num_items_in_batch))
+        if self.accelerator.sync_gradients:  # the step's last batch
+            self._forget_gradient.add()
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self,
