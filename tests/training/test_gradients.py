@@ -51,8 +51,9 @@ def test_the_two_parts_add_up_to_the_whole(method, batches, tokenizer, rows, tmp
         torch.testing.assert_close(parts._figures[name], figure, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_added_is_the_filtered_and_gated_part(tokenizer, rows, tmp_path):
-    """Against gradients of the rows to forget and to retain alone."""
+@pytest.mark.parametrize("batches", [1, 3])
+def test_what_is_added_is_the_filtered_and_gated_part(batches, tokenizer, rows, tmp_path):
+    """Against gradients of the rows to forget and to retain alone. What is filtered is the sum of a step's batches."""
     alone = {}
     for name in ("forget", "retain"):
         trainer = prepared(tokenizer, rows, tmp_path / name)
@@ -60,12 +61,12 @@ def test_what_is_added_is_the_filtered_and_gated_part(tokenizer, rows, tmp_path)
         with pytest.MonkeyPatch.context() as patch:
             if name == "retain":
                 patch.setattr(ForgetGradient, "add", lambda self: None)
-            alone[name] = gradients(trainer, 1)
+            alone[name] = gradients(trainer, batches)
     alone["forget"] = {name: gradient - alone["retain"].get(name, 0) for name, gradient in alone["forget"].items()}
 
     both = prepared(tokenizer, rows, tmp_path / "both")
     both._forget_gradient = ForgetGradient(both.model, directions=2, sign_gate=True)
-    found = gradients(both, 1)
+    found = gradients(both, batches)
     for name, gradient in found.items():
         forget, retain = alone["forget"][name], alone["retain"][name]
         if gradient.dim() == 2 and "embed" not in name:
