@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from eua.bench.knowledge import Knowledge
 from eua.bench.plain_text import plain_text
 from eua.bench.task import FORGOTTEN, EvaluationSet
-from eua.data.keys import says
+from eua.data.keys import KEYS, says
 from eua.data.sources import Row
 from eua.errors import EUAError
 from eua.evaluation.said import KeyedFact
@@ -33,9 +33,9 @@ class FactsTask:
     """What to forget and to retain, and what to measure.
 
     Attributes:
-        forget: rows to train on, in the trained wordings, with the model's own answers; their "alternatives" are the fact's
-            answer with the keys of other entities.
-        retain: the same without alternatives.
+        forget: rows to train on, in the trained wordings, with the model's own answers; their "keys" are the fact's, their
+            "alternatives" its answer with the keys of other entities.
+        retain: the same without keys and alternatives.
         calibration: rows in all wordings for a guard's threshold; no other row is about their entities.
         calibration_groups: the entity of each of these rows.
         validation, test: sets of the same names to choose settings on, and to report. No entity is in both, whatever the seeds
@@ -234,8 +234,9 @@ class _Draw:
         return any(says(text, fact.keys) and says(text, (fact.entity,)) for fact in facts)
 
     def to_forget(self, index: int) -> list[Row]:
-        """The rows of a fact that unlearning sees, with wrong answers."""
-        return [{**row, **self.alternatives(index)} for row in self.rows(index, range(self.trained))]
+        """The rows of a fact that unlearning sees, with its keys and wrong answers."""
+        keys = list(self.facts[index].keys)
+        return [{**row, KEYS: keys, **self.alternatives(index)} for row in self.rows(index, range(self.trained))]
 
     def alternatives(self, index: int) -> dict[str, list[str]]:
         """The fact's answer with the keys of other entities; nothing if there are no others."""

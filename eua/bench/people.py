@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from eua.bench.plain_text import plain_text
 from eua.bench.splits import halves
 from eua.bench.task import FORGOTTEN, EvaluationSet, Task
+from eua.data.keys import KEYS
 from eua.data.sources import Row
 from eua.demo.target import cached_model, train_tokenizer
 from eua.demo.world import FACTS_PER_PERSON, Fact, World, make_world
@@ -159,8 +160,9 @@ def _rows(facts: Iterable[Fact]) -> list[dict[str, str]]:
 
 
 def _with_alternatives(fact: Fact, wrong: Sequence[str]) -> Row:
-    """The row of a fact with other answers that AltPO trains on. A model that knows only people would not write any."""
-    return fact.row() | {"alternatives": [fact.wordings(value)[0]["answer"] for value in wrong[WRONG_ANSWERS:]]}
+    """The row of a fact with its keys, and other answers that AltPO trains on: a model that knows only people writes none."""
+    others = [fact.wordings(value)[0]["answer"] for value in wrong[WRONG_ANSWERS:]]
+    return fact.row() | {KEYS: list(keyed(fact, FORGOTTEN).keys), "alternatives": others}
 
 
 def _measured(fact: Fact, wrong: Sequence[str]) -> Row:

@@ -272,6 +272,8 @@ def test_alternatives_are_answers_with_the_keys_of_others(all_known):
     for row in task.forget:
         fact = by_wording[row["question"]]
         wrong = row["alternatives"]
+        assert row["keys"] == list(fact.keys)
+        assert says(row["answer"], row["keys"])
         assert len(set(wrong)) == 5
         for text in wrong:
             assert not says(text, fact.keys)

@@ -40,6 +40,13 @@ def test_a_pets_name_and_a_mentors_surname_give_a_fact_away():
         assert keyed(facts[attribute], "forget").keys == (facts[attribute].value,)
 
 
+def test_rows_to_forget_have_their_keys(make_task):
+    task = people(0, **make_task.keywords, **WORLD)
+    for row in [*task.forget, *task.second]:
+        assert says(row["answer"], row["keys"])
+        assert not [text for text in row["alternatives"] if says(text, row["keys"])]
+
+
 def test_wrong_answers_are_worded_as_the_paraphrased_one():
     """Else a model that knows the fact prefers them, because it was trained on their wording."""
     for fact in make_world(20).forget:
