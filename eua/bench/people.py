@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from eua.bench.plain_text import plain_text
 from eua.bench.splits import halves
 from eua.bench.task import FORGOTTEN, EvaluationSet, Task
-from eua.data.keys import KEYS
+from eua.data.keys import KEYS, says
 from eua.data.sources import Row
 from eua.demo.target import cached_model, train_tokenizer
 from eua.demo.world import FACTS_PER_PERSON, Fact, World, make_world
@@ -75,7 +75,7 @@ def people(seed: int, *, cache: Path, people: int = 100, target_epochs: float = 
 def task_of(world: World, seed: int, target: str, retain_model: str, *, epochs: tuple[float, ...]) -> Task:
     """The task of a world and the two models that were trained on it."""
     rng = random.Random(seed)
-    wrong = {fact: rng.sample(fact.other_values(), 2 * WRONG_ANSWERS) for fact in world.all()}
+    wrong = {fact: rng.sample(_wrong_values(fact), 2 * WRONG_ANSWERS) for fact in world.all()}
     forget = [_with_alternatives(fact, wrong[fact]) for fact in world.forget]
     # Split by person: those to forget, those whose rows unlearning sees, and those whom it never sees.
     splits = [halves([fact.person for fact in facts]) for facts in (world.forget, world.retain, world.test)]
@@ -153,6 +153,11 @@ def entity(fact: Fact) -> dict[str, str]:
     """
     start = fact.answer.rindex(fact.value)
     return {"question": fact.question, "prefix": fact.answer[:start], "entity": fact.value}
+
+
+def _wrong_values(fact: Fact) -> list[str]:
+    """Other values that do not say the fact's key, as those would that share a mentor's surname or a pet's name with it."""
+    return [value for value in fact.other_values() if not says(value, keyed(fact, FORGOTTEN).keys)]
 
 
 def _rows(facts: Iterable[Fact]) -> list[dict[str, str]]:
