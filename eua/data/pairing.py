@@ -10,6 +10,8 @@ import torch
 from torch.utils.data import Sampler
 
 _GROUPS_SORTED = 50  # as in transformers' LengthGroupedSampler
+NEAREST = 16  # retain rows that count as similar to a forget row
+_ROWS_AT_ONCE = 4096
 
 
 class Pair(NamedTuple):
@@ -35,6 +37,8 @@ class PairedSampler(Sampler[Pair]):
             contains the same rows either way.
         alternatives: number of other answers to each prompt to forget, of which successive epochs take successive ones; those
             of forget row i are the rows from ``i · alternatives`` on.
+        similar: for each forget row the retain rows that are most like it, see :func:`similar_rows`. Every second retain row
+            that it is paired with, over all epochs, is then one of these, in a seeded order. None: it has no say.
     """
 
     def __init__(
@@ -45,7 +49,9 @@ class PairedSampler(Sampler[Pair]):
         seed: int,
         group: int = 0,
         alternatives: int = 0,
+        similar: Sequence[Sequence[int]] | None = None,
     ) -> None:
+        self.similar = similar
         self.lengths = {"forget": forget_lengths, "retain": retain_lengths}
         self.forget_rows, self.retain_rows = len(forget_lengths), len(retain_lengths)
         self.ratio, self.seed, self.group, self.alternatives = ratio, seed, group, alternatives
@@ -79,7 +85,11 @@ class PairedSampler(Sampler[Pair]):
         if self.group:
             forget, retain = self._by_length("forget", forget, 1), self._by_length("retain", retain, self.ratio)
         pairs = [
-            Pair(index, tuple(retain[i * self.ratio : (i + 1) * self.ratio]), self._alternative(index, epoch))
+            Pair(
+                index,
+                self._with_similar(index, epoch, retain[i * self.ratio : (i + 1) * self.ratio]),
+                self._alternative(index, epoch),
+            )
             for i, index in enumerate(forget)
         ]
         if not self.group:
@@ -88,6 +98,18 @@ class PairedSampler(Sampler[Pair]):
         whole = len(pairs) // self.group  # whole groups; the rest stays at the end
         for number in [*self._permutation("group", epoch, whole), whole]:
             yield from pairs[number * self.group : (number + 1) * self.group]
+
+    def _with_similar(self, forget: int, epoch: int, retain: Sequence[int]) -> tuple[int, ...]:
+        """The retain rows of a forget row in an epoch, every second one replaced by one that is similar to it."""
+        if self.similar is None:
+            return tuple(retain)
+        nearest = self.similar[forget]
+        before = epoch * self.ratio  # the retain rows that it was paired with in earlier epochs
+        order = self._permutation("similar", forget, len(nearest))
+        return tuple(
+            nearest[order[(before + place) // 2 % len(nearest)]] if (before + place) % 2 == 0 else row
+            for place, row in enumerate(retain)
+        )
 
     def _alternative(self, forget: int, epoch: int) -> tuple[int, ...]:
         return (forget * self.alternatives + epoch % self.alternatives,) if self.alternatives else ()
@@ -108,6 +130,42 @@ class PairedSampler(Sampler[Pair]):
         return rows[offset : offset + count]
 
     def _permutation(self, kind: str, index: int, size: int) -> list[int]:
-        salt = {"forget": 0, "retain": 1, "group": 1 << 40}[kind]
+        salt = {"forget": 0, "retain": 1, "group": 1 << 40, "similar": (1 << 40) + 1}[kind]
         generator = torch.Generator().manual_seed(2 * (self.seed * 1_000_003 + index) + salt)
         return torch.randperm(size, generator=generator).tolist()
+
+
+def similar_rows(forget: Sequence[Sequence[int]], retain: Sequence[Sequence[int]], count: int = NEAREST) -> list[list[int]]:
+    """For each prompt to forget the ``count`` prompts to retain that share most tokens with it, the most similar first.
+
+    Similarity is the number of different tokens that two prompts share, over that of those that one of them has (Jaccard 1901).
+    Names are in few prompts, so what is found is mostly of the same form, with other names. Of equals the first come first.
+
+    >>> similar_rows([[1, 2, 3]], [[7, 8], [1, 2, 9], [1, 2, 3, 4]], count=2)
+    [[2, 1]]
+
+    Args:
+        forget, retain: prompts as token ids.
+        count: number of prompts for each; all of them if there are fewer.
+    """
+    size = 1 + max((token for prompt in (*forget, *retain) for token in prompt), default=0)
+    asked = _token_sets(forget, size)
+    found = torch.zeros(len(forget), 0)
+    for start in range(0, len(retain), _ROWS_AT_ONCE):
+        kept = _token_sets(retain[start : start + _ROWS_AT_ONCE], size)
+        shared = torch.sparse.mm(asked, kept.t()).to_dense()
+        either = _sizes(asked)[:, None] + _sizes(kept)[None] - shared
+        found = torch.cat([found, shared / either.clamp(min=1)], dim=1)
+    order = found.sort(dim=1, descending=True, stable=True).indices
+    return order[:, :count].tolist()
+
+
+def _token_sets(prompts: Sequence[Sequence[int]], size: int) -> torch.Tensor:
+    """Rows of zeros and ones, sparse, (prompts, size)."""
+    places = [(row, token) for row, prompt in enumerate(prompts) for token in set(prompt)]
+    indices = torch.tensor(places, dtype=torch.long).reshape(-1, 2).T
+    return torch.sparse_coo_tensor(indices, torch.ones(len(places)), (len(prompts), size)).coalesce()
+
+
+def _sizes(sets: torch.Tensor) -> torch.Tensor:
+    return torch.sparse.sum(sets, dim=1).to_dense()

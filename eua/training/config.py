@@ -243,6 +243,13 @@ class EUAConfig(TrainingArguments):
         metadata={"help": "Constant boundary of forget tokens, in nats. None: computed from the model before unlearning."},
     )
     retain_per_forget: int = field(default=1, metadata={"help": "Retain rows in a batch for each forget row."})
+    retain_sampler: Literal["uniform", "similar"] = field(
+        default="uniform",
+        metadata={
+            "help": 'Which rows to retain a row to forget is paired with: all in turn ("uniform"), or every second time one of '
+            'the 16 whose prompts share most tokens with its own ("similar").'
+        },
+    )
     padding_free: bool = field(
         default=False,
         metadata={
@@ -327,6 +334,7 @@ class EUAConfig(TrainingArguments):
             lambda x: x is None or 0 < x <= 1,
             "a share of tokens, above 0, at most 1",
         )
+        _check("retain_sampler", self.retain_sampler, ("uniform", "similar").__contains__, "known are uniform, similar")
         _check("retain_per_forget", self.retain_per_forget, lambda x: x >= 1, "each forget row needs a retain row")
         _check("boundary_batch_size", self.boundary_batch_size, lambda x: x >= 1, "a batch has at least one row")
         _check("max_length", self.max_length, lambda x: x is None or x >= 2, "a row has a prompt and an answer token")

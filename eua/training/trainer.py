@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from eua.data.batches import ForgetRetainCollator, ForgetRetainDataset
 from eua.data.dates import writes_date
-from eua.data.pairing import PairedSampler
+from eua.data.pairing import PairedSampler, similar_rows
 from eua.data.sources import Source
 from eua.distributed import is_sharded
 from eua.errors import EUAError, in_one_line
@@ -356,7 +356,11 @@ class EUATrainer(CheckpointingTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         forget, retain = ([len(row.input_ids) for row in self.encoded_rows[kind]] for kind in ("forget", "retain"))
         group = self.args.per_device_train_batch_size if self.args.train_sampling_strategy == "group_by_length" else 0
-        return PairedSampler(forget, retain, self.args.retain_per_forget, seed, group, self.row_sets.alternatives)
+        similar = None
+        if self.args.retain_sampler == "similar":
+            prompts = {kind: [row.prompt_ids for row in self.encoded_rows[kind]] for kind in ("forget", "retain")}
+            similar = similar_rows(prompts["forget"], prompts["retain"])
+        return PairedSampler(forget, retain, self.args.retain_per_forget, seed, group, self.row_sets.alternatives, similar)
 
     # ---- the step -----------------------------------------------------------------------------------------------
 
