@@ -46,7 +46,8 @@ def write_neighbours(
     """Rows to retain: ``count`` questions near those to forget, each with the first sentence of the model's greedy answer.
 
     A question is begun as questions to forget are, up to any word that at least one other of them shares, so that whom or what
-    they are about is left open, and sampled on at T = 1. Questions to forget, and those that say or get a key of a row to
+    they are about is left open, and sampled on at T = 1. Of two beginnings of a question, one with twice as many words is drawn
+    twice as often. Questions to forget, and those that say or get a key of a row to
     forget (or its answer, if it has no keys), are left out.
 
     >>> write_neighbours(model, tokenizer, "forget.jsonl", count=2)            # doctest: +SKIP
@@ -76,7 +77,7 @@ def write_neighbours(
     with torch.random.fork_rng(), tqdm(total=count, desc=progress, disable=progress is None) as bar:
         torch.manual_seed(seed)
         while len(found) < count and fruitless < _FRUITLESS:
-            begun = "" if rng.random() < neutral or not shared else rng.choice(rng.choice(shared))
+            begun = "" if rng.random() < neutral or not shared else _drawn(rng.choice(shared), rng)
             asked = []
             for question in _continued(model, tokenizer, begun, batch_size, question_tokens):
                 if _plain(question) not in seen and not (avoid and says(question, avoid)):
@@ -132,6 +133,11 @@ def _beginnings(questions: Sequence[str]) -> list[list[str]]:
     owners = Counter(beginning for of_question in of_each for beginning in of_question)
     shared = ([beginning for beginning in of_question if owners[beginning] > 1] for of_question in of_each)
     return [of_question for of_question in shared if of_question]
+
+
+def _drawn(beginnings: Sequence[str], rng: random.Random) -> str:
+    """One of a question's beginnings, by its number of words."""
+    return rng.choices(beginnings, weights=[len(text.split()) for text in beginnings])[0]
 
 
 def _continued(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
 
 import pytest
 import torch
@@ -55,6 +57,14 @@ def test_neighbours_begin_as_rows_to_forget_do_and_say_nothing_of_them(scripted,
     assert {row["answer"] for row in found} == {f"It is {len(text)}." for text in questions}
     assert write_neighbours(model, tokenizer, ROWS, count=3, neutral=1.0)
     assert set(scripted[-2:]) == {""}
+
+
+def test_longer_beginnings_are_drawn_more_often():
+    rng, counts = random.Random(0), Counter[str]()
+    for _ in range(4000):
+        counts[module._drawn(["Who", "Who wrote", "Who wrote the play"], rng)] += 1
+    assert counts["Who wrote"] == pytest.approx(2 * counts["Who"], rel=0.15)
+    assert counts["Who wrote the play"] == pytest.approx(4 * counts["Who"], rel=0.15)
 
 
 def test_a_model_that_writes_nothing_new_is_refused(scripted, model, tokenizer):
