@@ -164,7 +164,8 @@ def _token_sets(prompts: Sequence[Sequence[int]], size: int) -> torch.Tensor:
     """Rows of zeros and ones, sparse, (prompts, size)."""
     places = [(row, token) for row, prompt in enumerate(prompts) for token in set(prompt)]
     indices = torch.tensor(places, dtype=torch.long).reshape(-1, 2).T
-    return torch.sparse_coo_tensor(indices, torch.ones(len(places)), (len(prompts), size)).coalesce()
+    ones = torch.ones(len(places))
+    return torch.sparse_coo_tensor(indices, ones, (len(prompts), size), check_invariants=True).coalesce()
 
 
 def _sizes(sets: torch.Tensor) -> torch.Tensor:
