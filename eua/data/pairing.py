@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -148,25 +148,26 @@ def similar_rows(forget: Sequence[Sequence[int]], retain: Sequence[Sequence[int]
         forget, retain: prompts as token ids.
         count: number of prompts for each; all of them if there are fewer.
     """
-    size = 1 + max((token for prompt in (*forget, *retain) for token in prompt), default=0)
-    asked = _token_sets(forget, size)
+    columns = {token: column for column, token in enumerate(sorted({token for prompt in forget for token in prompt}))}
+    asked = _token_sets(forget, columns)
     found = torch.zeros(len(forget), 0)
     for start in range(0, len(retain), _ROWS_AT_ONCE):
-        kept = _token_sets(retain[start : start + _ROWS_AT_ONCE], size)
-        shared = torch.sparse.mm(asked, kept.t()).to_dense()
-        either = _sizes(asked)[:, None] + _sizes(kept)[None] - shared
+        kept = retain[start : start + _ROWS_AT_ONCE]
+        shared = asked @ _token_sets(kept, columns).T
+        either = _sizes(forget)[:, None] + _sizes(kept) - shared
         found = torch.cat([found, shared / either.clamp(min=1)], dim=1)
     order = found.sort(dim=1, descending=True, stable=True).indices
     return order[:, :count].tolist()
 
 
-def _token_sets(prompts: Sequence[Sequence[int]], size: int) -> torch.Tensor:
-    """Rows of zeros and ones, sparse, (prompts, size)."""
-    places = [(row, token) for row, prompt in enumerate(prompts) for token in set(prompt)]
-    indices = torch.tensor(places, dtype=torch.long).reshape(-1, 2).T
-    ones = torch.ones(len(places))
-    return torch.sparse_coo_tensor(indices, ones, (len(prompts), size), check_invariants=True).coalesce()
+def _token_sets(prompts: Sequence[Sequence[int]], columns: Mapping[int, int]) -> torch.Tensor:
+    """Which tokens are in which prompt, as zeros and ones, (prompts, columns); other tokens than those of columns are left
+    out."""
+    sets = torch.zeros(len(prompts), len(columns))
+    for row, prompt in enumerate(prompts):
+        sets[row, [columns[token] for token in set(prompt) if token in columns]] = 1
+    return sets
 
 
-def _sizes(sets: torch.Tensor) -> torch.Tensor:
-    return torch.sparse.sum(sets, dim=1).to_dense()
+def _sizes(prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    return torch.tensor([len(set(prompt)) for prompt in prompts])
