@@ -176,6 +176,6 @@ def pushing_keys(
                 f"{where} has an answer that says none of its keys {list(keys)}, so none of its tokens would be pushed: "
                 "correct the keys (whole words count), raise max_length if the answer is cut, or leave the row out."
             )
-        told = [place[:1] if which == "key_start" else place for place in places]
-        pushing.append(replace(one, pushed=frozenset(one.answer_positions[token] for place in told for token in place)))
+        tokens = [token for place in places for token in (place[:1] if which == "key_start" else place)]
+        pushing.append(replace(one, pushed=frozenset(one.answer_positions[token] for token in tokens)))
     return pushing

@@ -71,7 +71,7 @@ def write_neighbours(
     rows = checked_rows(rows, count=count, neutral=neutral, batch_size=batch_size, name=name)
     questions = [row["question"] for row in rows]
     shared = _beginnings(questions)
-    taboo = {key for row in rows for key in row.get(KEYS) or [row["answer"]]}
+    taboo = sorted({key for row in rows for key in row.get(KEYS) or [row["answer"]]})
     seen = set(map(_plain, questions))
     rng, found, fruitless = random.Random(seed), list[Row](), 0
     with torch.random.fork_rng(), tqdm(total=count, desc=progress, disable=progress is None) as bar:
@@ -83,11 +83,11 @@ def write_neighbours(
                 if _plain(question) not in seen and not (avoid and says(question, avoid)):
                     seen.add(_plain(question))
                     asked.append(question)
-            told = map(first_sentence, answer(model, tokenizer, asked, answer_tokens)) if asked else ()
+            answers = map(first_sentence, answer(model, tokenizer, asked, answer_tokens)) if asked else ()
             new: list[Row] = [
                 {"question": question, "answer": text}
-                for question, text in zip(asked, told, strict=True)
-                if text and not says(f"{question} {text}", sorted(taboo))
+                for question, text in zip(asked, answers, strict=True)
+                if text and not says(f"{question} {text}", taboo)
             ]
             fruitless = 0 if new else fruitless + 1
             bar.update(min(len(new), count - len(found)))

@@ -135,6 +135,6 @@ def _paraphrases(
             for text in lines
             if text.endswith(("?", ".")) and text not in (row["question"], *found) and not says(text, row[KEYS])
         ]
-        told = zip(new, _answers(model, tokenizer, new, length), strict=True)
-        found |= {text: own for text, own in told if own and says(own, row[KEYS])}
+        answered = zip(new, _answers(model, tokenizer, new, length), strict=True)
+        found |= {text: own for text, own in answered if own and says(own, row[KEYS])}
     return list(found.items())[:count]

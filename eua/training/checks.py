@@ -159,7 +159,7 @@ def check_setup(accelerator: Accelerator, model: torch.nn.Module, reference: obj
     if splits_gradient and (accelerator.num_processes > 1 or is_sharded(accelerator) or zero_stage(accelerator)):
         raise EUAError(
             "gradient_filter or sign_gate was set in a run of several processes or with DeepSpeed, which add gradients up "
-            "before those of rows to forget could be told from others: leave both out, or train in one process."
+            "before those of rows to forget could be kept apart: leave both out, or train in one process."
         )
     state = accelerator.state
     plugin = getattr(state, "fsdp_plugin", None)

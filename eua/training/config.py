@@ -427,6 +427,11 @@ class EUAConfig(TrainingArguments):
                 "padding_free = True was set with gradient_filter or sign_gate, which need rows to forget and to retain apart: "
                 "leave padding_free at False."
             )
+        if self.splits_gradient and self.as_released:
+            raise EUAError(
+                "as_released = True was set with gradient_filter or sign_gate, but it averages over the padding of whole "
+                "batches, which are split then: leave one of them out."
+            )
         if self.sign_gate and (method.retain_loss is None or self.alpha == 0):
             raise EUAError(
                 f"sign_gate = True was set with method = {self.method!r} and alpha = {self.alpha}, without rows to retain "

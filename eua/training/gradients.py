@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from eua.data.rows import IGNORE_INDEX
+
 # Subspace iteration (Halko et al. 2011): directions that are computed beyond those asked for, and rounds.
 _MORE, _ROUNDS = 4, 4
 
@@ -22,7 +24,8 @@ def parts_of(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Ten
 def _part(batch: dict[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
     part = {name: tensor[chosen] for name, tensor in batch.items()}
     rows = len(part["row"])
-    width = int(part["attention_mask"].sum(dim=1).max()) if rows else 0
+    # Tokens inside a row may be hidden from attention, so their number is no width; a row's last token always counts.
+    width = int((part["labels"] != IGNORE_INDEX).any(dim=0).nonzero().max()) + 1 if rows else 0
     part = {name: tensor[:, :width] for name, tensor in part.items()}
     part["row"] = torch.arange(rows, device=part["row"].device)[:, None].repeat(1, width)
     return part
@@ -102,4 +105,5 @@ def agreeing(gradient: Tensor, other: Tensor | None) -> Tensor:
     >>> agreeing(torch.tensor([1.0, -2.0, 3.0]), torch.tensor([5.0, 1.0, 0.0]))
     tensor([1., 0., 0.])
     """
-    return torch.zeros_like(gradient) if other is None else gradient.where(gradient * other > 0, 0.0)
+    # Signs, since a product of small gradients underflows to 0.
+    return torch.zeros_like(gradient) if other is None else gradient.where(gradient.sign() == other.sign(), 0.0)

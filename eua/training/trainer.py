@@ -206,6 +206,7 @@ class EUATrainer(CheckpointingTrainer):
         if not is_sharded(self.accelerator):
             self._check_forward()
         self.encoded_rows = rows
+        self._similar_rows: list[list[int]] | None = None  # found once, by the first sampler
         self._forgotten_before = forgotten_prompts(model)
         self.prompts_to_forget = frozenset(map(prompt_digest, self.row_sets.prompts_to_forget(rows, self.date)))
         # compute_loss divides by the counts of the whole accumulation window itself.
@@ -321,7 +322,7 @@ class EUATrainer(CheckpointingTrainer):
         rows = self.row_sets.encode(date)
         check_rows_fit(self.model, rows)
         rows["retain"] = self.row_sets.kept(rows)
-        self.date, self.encoded_rows = date, rows
+        self.date, self.encoded_rows, self._similar_rows = date, rows, None
         self.reference_values = self._reference_store()
 
     def _find_boundaries(self, *, resuming: bool) -> dict[str, list[Tensor]]:
@@ -356,11 +357,11 @@ class EUATrainer(CheckpointingTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         forget, retain = ([len(row.input_ids) for row in self.encoded_rows[kind]] for kind in ("forget", "retain"))
         group = self.args.per_device_train_batch_size if self.args.train_sampling_strategy == "group_by_length" else 0
-        similar = None
-        if self.args.retain_sampler == "similar":
+        if self.args.retain_sampler == "similar" and self._similar_rows is None:
             prompts = {kind: [row.prompt_ids for row in self.encoded_rows[kind]] for kind in ("forget", "retain")}
-            similar = similar_rows(prompts["forget"], prompts["retain"])
-        return PairedSampler(forget, retain, self.args.retain_per_forget, seed, group, self.row_sets.alternatives, similar)
+            self._similar_rows = similar_rows(prompts["forget"], prompts["retain"])
+        ratio, alternatives = self.args.retain_per_forget, self.row_sets.alternatives
+        return PairedSampler(forget, retain, ratio, seed, group, alternatives, self._similar_rows)
 
     # ---- the step -----------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,4 +66,7 @@ def test_training_is_paired_with_similar_rows(model, tokenizer, rows, tmp_path):
         return sum(jaccard(prompts["forget"][pair.forget], prompts["retain"][pair.retain[0]]) for pair in pairs) / len(pairs)
 
     assert likeness(trainer) > 1.3 * likeness(make(model, tokenizer, rows, tmp_path / "uniform", **options))
+    with pytest.MonkeyPatch.context() as patch:  # they are found once
+        patch.setattr("eua.training.trainer.similar_rows", None)
+        trainer._get_train_sampler()
     assert trainer.train().training_loss > 0  # boundaries of all rows that it draws are known

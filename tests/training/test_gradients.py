@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eua import EUAError
+from eua.data.batches import ForgetRetainCollator
+from eua.data.rows import EncodedRow
 from eua.training.checks import check_setup
-from eua.training.gradients import ForgetGradient, agreeing, without_leading
+from eua.training.gradients import ForgetGradient, agreeing, parts_of, without_leading
 from tests.conftest import tiny_llama
 from tests.training.test_trainer import LORA, config, make, weights
 
@@ -101,10 +103,30 @@ def test_a_matrix_loses_its_leading_directions_and_nothing_else(directions, heig
     assert float((found.float() - expected).abs().max()) < bound
 
 
+def test_a_part_keeps_tokens_that_attention_does_not_see():
+    rows = [
+        EncodedRow([5, 6, 7, 8, 9], 2, hidden=frozenset({0, 1})),
+        EncodedRow([1, 2, 3, 4, 5, 6, 7], 3),
+        EncodedRow([1, 2], 1),
+    ]
+    items = [
+        [{"row": row, "reference": torch.zeros(len(row.answer_ids)), "kind": kind}]
+        for row, kind in zip(rows, ("forget", "retain", "forget"), strict=True)
+    ]
+    forget, retain = parts_of(ForgetRetainCollator()(items))
+    assert forget["input_ids"].tolist() == [[5, 6, 7, 8, 9], [1, 2, 0, 0, 0]]
+    assert forget["attention_mask"].tolist() == [[0, 0, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert forget["row"][:, 0].tolist() == [0, 1]
+    assert retain["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7]]
+    assert len(parts_of(ForgetRetainCollator()(items[:1]))[1]["row"]) == 0
+
+
 def test_a_gate_is_open_where_signs_agree():
     mine, theirs = torch.tensor([1.0, -1.0, 2.0, 0.0, -3.0]), torch.tensor([2.0, 3.0, 0.0, 1.0, -1.0])
     assert agreeing(mine, theirs).tolist() == [1.0, 0.0, 0.0, 0.0, -3.0]
     assert agreeing(mine, None).tolist() == [0.0] * 5
+    small = torch.tensor([1e-30, -1e-30])  # their product is 0 in float32
+    assert torch.equal(agreeing(small, 2 * small), small)
 
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
@@ -130,6 +152,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(peft_config, tokenizer, r
     [
         ({"gradient_filter": -1}, "gradient_filter = -1 cannot be used: a number of directions"),
         ({"gradient_filter": 0.5}, "gradient_filter = 0.5 cannot be used"),
+        ({"sign_gate": True, "as_released": True, "method": "undial"}, "as_released = True was set with gradient_filter"),
         ({"sign_gate": True, "padding_free": True}, "padding_free = True was set with gradient_filter or sign_gate"),
         ({"sign_gate": True, "method": "grad_ascent"}, "without rows to retain"),
         ({"sign_gate": True, "alpha": 0.0}, "without rows to retain"),
