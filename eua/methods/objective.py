@@ -129,20 +129,20 @@ def figure_means(figures: Figures) -> dict[str, float]:
     return {name: total / count for name, (total, count) in zip(figures, totals, strict=True) if count}
 
 
-def scheduled_gamma(gamma: float, schedule: str, warmup_ratio: float, step: int, steps: int) -> float:
-    """γ of one step: it rises from 0 during warmup, then stays constant or decays towards 0 until the last step.
+def scheduled(peak: float, schedule: str, warmup_ratio: float, step: int, steps: int) -> float:
+    """A weight at one step: it rises from 0 during warmup, then stays constant or decays towards 0 until the last step.
 
     It depends only on the step, so a resumed run continues the schedule.
 
     Args:
-        gamma: the peak.
+        peak: its largest value.
         schedule: what follows the warmup: ``"constant"``, or ``"linear"`` or ``"cosine"`` decay.
-        warmup_ratio: the fraction of the steps over which γ rises, in [0, 1).
+        warmup_ratio: the fraction of the steps over which it rises, in [0, 1).
         step: number of steps before this one.
         steps: number of steps in the full run.
     """
     done = step / steps
     if done < warmup_ratio:
-        return gamma * done / warmup_ratio
+        return peak * done / warmup_ratio
     left = (1 - done) / (1 - warmup_ratio)
-    return gamma * {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[schedule]
+    return peak * {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[schedule]

@@ -154,8 +154,20 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
-def check_setup(accelerator: Accelerator, model: torch.nn.Module, reference: object, *, splits_gradient: bool = False) -> None:
+def check_setup(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    reference: object,
+    *,
+    splits_gradient: bool = False,
+    distinct_directions: bool = False,
+) -> None:
     """Raise if the model is distributed over processes in a way that is not supported."""
+    if distinct_directions and is_sharded(accelerator):
+        raise EUAError(
+            "distinct_directions was set with FSDP or ZeRO-3, but directions are found before weights are sharded: leave it "
+            "out, or train with DDP."
+        )
     if splits_gradient and (accelerator.num_processes > 1 or is_sharded(accelerator) or zero_stage(accelerator)):
         raise EUAError(
             "gradient_filter or sign_gate was set in a run of several processes or with DeepSpeed, which add gradients up "

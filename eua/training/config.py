@@ -228,6 +228,13 @@ class EUAConfig(TrainingArguments):
             "the rows to retain (SAGO)."
         },
     )
+    distinct_directions: int = field(
+        default=0,
+        metadata={
+            "help": "Train an adapter of this rank on the MLPs that reads its inputs only in directions in which rows to "
+            "forget stand out from rows to retain, found before training, so that it changes little else. 0: none."
+        },
+    )
     rho: float = field(default=0.1, metadata={"help": "Share of the vocabulary whose logits make a boundary."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature T of the energy."})
     fill: Literal["zero", "none"] = field(
@@ -323,7 +330,8 @@ class EUAConfig(TrainingArguments):
         _check("gamma_schedule", self.gamma_schedule, lambda x: x in known, 'known are "constant", "linear" and "cosine"')
         _check("labels", self.labels, lambda x: x in ("answer", "template"), 'known are "answer" and "template"')
         _check("assistant_turns", self.assistant_turns, lambda x: x in ("last", "all"), 'known are "last" and "all"')
-        _check("gradient_filter", self.gradient_filter, lambda x: isinstance(x, int) and x >= 0, "a number of directions")
+        for name in ("gradient_filter", "distinct_directions"):
+            _check(name, getattr(self, name), lambda x: isinstance(x, int) and x >= 0, "a number of directions")
         known = ("answer", "key", "key_start")
         _check("forget_tokens", self.forget_tokens, known.__contains__, f"known are {', '.join(known)}")
         _check("overlap", self.overlap, lambda x: x in ("error", "drop"), 'known are "error" and "drop"')

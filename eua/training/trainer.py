@@ -35,7 +35,7 @@ from eua.distributed import is_sharded
 from eua.errors import EUAError, in_one_line
 from eua.files import locked
 from eua.methods.answers import Answers, Places
-from eua.methods.objective import Figures, added, figure_means, scheduled_gamma
+from eua.methods.objective import Figures, added, figure_means, scheduled
 from eua.model.forgotten import forgotten_prompts, prompt_digest, set_forgotten
 from eua.model.forward import block_of, check_head, freeze_above, hidden_and_inner_states, token_energies
 from eua.model.head import output_head
@@ -55,6 +55,7 @@ from eua.training.checks import (
     check_trainable,
 )
 from eua.training.config import EUAConfig
+from eua.training.directions import DistinctDirections, adapter_on_mlps
 from eua.training.dual_weight import DualWeight
 from eua.training.evaluation import held_out_metrics
 from eua.training.gradients import ForgetGradient, parts_of
@@ -67,6 +68,7 @@ from eua.training.stopping import StopWhenBeyondBoundary
 logger = logging.get_logger(__name__)
 
 BOUNDARIES_FILE = "boundaries.safetensors"
+DIRECTIONS_FILE = "directions.safetensors"
 
 
 class OnTrainBegin(TrainerCallback):
@@ -154,13 +156,24 @@ class EUATrainer(CheckpointingTrainer):
         kept = self.row_sets.kept(rows)
         if isinstance(model, str):
             # Weights that are trained must be float32: in bfloat16 most steps of a small learning rate round away.
-            model, _ = load_model(model, "auto" if peft_config is not None else torch.float32, place=False)
+            is_adapter = peft_config is not None or args.distinct_directions > 0
+            model, _ = load_model(model, "auto" if is_adapter else torch.float32, place=False)
         check_model(model)
+        if args.distinct_directions:
+            if peft_config is not None or isinstance(model, PeftModel):
+                raise EUAError(
+                    f"distinct_directions = {args.distinct_directions} was set with an adapter, but it makes one of its own: "
+                    "leave out peft_config or distinct_directions; merge an adapter of an earlier run first (merge_and_unload)."
+                )
+            peft_config = adapter_on_mlps(model, args.distinct_directions)
         if peft_config is not None:
             if isinstance(model, PeftModel):
                 raise EUAError("peft_config was given with a model that carries an adapter already: pass one or the other.")
             set_seed(args.seed)  # the adapter's start is drawn here
             model = get_peft_model(model, peft_config)
+        self._directions: DistinctDirections | None = None
+        if args.distinct_directions:
+            self._directions = DistinctDirections(model, Path(args.output_dir) / DIRECTIONS_FILE)
         check_trainable(model)
         if optimizers[0] is None:
             check_optimizer(args, model)
@@ -199,7 +212,13 @@ class EUATrainer(CheckpointingTrainer):
             optimizers=optimizers,
         )
         model.config.use_cache = use_cache  # Trainer turns it off for good; the saved model should generate at full speed
-        check_setup(self.accelerator, model, self.reference, splits_gradient=args.splits_gradient)
+        check_setup(
+            self.accelerator,
+            model,
+            self.reference,
+            splits_gradient=args.splits_gradient,
+            distinct_directions=args.distinct_directions > 0,
+        )
         self._forget_gradient: ForgetGradient | None = None
         if args.splits_gradient:
             self._forget_gradient = ForgetGradient(model, args.gradient_filter, args.sign_gate)
@@ -332,6 +351,13 @@ class EUATrainer(CheckpointingTrainer):
         """
         if self.date is not None and self.args.should_save:
             save_run_date(self.output_folder, self.date)
+        if self._directions is not None:
+            self._directions.set(
+                self.encoded_rows,
+                resuming=resuming,
+                save=self.is_world_process_zero(),
+                batch_size=self.args.boundary_batch_size,
+            )
         used = self._get_train_sampler().rows_used(pairs_of_epochs(self.args, len(self.encoded_rows["forget"])))
         self.reference_values.look_up(self._reference_model, resuming=resuming, used=used)
         if not is_sharded(self.accelerator):
@@ -452,7 +478,7 @@ class EUATrainer(CheckpointingTrainer):
     def _gamma(self, step: int) -> float:
         settings = self.args
         steps = max(self.state.max_steps, 1)
-        return scheduled_gamma(settings.gamma, settings.gamma_schedule, settings.gamma_warmup_ratio, step, steps)
+        return scheduled(settings.gamma, settings.gamma_schedule, settings.gamma_warmup_ratio, step, steps)
 
     def _save_state(self, folder: Path) -> None:
         if self._stop_when_beyond_boundary is not None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eua import EUATrainer
-from eua.methods.objective import scheduled_gamma
+from eua.methods.objective import scheduled
 from eua.training.checkpoints import last_checkpoint
 from tests.conftest import tiny_llama
 from tests.training.test_evaluation import evaluated
@@ -18,7 +18,7 @@ from tests.training.test_trainer import add_dropout, make, weights
 
 def test_gamma_rises_then_stays_or_falls():
     def of_steps(schedule, warmup_ratio):
-        return [scheduled_gamma(2.0, schedule, warmup_ratio, step, 8) for step in range(8)]
+        return [scheduled(2.0, schedule, warmup_ratio, step, 8) for step in range(8)]
 
     assert of_steps("constant", 0.0) == [2.0] * 8
     assert of_steps("constant", 0.5) == [0.0, 0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0]
@@ -34,7 +34,7 @@ def test_scheduled_training_resumes_to_the_same_weights(tokenizer, rows, tmp_pat
     whole = make(tiny_llama(len(tokenizer)), tokenizer, rows, tmp_path, **how)
     whole.train()
     lines = whole.state.log_history[:6]
-    assert [line["gamma"] for line in lines] == [scheduled_gamma(3.0, schedule, 0.4, step, 6) for step in range(6)]
+    assert [line["gamma"] for line in lines] == [scheduled(3.0, schedule, 0.4, step, 6) for step in range(6)]
     for line in lines:
         assert line["loss"] == pytest.approx(line["gamma"] * (line["loss_forget"] + line["loss_retain"]) + line["nll_retain"])
 
