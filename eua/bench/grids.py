@@ -7,6 +7,8 @@ with lower ones, too, and UNDIAL with 3e-5 in place of the highest published one
 NPO's learning rates, and values of γ and ρ around D²'s released settings. Every method that trains on rows to retain is tried
 with one of them per row to forget, as published, and with three.
 
+Candidates are EUA with options that D² does not have. They are compared only if they are named.
+
 Three things depend on the task: the numbers of epochs, the blocks, and the learning rates, because models smaller than 1B
 parameters need larger ones. A task multiplies every method's published learning rates by one factor.
 
@@ -35,6 +37,7 @@ PUBLISHED_BLOCKS = 16  # of the model for which the grids were made
 _FEW = (1e-5, 2e-5, 5e-5)
 _MANY = (1e-5, 2e-5, 3e-5, 4e-5, 5e-5)
 _LOW = (5e-7, 1e-6, 2e-6, 5e-6, 1e-5, 2e-5)
+_GAMMAS = (0.01, 0.05, 0.2)
 _RETAIN_PER_FORGET = (1, 3)  # rows in a batch: the published number, and that of docs/measurements.md
 
 
@@ -46,11 +49,15 @@ class Grid:
         learning_rates: see the module's docstring.
         settings: field of EUAConfig → the values to try. Other settings keep the method's published values.
         of_epochs: field of EUAConfig → its value as a share of the trial's epochs.
+        always: fields of EUAConfig that all of its trials have.
+        method: of which it is a candidate, a name of :data:`eua.methods.table.METHODS`; None: its own name is that.
     """
 
     learning_rates: Sequence[float]
     settings: Mapping[str, Sequence[Any]]
     of_epochs: Mapping[str, float] = field(default_factory=dict)
+    always: Mapping[str, Any] = field(default_factory=dict)
+    method: str | None = None
 
 
 GRIDS: dict[str, Grid] = {
@@ -68,8 +75,37 @@ GRIDS: dict[str, Grid] = {
     "undial": Grid((1e-5, 3e-5, 1e-4), {"beta": (3, 10, 30), "alpha": (1, 2, 5)}),
     "pdu": Grid(_MANY, {}, {"dual_warmup": 0.5}),  # published: 5 of 10 epochs
     "me_gd": Grid(_MANY, {}),
-    "eua": Grid(_FEW, {"gamma": (0.01, 0.05, 0.2), "rho": (0.1, 0.3)}),
+    "eua": Grid(_FEW, {"gamma": _GAMMAS, "rho": (0.1, 0.3)}),
 }
+
+
+# An option of EUA each, the same for all of its trials or tried with several values, and in the end several together.
+_GUARDED: dict[str, Any] = {"prompt_energy": 1.0}
+_AT_MARGIN: dict[str, Sequence[Any]] = {"gamma": _GAMMAS, "margin": (3.0, 5.0)}
+CANDIDATES: dict[str, Grid] = {
+    "eua_prompt": Grid(_FEW, {"gamma": _GAMMAS, "prompt_energy": (0.3, 1.0)}, method="eua"),
+    "eua_margin": Grid(_FEW, _AT_MARGIN, always=_GUARDED, method="eua"),
+    "eua_key": Grid(_FEW, _AT_MARGIN, always=_GUARDED | {"forget_tokens": "key"}, method="eua"),
+    "eua_similar": Grid(_FEW, {"gamma": _GAMMAS, "rho": (0.1, 0.3)}, always={"retain_sampler": "similar"}, method="eua"),
+    "eua_filter": Grid(_FEW, {"gamma": _GAMMAS, "gradient_filter": (1, 4)}, method="eua"),
+    "eua_gate": Grid(_FEW, {"gamma": _GAMMAS, "rho": (0.1, 0.3)}, always={"sign_gate": True}, method="eua"),
+    "eua_distinct": Grid(_FEW, {"gamma": _GAMMAS, "distinct_directions": (16, 64)}, method="eua"),
+}
+_KNOWN = GRIDS | CANDIDATES
+
+
+def unlearning_method(name: str) -> str:
+    """The method of :data:`eua.methods.table.METHODS` that a grid or a candidate is of.
+
+    >>> unlearning_method("npo"), unlearning_method("eua_margin")
+    ('npo', 'eua')
+    """
+    return _KNOWN[name].method or name
+
+
+def is_compared(name: str) -> bool:
+    """Whether a trial's method is one that unlearns, and not one of the models to compare with."""
+    return name in _KNOWN
 
 
 def check_methods(methods: Sequence[str]) -> None:
@@ -79,9 +115,10 @@ def check_methods(methods: Sequence[str]) -> None:
         EUAError: if there is one.
     """
     for method in methods:
-        if method not in GRIDS:
+        if method not in _KNOWN:
             raise EUAError(
-                f"There is no method {method!r}{did_you_mean(method, GRIDS)} Known are {', '.join(GRIDS)}: name some of these."
+                f"There is no method {method!r}{did_you_mean(method, _KNOWN)} Known are {', '.join(_KNOWN)}: name some of "
+                "these."
             )
     for method in dict.fromkeys(methods):
         if methods.count(method) > 1:
@@ -118,12 +155,12 @@ def _has_alternatives(task: Task) -> bool:
 
 def axes(method: str, task: Task) -> dict[str, Sequence[Any]]:
     """Every setting that is tried for a method on a task, with its values."""
-    grid = GRIDS[method]
+    grid = _KNOWN[method]
     settings = dict(grid.settings)
     if "layer" in settings:
         scaled = (max(1, round(block * task.blocks / PUBLISHED_BLOCKS)) for block in settings["layer"])
         settings["layer"] = tuple(dict.fromkeys(min(block, task.blocks - 1) for block in scaled))
-    if METHODS[method].retain_loss is not None:
+    if METHODS[unlearning_method(method)].retain_loss is not None:
         settings["retain_per_forget"] = _RETAIN_PER_FORGET
     return {
         "learning_rate": tuple(rate * task.rate_factor for rate in grid.learning_rates),
@@ -148,8 +185,11 @@ def trials_of(method: str, task: Task, count: int) -> list[Settings]:
             f"every method gets as many as the others: ask for at most {size}, or leave {method} out."
         )
     drawn = itertools.islice(_in_order(values, random.Random(method)), count)
-    shares = GRIDS[method].of_epochs
-    return [point | {name: share * point["num_train_epochs"] for name, share in shares.items()} for point in drawn]
+    grid = _KNOWN[method]
+    return [
+        point | {name: share * point["num_train_epochs"] for name, share in grid.of_epochs.items()} | dict(grid.always)
+        for point in drawn
+    ]
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:

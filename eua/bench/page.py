@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eua.bench.choice import Point, area_of, front, points_of
-from eua.bench.grids import GRIDS
+from eua.bench.grids import CANDIDATES, GRIDS
 from eua.bench.notes import NOT_KEPT
 from eua.bench.table import Table, tables
 from eua.bench.trial import RETAIN_ONLY, TARGET
@@ -70,7 +70,11 @@ def render_front(results: Mapping[str, Any]) -> str:
 
 def _front(results: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]]:
     """The picture's contents, and of each method what the legend says, with its colour."""
-    colours = {method: f"hsl({360 * place / len(GRIDS):.0f} 65% 50%)" for place, method in enumerate(GRIDS)}
+    colours = {
+        method: f"hsl({360 * place / len(some):.0f} 65% 50%)"
+        for some in (GRIDS, CANDIDATES)
+        for place, method in enumerate(some)
+    }
     drawn, legend = [_axes()], list[tuple[str, str]]()
     for method in results["methods"]:
         points, colour = points_of(results, method), colours[method]

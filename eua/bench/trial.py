@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.utils import logging
 
 from eua.bench.cost import Cost, measured, versions
-from eua.bench.grids import GRIDS
+from eua.bench.grids import is_compared, unlearning_method
 from eua.bench.measure import full_report, task_objectives
 from eua.bench.study import Plan
 from eua.bench.task import Task
@@ -25,7 +25,7 @@ from eua.errors import EUAError
 from eua.evaluation.results import write_results
 from eua.files import fill_folder
 from eua.model.fingerprints import model_fingerprint
-from eua.model.loading import load_model
+from eua.model.loading import load_model, merged
 from eua.training.config import EUAConfig
 from eua.training.trainer import EUATrainer
 
@@ -65,14 +65,14 @@ def run_trial(task: Task, plan: Plan, phase: Phase, output: Path, *, keep_model:
     if phase == "tuning":
         result["objectives"] = task_objectives(model, tokenizer, task, test=False)
         return result
-    second = partial(_unlearned_again, task, plan, output, tokenizer) if plan.method in GRIDS else None
+    second = partial(_unlearned_again, task, plan, output, tokenizer) if is_compared(plan.method) else None
     report = full_report(model, tokenizer, task, second, is_retain_only=plan.method == RETAIN_ONLY)
     result |= {"metrics": report.metrics, "objectives": report.metrics["objectives"]}
     name = f"{plan.method}-seed-{plan.seed}".replace(" ", "-")
     write_results(output / "rows" / f"{name}.parquet", report.rows)
     if report.answers:
         write_results(output / "answers" / f"{name}.parquet", report.answers)
-    if plan.method in GRIDS and keep_model:
+    if is_compared(plan.method) and keep_model:
 
         def save(folder: Path) -> None:
             for part in (model, tokenizer, report.guard):
@@ -93,8 +93,10 @@ def _compared(task: Task, plan: Plan) -> tuple[Any, Any, Cost] | None:
 
 
 def _unlearned(task: Task, plan: Plan, output: Path) -> tuple[Any, Any, Cost]:
-    trainer, cost = _train(task, plan, output, task.target, task.target, task.forget, task.retain)
-    return trainer.model, trainer.processing_class, cost
+    model, tokenizer = load_model(task.target, torch.float32, place=False)  # an adapter's base, too
+    given = {"processing_class": tokenizer}
+    trainer, cost = _train(task, plan, output, model, task.target, task.forget, task.retain, **given)
+    return merged(trainer.model), tokenizer, cost
 
 
 def _unlearned_again(
@@ -108,7 +110,7 @@ def _unlearned_again(
 ) -> PreTrainedModel:
     """A copy of a model that has unlearned further rows with the trial's method and settings."""
     trainer, _ = _train(task, plan, output, copy.deepcopy(model), model, forget, retain, processing_class=tokenizer)
-    return trainer.model
+    return merged(trainer.model)
 
 
 def _train(
@@ -138,7 +140,7 @@ def _train(
 
 def _config(task: Task, plan: Plan, folder: Path) -> EUAConfig:
     settings: dict[str, Any] = {
-        "method": plan.method,
+        "method": unlearning_method(plan.method),
         "output_dir": str(folder),
         "save_strategy": "no",
         "logging_strategy": "no",

@@ -18,15 +18,19 @@ from accelerate import PartialState
 from peft import LoraConfig
 
 from eua.cli.options import Parser, add_model
+from eua.data.sources import Row
 from eua.distributed import end_process_group
 from eua.errors import EUAError, did_you_mean, in_one_line
-from eua.files import check_output_folder, locked, write_json
+from eua.files import check_output_folder, locked, write_json, write_jsonl
+from eua.model.loading import load_model
+from eua.model.neighbours import write_neighbours
 from eua.training.checkpoints import last_checkpoint
 from eua.training.config import EUAConfig
 from eua.training.settings_file import Setting, all_settings, describe, fits, parse_value, read_settings
 from eua.training.trainer import EUATrainer
 
 SETTINGS_FILE = "settings.json"
+OWN, OWN_ROWS = "self", "retain.jsonl"  # the --retain that lets the model write the rows, and the file that they are kept in
 # Defaults that differ from EUAConfig's. Those are from TrainingArguments: save every 500 steps, and keep all checkpoints.
 DEFAULTS: dict[str, Any] = {"save_strategy": "epoch", "save_total_limit": 1}
 # Fields of TrainingArguments that --help shows; --help-all shows every one.
@@ -66,7 +70,11 @@ def _parser(show_all: bool) -> tuple[Parser, dict[str, Setting]]:
     add_model(parser)
     parser.add_argument("--forget", required=True, metavar="ROWS", help="rows to forget")
     parser.add_argument(
-        "--retain", required=True, metavar="ROWS", help="rows to keep; cover as much as possible of what must stay"
+        "--retain",
+        required=True,
+        metavar="ROWS",
+        help="rows to keep; cover as much as possible of what must stay. self: as many as `eua neighbours` writes, by the "
+        "model itself",
     )
     parser.add_argument("--eval-forget", metavar="ROWS", help="held-out forget rows, measured every epoch")
     parser.add_argument("--eval-retain", metavar="ROWS", help="held-out retain rows, measured every epoch")
@@ -179,13 +187,16 @@ def run_unlearn(arguments: argparse.Namespace, settings: dict[str, Any]) -> None
         # If another run is at work there, this one ends before a model is loaded.
         with locked(arguments.output) if os.path.isdir(arguments.output) else nullcontext():
             check_output(arguments.output)
-    trainer = _trainer(arguments, settings, checkpoints)
+    retain = _rows_to_retain(arguments, checkpoints)
+    trainer = _trainer(arguments, settings, checkpoints, retain)
     with locked(arguments.output) if is_first else nullcontext():
         if is_first:
             check_output(checkpoints)  # another run may have come first since
             if not arguments.resume:
                 shutil.rmtree(checkpoints, ignore_errors=True)  # a later run must not resume an earlier one
             write_json(checkpoints / SETTINGS_FILE, identity)
+            if not isinstance(retain, str):
+                write_jsonl(checkpoints / OWN_ROWS, retain)
         PartialState().wait_for_everyone()
         checkpoint = last_checkpoint(checkpoints) if arguments.resume else None
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -199,7 +210,25 @@ def run_unlearn(arguments: argparse.Namespace, settings: dict[str, Any]) -> None
         )
 
 
-def _trainer(arguments: argparse.Namespace, settings: dict[str, Any], checkpoints: Path) -> EUATrainer:
+def _rows_to_retain(arguments: argparse.Namespace, checkpoints: Path) -> str | list[Row]:
+    """What ``--retain`` names, or rows that the model writes itself. A resumed run has those that it began with.
+
+    Raises:
+        EUAError: if the model writes too few, or in several processes, each of which would write its own.
+    """
+    kept = checkpoints / OWN_ROWS
+    if arguments.retain != OWN or (arguments.resume and kept.is_file()):
+        return str(kept) if arguments.retain == OWN else arguments.retain
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise EUAError(
+            "--retain self was given in a run of several processes, each of which would write other rows: write them with `eua "
+            "neighbours` first, and name their file."
+        )
+    model, tokenizer = load_model(arguments.model)
+    return write_neighbours(model, tokenizer, arguments.forget, progress="rows to retain, by the model itself")
+
+
+def _trainer(arguments: argparse.Namespace, settings: dict[str, Any], checkpoints: Path, retain: str | list[Row]) -> EUATrainer:
     rank = arguments.lora_rank
     chosen = DEFAULTS | {"eval_strategy": "no" if arguments.eval_forget is None else "epoch"}
     for strategy in ("eval_strategy", "save_strategy"):
@@ -212,7 +241,7 @@ def _trainer(arguments: argparse.Namespace, settings: dict[str, Any], checkpoint
             arguments.model,
             config,
             forget_dataset=arguments.forget,
-            retain_dataset=arguments.retain,
+            retain_dataset=retain,
             eval_forget_dataset=arguments.eval_forget,
             eval_retain_dataset=arguments.eval_retain,
             ref_model=arguments.model if config.needs_model_before else None,

@@ -58,7 +58,9 @@ def d2_loss(
     return D2Loss(gamma * (retain_part + forget_part) + alpha * nll_part, forget_part, retain_part, nll_part)
 
 
-def above_boundary(answers: Answers, margin: float | None = None) -> Tensor:
+def above_boundary(
+    answers: Answers, margin: float | None = None, margin_excess: float | None = None, answer_energy: float = 1.0
+) -> Tensor:
     """EUA's forget part: ``relu(m_out − E)²``, (B, S−1).
 
     Published settings: γ = 0.05, α = 1, ρ = 0.1, T = 1, learning rate 1e-5, 10 epochs.
@@ -68,9 +70,16 @@ def above_boundary(answers: Answers, margin: float | None = None) -> Tensor:
         margin: not in D²: adds ``relu(margin − NLL)²``, in nats². Adding a constant to all logits raises or lowers the energy
             and changes no probability, so a model can meet its boundary and still say what it should forget. It cannot meet a
             margin in this way. A token whose margin is met gets a gradient of exactly zero from this part.
+        margin_excess: not in D²: adds ``relu(NLL − margin − margin_excess)²``, so that no token is forgotten more than that.
+            None: nothing is added.
+        answer_energy: not in D²: weight of the energies, which leaves the margin as it is.
     """
-    beyond = _squared_hinge(answers.reference - answers.energy)
-    return beyond if margin is None else beyond + _squared_hinge(margin - answers.nll)
+    beyond = answer_energy * _squared_hinge(answers.reference - answers.energy)
+    if margin is not None:
+        beyond = beyond + _squared_hinge(margin - answers.nll)
+        if margin_excess is not None:
+            beyond = beyond + _squared_hinge(answers.nll - margin - margin_excess)
+    return beyond
 
 
 def below_boundary(answers: Answers) -> Tensor:

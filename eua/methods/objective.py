@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +51,11 @@ class Objective:
     @property
     def has_retain(self) -> bool:
         return self.method.retain_loss is not None
+
+    def after_warmup(self, share: float) -> Objective:
+        """The objective at a share of its warm-up: EUA's margin and the weights of its energies to forget rise from 0."""
+        risen = {name: share * self.parameters[name] for name in ("margin", "answer_energy") if self.parameters.get(name)}
+        return replace(self, parameters={**self.parameters, **risen}, prompt_energy=share * self.prompt_energy)
 
     def counts(self, places: Places) -> Tensor:
         """What the means are divided by for a batch, (4,): the numbers of tokens or rows to forget and to retain, and those of

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from eua.errors import EUAError
@@ -83,6 +84,11 @@ def _check_whole(name: str, found: dict[str, Any]) -> None:
             f"{name!r} has {len(mismatched)} weights of other shapes than its config.json says (the first is {weight}, "
             f"{tuple(stored)} in place of {tuple(wanted)}): download or save the model again, or correct its config.json."
         )
+
+
+def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model, or if it carries an adapter its base with the adapter's weights added to its own; both say the same."""
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
 @contextmanager

@@ -46,9 +46,9 @@ def write_neighbours(
     """Rows to retain: ``count`` questions near those to forget, each with the first sentence of the model's greedy answer.
 
     A question is begun as questions to forget are, up to any word that at least one other of them shares, so that whom or what
-    they are about is left open, and sampled on at T = 1. Of two beginnings of a question, one with twice as many words is drawn
-    twice as often. Questions to forget, and those that say or get a key of a row to
-    forget (or its answer, if it has no keys), are left out.
+    they are about is left open, and sampled on at T = 1. Of a question's beginnings, one with a word more is drawn twice as
+    often, so that about half of the rows have the same form as those to forget. Questions to forget, and those that say or get
+    a key of a row to forget (or its answer, if it has no keys), are left out.
 
     >>> write_neighbours(model, tokenizer, "forget.jsonl", count=2)            # doctest: +SKIP
     [{'question': 'What is the capital of Chile?', 'answer': 'The capital of Chile is Santiago.'}, ...]
@@ -136,8 +136,8 @@ def _beginnings(questions: Sequence[str]) -> list[list[str]]:
 
 
 def _drawn(beginnings: Sequence[str], rng: random.Random) -> str:
-    """One of a question's beginnings, by its number of words."""
-    return rng.choices(beginnings, weights=[len(text.split()) for text in beginnings])[0]
+    """One of a question's beginnings, each twice as likely as the next shorter one."""
+    return rng.choices(beginnings, weights=[2.0**place for place in range(len(beginnings))])[0]
 
 
 def _continued(

@@ -41,6 +41,8 @@ ONLY_FOR: dict[str, str] = {
     **dict.fromkeys(_OF_PROMPTS, "prompt_energy above 0"),
 }
 
+_OF_EUA = ("margin_excess", "answer_energy", "prompt_energy", "forget_warmup_ratio")
+
 _A_WARMUP_EPOCH = -1.0  # stands for the share of the steps that are in one epoch
 _OPENUNLEARNING: dict[str, Any] = {
     "learning_rate": 1e-5,
@@ -200,6 +202,27 @@ class EUAConfig(TrainingArguments):
             "its boundaries by a constant on all logits, but not this. None: not."
         },
     )
+    margin_excess: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of EUA, not in D²: forgotten tokens whose NLL is more than this many nats beyond the margin are pulled "
+            "back. None: not."
+        },
+    )
+    answer_energy: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of EUA, not in D²: weight, in gamma, of its energy part at answers to forget; 0 leaves them to the "
+            "margin. None: 1, as published."
+        },
+    )
+    forget_warmup_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of EUA, not in D²: share of the steps in which the margin, answer_energy and prompt_energy rise from 0, "
+            "so that rows to retain can keep up. None: 0, as published."
+        },
+    )
     prompt_energy: float | None = field(
         default=None,
         metadata={
@@ -312,7 +335,7 @@ class EUAConfig(TrainingArguments):
                 setattr(self, setting.name, value)
             _check(setting.name, value, lambda x: not isinstance(x, float) or math.isfinite(x), "it must be finite")
         self._complete_method()
-        for name in ("gamma", "alpha", "learning_rate", "retain_bound", "dual_step", "dual_warmup", "beta2", "prompt_energy"):
+        for name in ("gamma", "alpha", "learning_rate", "retain_bound", "dual_step", "dual_warmup", "beta2", *_OF_EUA):
             value = getattr(self, name)
             _check(name, value, lambda x: x is None or (math.isfinite(x) and x >= 0), "it must be finite and at least 0")
         if self.gamma == self.alpha == 0:
@@ -335,7 +358,8 @@ class EUAConfig(TrainingArguments):
         known = ("answer", "key", "key_start")
         _check("forget_tokens", self.forget_tokens, known.__contains__, f"known are {', '.join(known)}")
         _check("overlap", self.overlap, lambda x: x in ("error", "drop"), 'known are "error" and "drop"')
-        _check("gamma_warmup_ratio", self.gamma_warmup_ratio, lambda x: 0 <= x < 1, "a share of the steps, 0 or more, below 1")
+        for name in ("gamma_warmup_ratio", "forget_warmup_ratio"):
+            _check(name, getattr(self, name) or 0.0, lambda x: 0 <= x < 1, "a share of the steps, 0 or more, below 1")
         _check(
             "stop_when_beyond_boundary",
             self.stop_when_beyond_boundary,
@@ -418,6 +442,15 @@ class EUAConfig(TrainingArguments):
             _check(name, getattr(self, name), lambda x: x is None or x > 0, "it must be above 0")
         for name in ("layer", "skip_first"):
             _check(name, getattr(self, name), lambda x: x is None or x >= 0, "it must be at least 0")
+        if self.margin_excess is not None and self.margin is None:
+            raise EUAError(
+                f"margin_excess = {self.margin_excess} was set without a margin that it could be beyond: set margin, too, or "
+                "leave it out."
+            )
+        if self.answer_energy == 0 and self.margin is None and not self.prompt_energy:
+            raise EUAError(
+                "answer_energy = 0 was set without margin and prompt_energy, so nothing would be forgotten: set one of these."
+            )
         if method.alternatives is not None:
             _check("assistant_turns", self.assistant_turns, lambda x: x == "last", f"{self.method} replaces the last answer")
         if self.padding_free and (self.hide_padding_ids or self.as_released):

@@ -427,7 +427,13 @@ class EUATrainer(CheckpointingTrainer):
     ) -> Any:
         """The method's loss of one batch, as its share of the step's loss."""
         answers = self._answers(model, inputs)
-        loss, figures = self.objective.loss(answers, self._gamma(self.state.global_step), self._alpha, num_items_in_batch)
+        step = self.state.global_step
+        objective = self.objective
+        if self.args.forget_warmup_ratio:
+            objective = objective.after_warmup(
+                scheduled(1.0, "constant", self.args.forget_warmup_ratio, step, max(self.state.max_steps, 1))
+            )
+        loss, figures = objective.loss(answers, self._gamma(step), self._alpha, num_items_in_batch)
         if not torch.isfinite(loss):
             raise EUAError(
                 f"The loss became {loss.item()} at step {self.state.global_step} (NaN or infinity in the hidden states); "

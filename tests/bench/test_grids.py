@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from eua.bench.grids import GRIDS, axes, check_methods, methods_on, trials_of
+from eua.bench.grids import CANDIDATES, GRIDS, axes, check_methods, methods_on, trials_of, unlearning_method
 from eua.bench.study import Plan
 from eua.bench.task import EvaluationSet, Task
 from eua.bench.trial import _config
@@ -17,6 +17,7 @@ from eua.errors import EUAError
 from eua.methods.table import METHODS
 from eua.training.config import EUAConfig
 
+OF_ANY_METHOD = ("forget_tokens", "retain_sampler", "gradient_filter", "sign_gate", "distinct_directions")
 ROWS = [{"question": "Who?", "answer": "Ann."}]
 SETS = {"forget": EvaluationSet(ROWS, forget=True), "retain": EvaluationSet(ROWS, forget=False)}
 
@@ -28,7 +29,7 @@ def task(**more) -> Task:
 SMALL = task(rate_factor=20.0, epochs=(6, 12), blocks=4)
 
 
-@pytest.mark.parametrize("method", GRIDS)
+@pytest.mark.parametrize("method", [*GRIDS, *CANDIDATES])
 def test_every_method_gets_as_many_settings_of_its_grid(method):
     drawn = trials_of(method, SMALL, 6)
     assert len(drawn) == 6
@@ -43,24 +44,35 @@ def test_every_method_gets_as_many_settings_of_its_grid(method):
     assert drawn == trials_of(method, SMALL, 6)
 
 
-@pytest.mark.parametrize("method", GRIDS)
+@pytest.mark.parametrize("method", [*GRIDS, *CANDIDATES])
 def test_more_trials_begin_with_those_of_fewer(method):
     assert trials_of(method, SMALL, 10)[:4] == trials_of(method, SMALL, 4)
     everything = trials_of(method, SMALL, math.prod(map(len, axes(method, SMALL).values())))
     assert len({tuple(settings.items()) for settings in everything}) == len(everything)
 
 
-@pytest.mark.parametrize("method", GRIDS)
+@pytest.mark.parametrize("method", [*GRIDS, *CANDIDATES])
 def test_the_settings_are_fields_that_the_method_has(method, tmp_path):
     for settings in trials_of(method, SMALL, 6):
-        config = EUAConfig(output_dir=str(tmp_path), report_to="none", method=method, **settings)
-        own = set(settings) - {"learning_rate", "num_train_epochs", "rho", "retain_per_forget"}
-        assert own <= set(METHODS[method].settings)  # others would have no effect
+        config = EUAConfig(output_dir=str(tmp_path), report_to="none", method=unlearning_method(method), **settings)
+        own = set(settings) - {"learning_rate", "num_train_epochs", "rho", "retain_per_forget", *OF_ANY_METHOD}
+        assert own <= set(METHODS[unlearning_method(method)].settings)  # others would have no effect
         assert {name: getattr(config, name) for name in own} == {name: settings[name] for name in own}
 
 
 def test_every_method_has_a_grid():
     assert set(GRIDS) == set(METHODS)
+
+
+def test_candidates_are_compared_if_they_are_named():
+    assert {unlearning_method(name) for name in CANDIDATES} == {"eua"}
+    assert not set(CANDIDATES) & set(methods_on(SMALL))
+    assert methods_on(SMALL, ["eua_distinct", "npo"]) == ["eua_distinct", "npo"]
+    config = _config(SMALL, Plan("eua_distinct", trials_of("eua_distinct", SMALL, 1)[0], 0), Path("out"))
+    assert config.method == "eua"
+    assert config.distinct_directions in (16, 64)
+    with pytest.raises(EUAError, match="did you mean 'eua_distinct'"):
+        check_methods(["eua_distnct"])
 
 
 def test_the_task_decides_learning_rates_epochs_and_blocks():

@@ -625,3 +625,21 @@ def test_a_missing_settings_file(tmp_path, capsys):
     assert "none.yaml cannot be read" in capsys.readouterr().err
     assert main(["unlearn", "--config"]) == 2
     assert "argument --config: expected one argument" in capsys.readouterr().err
+
+
+def test_the_model_writes_the_rows_to_retain_once(tiny_folder, data, tmp_path, monkeypatch, capsys):
+    written = [{"question": f"Who is number {place}?", "answer": "Someone."} for place in range(7)]
+    asked = []
+    monkeypatch.setattr("eua.cli.unlearn.write_neighbours", lambda *a, **k: asked.append(a[2]) or written)
+    command = unlearn_command(tiny_folder, data, tmp_path / "out", "--max-steps", "1")
+    command[command.index("--retain") + 1] = "self"
+    assert main(command) == 0
+    assert asked == [command[command.index("--forget") + 1]]
+    kept = tmp_path / "out" / "checkpoints" / "retain.jsonl"
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == written
+    assert "| retain | 7 |" in ModelCard.load(tmp_path / "out" / "README.md").text
+    assert main([*command, "--resume"]) == 0
+    assert len(asked) == 1  # a resumed run has the rows that it began with
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*command, "--overwrite"]) == 2
+    assert "--retain self was given in a run of several processes" in capsys.readouterr().err

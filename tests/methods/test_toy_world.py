@@ -10,7 +10,7 @@ import torch
 
 from eua.methods import distribution, rmu
 from eua.methods.answers import Answers, Places
-from eua.methods.d2 import above_boundary
+from eua.methods.d2 import above_boundary, below_boundary
 from eua.methods.objective import Objective, figure_means
 from eua.methods.retain import retained, retained_places
 from eua.methods.table import METHODS
@@ -211,6 +211,39 @@ def test_a_margin_pushes_where_energies_cannot():
     assert torch.allclose(raised.energy[raised.places.counted], answers.energy[answers.places.counted] - 7)
     one, other = (above_boundary(a, 2.0) - above_boundary(a) for a in (answers, raised))
     assert torch.allclose(one[answers.places.forget], other[answers.places.forget])
+
+
+def test_tokens_beyond_the_margin_are_pulled_back():
+    answers = answers_of(PAIRS, matrix(A), matrix(B))
+    forget = answers.places.forget
+    nll = answers.nll[forget]
+    settings = {"margin": 2.0, "margin_excess": 0.5, "answer_energy": 0.0}
+    found = above_boundary(answers, **settings)[forget]
+    expected = [(2.0 - x) ** 2 if x < 2.0 else max(0.0, x - 2.5) ** 2 for x in nll.tolist()]
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+    assert min(nll.tolist()) < 2.0 < 2.5 < max(nll.tolist())
+    assert float(above_boundary(answers, 2.0, 0.5, 3.0)[forget].sum() - found.sum()) == pytest.approx(
+        3.0 * float(above_boundary(answers)[forget].sum()), rel=1e-5
+    )
+
+
+def test_margin_and_energies_rise_during_the_warm_up():
+    answers = with_boundaries(answers_of(PAIRS, matrix(A), matrix(B)), 0.25)
+    whole = Objective("eua", {"margin": 4.0, "margin_excess": 0.0, "answer_energy": 0.5}, prompt_energy=2.0)
+    half = Objective("eua", {"margin": 2.0, "margin_excess": 0.0, "answer_energy": 0.25}, prompt_energy=1.0)
+    assert float(whole.after_warmup(0.5).loss(answers, 0.3, 1.0).loss) == float(half.loss(answers, 0.3, 1.0).loss)
+    assert whole.after_warmup(1.0) == whole
+    start = whole.after_warmup(0.0).loss(answers, 1.0, 0.0)
+    assert float(start.loss) == pytest.approx(
+        float((answers.nll[answers.places.forget] ** 2).mean() + _kept(answers)), rel=1e-5
+    )
+    without = Objective("eua", METHODS["eua"].parameters).after_warmup(0.5)
+    assert without.parameters == {"margin": None, "margin_excess": None, "answer_energy": 0.5}
+
+
+def _kept(answers) -> float:
+    """EUA's energy part at tokens to retain, which has no warm-up."""
+    return float(below_boundary(answers)[answers.places.retain].mean())
 
 
 def test_energies_of_prompts_count_as_much_as_those_of_answers():

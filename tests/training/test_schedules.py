@@ -44,6 +44,20 @@ def test_scheduled_training_resumes_to_the_same_weights(tokenizer, rows, tmp_pat
     assert all(torch.equal(p, weights(resumed.model)[name]) for name, p in weights(whole.model).items())
 
 
+def test_the_margin_rises_as_it_is_set(tokenizer, rows, tmp_path):
+    """Each step's loss is that of its share of the margin, whose NLLs no batch of this model reaches."""
+    how = {"margin": 50.0, "answer_energy": 0.0, "gamma": 1e-4, "forget_warmup_ratio": 0.5, "alpha": 0.0}
+    trainer = make(tiny_llama(len(tokenizer)), tokenizer, rows, tmp_path, **how)
+    trainer.train()
+    lines = trainer.state.log_history[:6]
+    for step, line in enumerate(lines):
+        margin = 50.0 * min(1.0, step / 3)
+        if margin:
+            assert line["loss_forget"] == pytest.approx((margin - line["nll_forget"]) ** 2, rel=0.05)
+        else:
+            assert line["loss_forget"] == 0
+
+
 SURE = {"learning_rate": 5e-4, "num_train_epochs": 8, "save_strategy": "steps", "save_steps": 100, "logging_steps": 7}
 
 
