@@ -36,20 +36,22 @@ def point_of(trial: Done) -> Point:
     return Point(**trial.result["objectives"])
 
 
-def choose(trials: Sequence[Done], target_retain: float) -> Choice | None:
+def choose(trials: Sequence[Done], target_retain: float, never_knew: float = 0.0) -> Choice | None:
     """The trial that forgets most among those that keep 95 % of the target's retain measure; None if all trials failed.
 
-    If none keeps that much, it is the trial that keeps most, marked as not reached. Of equal trials, the one that is better in
-    the other measure is chosen, then the first.
+    Trials of which no more is left than a model that never knew the rows to forget has of them are equal in this: to forget
+    more is not the aim, and costs what lies near. If none keeps that much, it is the trial that keeps most, marked as not
+    reached. Of equal trials, the one that is better in the other measure is chosen, then the first.
 
     Args:
         trials: of one method, on the validation split.
         target_retain: the retain measure of the model before unlearning.
+        never_knew: the forget measure of the model that was never trained on the rows to forget; 0 if there is none.
     """
     worked = [trial for trial in trials if trial.result is not None]
     enough = [trial for trial in worked if point_of(trial).retain >= KEPT * target_retain]
     if enough:
-        return Choice(min(enough, key=lambda trial: (point_of(trial).forget, -point_of(trial).retain)), True)
+        return Choice(min(enough, key=lambda trial: (max(point_of(trial).forget, never_knew), -point_of(trial).retain)), True)
     if worked:
         return Choice(min(worked, key=lambda trial: (-point_of(trial).retain, point_of(trial).forget)), False)
     return None

@@ -36,6 +36,7 @@ Settings = dict[str, Any]  # fields of EUAConfig
 PUBLISHED_BLOCKS = 16  # of the model for which the grids were made
 _FEW = (1e-5, 2e-5, 5e-5)
 _MANY = (1e-5, 2e-5, 3e-5, 4e-5, 5e-5)
+_FOR_ADAPTERS = (1e-4, 2.5e-4, 5e-4)  # of which one matrix is trained, from 0
 _LOW = (5e-7, 1e-6, 2e-6, 5e-6, 1e-5, 2e-5)
 _GAMMAS = (0.01, 0.05, 0.2)
 _RETAIN_PER_FORGET = (1, 3)  # rows in a batch: the published number, and that of docs/measurements.md
@@ -89,7 +90,14 @@ CANDIDATES: dict[str, Grid] = {
     "eua_similar": Grid(_FEW, {"gamma": _GAMMAS, "rho": (0.1, 0.3)}, always={"retain_sampler": "similar"}, method="eua"),
     "eua_filter": Grid(_FEW, {"gamma": _GAMMAS, "gradient_filter": (1, 4)}, method="eua"),
     "eua_gate": Grid(_FEW, {"gamma": _GAMMAS, "rho": (0.1, 0.3)}, always={"sign_gate": True}, method="eua"),
-    "eua_distinct": Grid(_FEW, {"gamma": _GAMMAS, "distinct_directions": (16, 64)}, method="eua"),
+    "eua_warm": Grid(_FEW, {"gamma": _GAMMAS, "forget_warmup_ratio": (0.4, 0.7)}, method="eua"),
+    "eua_distinct": Grid(_FOR_ADAPTERS, {"gamma": _GAMMAS, "distinct_directions": (16, 64)}, method="eua"),
+    "eua_gentle": Grid(
+        _FOR_ADAPTERS,
+        {"gamma": _GAMMAS, "distinct_directions": (32, 64)},
+        always={"forget_warmup_ratio": 0.7},
+        method="eua",
+    ),
 }
 _KNOWN = GRIDS | CANDIDATES
 

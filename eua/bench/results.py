@@ -73,14 +73,16 @@ class Bench:
 
 def choices_of(methods: Sequence[str], tuned: Sequence[Done]) -> dict[str, Choice | None]:
     """The chosen trial of every method, see :func:`eua.bench.choice.choose`."""
-    by_method = {method: [trial for trial in tuned if trial.plan.method == method] for method in (*methods, TARGET)}
-    (before,) = by_method.pop(TARGET)
+    names = (*methods, TARGET, RETAIN_ONLY)
+    by_method = {name: [trial for trial in tuned if trial.plan.method == name] for name in names}
+    (before,), never = by_method.pop(TARGET), by_method.pop(RETAIN_ONLY)
     if before.result is None:
         raise EUAError(
             f"The model before unlearning could not be measured ({before.error}), so there is nothing to compare methods with: "
             "correct the task, and name another output folder."
         )
-    return {method: choose(trials, point_of(before).retain) for method, trials in by_method.items()}
+    never_knew = point_of(never[0]).forget if never and never[0].result is not None else 0.0
+    return {method: choose(trials, point_of(before).retain, never_knew) for method, trials in by_method.items()}
 
 
 def results_of(bench: Bench, task: Task) -> dict[str, Any]:

@@ -19,6 +19,11 @@ from eua.training.config import EVAL_METRICS, EUAConfig
 
 CARD_FILE = "README.md"
 TAGS = ("eua", "unlearning")
+# Settings that are shown where they are not the default.
+_IF_SET = (
+    *("preset", "forget_tokens", "gradient_filter", "sign_gate", "distinct_directions", "retain_sampler"),
+    *("labels", "system_prompt", "hide_padding_ids", "as_released"),
+)
 PACKAGES = ("eua", "torch", "transformers", "accelerate", "peft")
 ENERGY_METHOD = """\
 *Distinguishable Deletion* (D², [arXiv 2605.16776](https://arxiv.org/abs/2605.16776)) as the library `eua` has it. The energy of
@@ -207,7 +212,7 @@ def _settings(args: EUAConfig) -> list[tuple[str, Any]]:
         *objective.method.others,
         *(("temperature", *boundary, "stop_when_beyond_boundary") if args.method == "eua" else ()),
         *("retain_per_forget", "max_length", "assistant_turns"),
-        *(name for name in ("preset", "labels", "system_prompt", "hide_padding_ids", "as_released") if _is_set(args, name)),
+        *(name for name in _IF_SET if _is_set(args, name)),
         *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay"),
         *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed"),
     ]

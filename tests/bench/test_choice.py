@@ -38,6 +38,14 @@ def test_equal_ones_are_decided_by_the_other_measure_and_then_by_order():
     assert choose([trial(0, 0.1, 0.96), trial(1, 0.1, 0.99), trial(2, 0.1, 0.99)], target_retain=1.0).trial.number == 1
 
 
+def test_forgetting_more_than_a_model_that_never_knew_is_no_gain():
+    trials = [trial(0, 0.0, 0.96), trial(1, 0.2, 0.99), trial(2, 0.3, 1.0)]
+    assert choose(trials, target_retain=1.0).trial.number == 0
+    assert choose(trials, target_retain=1.0, never_knew=0.2).trial.number == 1
+    assert choose(trials, target_retain=1.0, never_knew=0.25).trial.number == 1
+    assert choose(trials, target_retain=1.0, never_knew=0.3).trial.number == 2
+
+
 def test_nothing_is_chosen_if_all_failed():
     assert choose([failed(0), failed(1)], target_retain=1.0) is None
     with pytest.raises(
