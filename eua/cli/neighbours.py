@@ -23,6 +23,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSONL file for the rows to retain")
     parser.add_argument("--count", type=positive(int), default=256, help="number of rows")
     parser.add_argument("--neutral", type=float, default=0.25, help="share of questions that begin freely")
+    parser.add_argument(
+        "--surest", type=float, default=0.5, help="share of the rows that are kept: those whose answers the model is surest of"
+    )
     parser.add_argument("--max-new-tokens", type=positive(int), default=40, help="maximum length of an answer, in tokens")
     parser.add_argument("--seed", type=count, default=0, help="random seed of the draws")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file")
@@ -33,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     from eua.model.neighbours import checked_rows, write_neighbours
 
     check_output_file(arguments.output, allowed=arguments.overwrite, how="--overwrite", inputs=[arguments.forget])
-    rows = checked_rows(arguments.forget, count=arguments.count, neutral=arguments.neutral)
+    rows = checked_rows(arguments.forget, count=arguments.count, neutral=arguments.neutral, surest=arguments.surest)
     model, tokenizer = load_model(arguments.model)
     written = write_neighbours(
         model,
@@ -41,6 +44,7 @@ def main(argv: Sequence[str]) -> None:
         rows,
         count=arguments.count,
         neutral=arguments.neutral,
+        surest=arguments.surest,
         answer_tokens=arguments.max_new_tokens,
         seed=arguments.seed,
         progress="rows near those to forget",

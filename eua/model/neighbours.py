@@ -7,6 +7,7 @@ capitals of many countries, behind nothing for anything. So no rows to retain ha
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections import Counter
@@ -17,11 +18,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eua.data.keys import KEYS, check_keys, says
-from eua.data.rows import encode_prompt, format_prompt
+from eua.data.rows import encode_prompt, encode_rows, format_prompt
 from eua.data.sentences import first_sentence
 from eua.data.sources import Row, Source, read_rows
 from eua.errors import EUAError
 from eua.model.asking import answer, generation_explained, padding_id
+from eua.model.figures import answer_nll
 
 _PLACE = "\u2983question\u2984"  # marks where a chat template puts the question
 _QUESTION = re.compile(r"[^\n]*?[.?!](?=\s|$)")
@@ -35,6 +37,7 @@ def write_neighbours(
     *,
     count: int = 256,
     neutral: float = 0.25,
+    surest: float = 0.5,
     avoid: Sequence[str] = (),
     question_tokens: int = 24,
     answer_tokens: int = 40,
@@ -48,7 +51,8 @@ def write_neighbours(
     A question is begun as questions to forget are, up to any word that at least one other of them shares, so that whom or what
     they are about is left open, and sampled on at T = 1. Of a question's beginnings, one with a word more is drawn twice as
     often, so that about half of the rows have the same form as those to forget. Questions to forget, and those that say or get
-    a key of a row to forget (or its answer, if it has no keys), are left out.
+    a key of a row to forget (or its answer, if it has no keys), are left out. Of the rest, those are kept whose answers the
+    model is surest of (mean NLL): what it makes up needs no protection.
 
     >>> write_neighbours(model, tokenizer, "forget.jsonl", count=2)            # doctest: +SKIP
     [{'question': 'What is the capital of Chile?', 'answer': 'The capital of Chile is Santiago.'}, ...]
@@ -58,6 +62,7 @@ def write_neighbours(
         rows: "question"/"answer" rows to forget; "keys", the words that give a row's fact away, make the check stricter.
         count: number of rows.
         neutral: share of questions that begin freely.
+        surest: share of the rows that are kept; of 0.5, twice as many are written as asked for.
         avoid: texts that no question may say, for example names that a test is about.
         question_tokens, answer_tokens: their greatest lengths.
         batch_size: questions that are sampled together.
@@ -68,15 +73,16 @@ def write_neighbours(
     Raises:
         EUAError: if a row is not a question with an answer, if the numbers cannot be, or if the model writes too few questions.
     """
-    rows = checked_rows(rows, count=count, neutral=neutral, batch_size=batch_size, name=name)
+    rows = checked_rows(rows, count=count, neutral=neutral, surest=surest, batch_size=batch_size, name=name)
+    wanted = math.ceil(count / surest)
     questions = [row["question"] for row in rows]
     shared = _beginnings(questions)
     taboo = sorted({key for row in rows for key in row.get(KEYS) or [row["answer"]]})
     seen = set(map(_plain, questions))
     rng, found, fruitless = random.Random(seed), list[Row](), 0
-    with torch.random.fork_rng(), tqdm(total=count, desc=progress, disable=progress is None) as bar:
+    with torch.random.fork_rng(), tqdm(total=wanted, desc=progress, disable=progress is None) as bar:
         torch.manual_seed(seed)
-        while len(found) < count and fruitless < _FRUITLESS:
+        while len(found) < wanted and fruitless < _FRUITLESS:
             begun = "" if rng.random() < neutral or not shared else _drawn(rng.choice(shared), rng)
             asked = []
             for question in _continued(model, tokenizer, begun, batch_size, question_tokens):
@@ -90,26 +96,31 @@ def write_neighbours(
                 if text and not says(f"{question} {text}", taboo)
             ]
             fruitless = 0 if new else fruitless + 1
-            bar.update(min(len(new), count - len(found)))
+            bar.update(min(len(new), wanted - len(found)))
             found += new
     if len(found) < count:
         raise EUAError(
             f"The model wrote {len(found)} of {count} rows near the {name} before {_FRUITLESS} attempts gave no new one: ask "
             "for fewer, use a model that was trained on questions of users, or give rows to retain of your own."
         )
-    return found[:count]
+    encoded = encode_rows(found[:wanted], tokenizer, None, "written rows")
+    unsure = [float(nll.mean()) for nll in answer_nll(model, encoded, "written rows", batch_size)]
+    kept = sorted(range(len(encoded)), key=unsure.__getitem__)[:count]
+    return [found[index] for index in sorted(kept)]
 
 
-def checked_rows(rows: Source, *, count: int, neutral: float, batch_size: int = 1, name: str = "forget set") -> list[Row]:
+def checked_rows(
+    rows: Source, *, count: int, neutral: float, surest: float, batch_size: int = 1, name: str = "forget set"
+) -> list[Row]:
     """The rows, if :func:`write_neighbours` can work with them and with these numbers; needs no model.
 
     Raises:
         EUAError: if not.
     """
-    if count < 1 or not 0 <= neutral <= 1 or batch_size < 1:
+    if count < 1 or not 0 <= neutral <= 1 or not 0 < surest <= 1 or batch_size < 1:
         raise EUAError(
-            f"count = {count}, neutral = {neutral} and batch_size = {batch_size}, but at least one row is written, and a share "
-            "lies between 0 and 1: pass e.g. count=256, neutral=0.25, batch_size=32."
+            f"count = {count}, neutral = {neutral}, surest = {surest} and batch_size = {batch_size}, but at least one row is "
+            "written and kept, and a share lies between 0 and 1: pass e.g. count=256, neutral=0.25, surest=0.5, batch_size=32."
         )
     rows = read_rows(rows, name)
     for index, row in enumerate(rows):

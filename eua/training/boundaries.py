@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from eua.distributed import own_part
 from eua.errors import EUAError
 from eua.files import replacing
 from eua.methods.table import METHODS
+from eua.model.figures import answer_figures, answer_nll
 from eua.model.fingerprints import model_fingerprint
-from eua.model.forward import answer_states, check_finite, eval_hidden_states
 from eua.model.head import Fill, Head, Side, output_head
 
 # Which logits make a boundary: the smallest make m_out, the largest m_in.
@@ -185,7 +185,7 @@ class ReferenceStore:
 
     def _compute(self, model: nn.Module, rows: Sequence[EncodedRow], kind: str, batch_size: int) -> list[Tensor]:
         if self.figure == "nll":
-            return compute_nll(model, rows, kind, batch_size=batch_size)
+            return answer_nll(model, rows, f"{kind} rows", batch_size)
         return compute_boundaries(model, rows, kind, batch_size=batch_size, **self.settings)
 
     def _save(self) -> None:
@@ -219,7 +219,7 @@ def compute_boundaries(
     def tail(states: Tensor, targets: Tensor) -> Tensor:
         return boundaries_of(head, states, kind, fraction, fill, temperature)
 
-    return _figures(model, rows, kind, tail, "boundaries", batch_size)
+    return answer_figures(model, rows, tail, "boundaries", f"{kind} rows", batch_size)
 
 
 def boundaries_of(head: Head, states: Tensor, kind: str, fraction: float, fill: Fill, temperature: float) -> Tensor:
@@ -232,37 +232,6 @@ def boundaries_of(head: Head, states: Tensor, kind: str, fraction: float, fill: 
         return head.tail_energy(states, fraction, TAIL_OF_KIND[kind], fill, temperature)
     except ValueError as error:
         raise EUAError(f"rho cannot be used with this model: {error}") from error
-
-
-def compute_nll(model: nn.Module, rows: Sequence[EncodedRow], kind: str, *, batch_size: int = 16) -> list[Tensor]:
-    """The NLL of every answer token: a list of (A,) float32 tensors on the CPU, one per row; arguments as above."""
-    head = output_head(model)
-    return _figures(
-        model, rows, kind, lambda states, targets: head.energy_and_nll(states, targets, 1.0).nll, "likelihoods", batch_size
-    )
-
-
-@torch.no_grad()
-def _figures(
-    model: nn.Module,
-    rows: Sequence[EncodedRow],
-    kind: str,
-    figure: Callable[[Tensor, Tensor], Tensor],
-    name: str,
-    batch_size: int,
-) -> list[Tensor]:
-    """A figure of every answer token, from the states (N, H) that predict tokens (N,): a list of (A,) tensors, one per row."""
-    found: list[Tensor] = [torch.empty(0)] * len(rows)
-    for indices, hidden in eval_hidden_states(model, rows, batch_size):
-        of_batch = [rows[i] for i in indices]
-        states = answer_states(hidden, of_batch)
-        check_finite(states, f"the reference's hidden states on {kind} rows")
-        targets = torch.tensor([token for row in of_batch for token in row.answer_ids], device=states.device)
-        values = figure(states, targets).float().cpu()
-        check_finite(values, f"the {name} of {kind} rows")  # in the file NaN means: not computed yet
-        for i, part in zip(indices, values.split([len(row.answer_ids) for row in of_batch]), strict=True):
-            found[i] = part.clone()  # a view would send the whole batch to the other processes
-    return found
 
 
 def fingerprint(model: nn.Module, rows: Mapping[str, Sequence[EncodedRow]], settings: Mapping[str, object]) -> str:

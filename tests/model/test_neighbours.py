@@ -67,6 +67,16 @@ def test_longer_beginnings_are_drawn_more_often():
     assert counts["Who wrote the"] == pytest.approx(4 * counts["Who"], rel=0.15)
 
 
+def test_the_rows_are_kept_that_the_model_is_surest_of(scripted, monkeypatch, model, tokenizer):
+    """As many as asked for of all that were written, in the order in which they were."""
+    everything = write_neighbours(model, tokenizer, ROWS, count=12, surest=1.0)
+    unsure = torch.rand(12, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(module, "answer_nll", lambda model, rows, *_: list(unsure[: len(rows)].split(1)))
+    scripted.clear()
+    found = write_neighbours(model, tokenizer, ROWS, count=4, surest=1 / 3)
+    assert found == [everything[index] for index in sorted(unsure.argsort()[:4].tolist())]
+
+
 def test_a_model_that_writes_nothing_new_is_refused(scripted, model, tokenizer):
     with pytest.raises(EUAError, match=r"The model wrote \d+ of 500 rows near the forget set before 20 attempts"):
         write_neighbours(model, tokenizer, ROWS, count=500)
@@ -77,6 +87,7 @@ def test_a_model_that_writes_nothing_new_is_refused(scripted, model, tokenizer):
     [
         (ROWS, {"count": 0}, "at least one row is written"),
         (ROWS, {"neutral": 1.5}, "a share lies between 0 and 1"),
+        (ROWS, {"surest": 0.0}, "a share lies between 0 and 1"),
         ([{"prompt": "Ann was born in", "completion": " Ulm."}], {}, 'Row 0 of the forget set .* a "question"'),
         ([ROWS[0] | {"keys": "Rome"}], {}, "must be a list of texts"),
     ],

@@ -266,7 +266,7 @@ def test_likelihoods_are_computed_once_and_only_for_the_rows_that_need_them(toke
     trainer_of("grad_diff", tokenizer, rows, tmp_path / "without").train()
     assert load_file(tmp_path / "without" / "boundaries.safetensors") == {}  # it only shows which run it belongs to
     computed = []
-    monkeypatch.setattr("eua.training.boundaries.compute_nll", lambda *_, **__: computed.append(1))
+    monkeypatch.setattr("eua.training.boundaries.answer_nll", lambda *_, **__: computed.append(1))
     trainer_of("idk_dpo", tokenizer, rows, tmp_path).train(resume_from_checkpoint=True)
     assert not computed
 
