@@ -1,4 +1,5 @@
-"""Benchmark of one training step of every method, on the same model and rows, through ``EUATrainer``.
+"""Benchmark of one training step of every method, and of EUA with each of its options that D² does not have, on the same
+model and rows, through ``EUATrainer``.
 
     pytest benches/test_methods.py --benchmark-only
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import measure
 import pytest
@@ -26,6 +28,16 @@ from eua.demo.world import make_world
 from eua.methods.table import METHODS
 
 HIDDEN_SIZE, LAYERS, VOCABULARY = 256, 4, 32000
+# EUA's options that change a step. That of distinct_directions trains an adapter, the others train all weights.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "eua, margin": {"margin": 4.0, "margin_excess": 1.0, "forget_warmup_ratio": 0.7},
+    "eua, prompt_energy": {"prompt_energy": 1.0},
+    "eua, forget_tokens": {"forget_tokens": "key"},
+    "eua, retain_sampler": {"retain_sampler": "similar"},
+    "eua, gradient_filter": {"gradient_filter": 4},
+    "eua, sign_gate": {"sign_gate": True},
+    "eua, distinct_directions": {"distinct_directions": 64},
+}
 COMPARED = "grad_diff"  # one forward and one backward pass of the rows to forget and of those to retain, nothing else
 
 
@@ -35,17 +47,18 @@ def report(request: pytest.FixtureRequest) -> Iterator[Report]:
 
 
 def steps_of(folder: Path) -> dict[str, tuple[EUATrainer, Callable[[], Tensor]]]:
-    """A trainer of every method that has taken one step, and a function that computes the gradients of another one."""
+    """A trainer of every method and option that has taken one step, and a function that computes the gradients of another."""
     world = make_world(40)
-    facts = [fact.row() for fact in world.all()]
+    facts = [fact.row() | {"keys": [fact.value]} for fact in world.all()]
     tokenizer = train_tokenizer(facts, 1024)
     base = make_model(VOCABULARY, HIDDEN_SIZE, LAYERS, lora=False, device=DEVICE)
     forget = [row | {"alternatives": [other["answer"]]} for row, other in zip(facts[:ROWS], facts[ROWS:], strict=False)]
     made = {}
-    for method in METHODS:
+    for name in (*METHODS, *OPTIONS):
+        method = "eua" if name in OPTIONS else name
         options = {"per_device_train_batch_size": ROWS, "max_steps": 1, "learning_rate": 0.0, "report_to": "none"}
-        options |= {"layer": LAYERS // 2} if "layer" in METHODS[method].settings else {}
-        config = EUAConfig(output_dir=str(folder / method), method=method, save_strategy="no", disable_tqdm=True, **options)
+        options |= {"layer": LAYERS // 2} if "layer" in METHODS[method].settings else OPTIONS.get(name, {})
+        config = EUAConfig(output_dir=str(folder / name), method=method, save_strategy="no", disable_tqdm=True, **options)
         trainer = EUATrainer(
             copy.deepcopy(base),
             config,
@@ -55,7 +68,7 @@ def steps_of(folder: Path) -> dict[str, tuple[EUATrainer, Callable[[], Tensor]]]
             ref_model=base if config.needs_model_before else None,
         )
         trainer.train()
-        made[method] = (trainer, _step(trainer))
+        made[name] = (trainer, _step(trainer))
     return made
 
 
@@ -74,8 +87,8 @@ def test_methods(benchmark, report: Report, tmp_path: Path):
     times = measure.medians({method: step for method, (_, step) in made.items()}, DEVICE)
     benchmark.pedantic(made["eua"][1], rounds=1)
     title = f"One step, {ROWS} + {ROWS} rows, Llama of {HIDDEN_SIZE} × {LAYERS}, V = {VOCABULARY}, float32"
-    for method, (trainer, step) in made.items():
+    for name, (trainer, step) in made.items():
         trained = list(trainer.model.parameters())
-        report.add(title, method, f"time / that of {COMPARED}", times[method] / times[COMPARED])
-        report.add(title, method, "peak MiB", measure.peak_bytes(step, trained, DEVICE) / 2**20)
+        report.add(title, name, f"time / that of {COMPARED}", times[name] / times[COMPARED])
+        report.add(title, name, "peak MiB", measure.peak_bytes(step, trained, DEVICE) / 2**20)
     assert times["grad_ascent"] < times[COMPARED]  # it runs half of the rows

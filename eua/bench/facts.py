@@ -47,6 +47,7 @@ class FactsTask:
         second: rows of ``retain`` to be forgotten in a second request, about facts of the same relations; no entity of the
             test sets is among them.
         plain_text: paragraphs for perplexity.
+        unseen: the entities of which unlearning may see nothing: those that are never seen, and those to calibrate on.
     """
 
     forget: list[Row]
@@ -59,6 +60,7 @@ class FactsTask:
     validation_facts: list[KeyedFact]
     second: list[Row]
     plain_text: list[str]
+    unseen: list[str]
 
 
 def facts_task(
@@ -122,6 +124,14 @@ def facts_task(
         validation_facts=draw.keyed(0, validation),
         second=[row for index in later for row in draw.to_forget(index)],
         plain_text=plain_text(),
+        unseen=sorted(
+            {
+                draw.facts[index].entity
+                for (_, role), members in draw.roles.items()
+                if role in ("never seen", "calibration")
+                for index in members
+            }
+        ),
     )
 
 

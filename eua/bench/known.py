@@ -6,18 +6,25 @@ There is no retain-only model, and no row that the model was certainly never tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from eua.bench.facts import facts_task
 from eua.bench.knowledge import ask_facts
 from eua.bench.questions import load_facts
 from eua.bench.real_models import model_folder
 from eua.bench.task import Task
+from eua.data.sources import Row
+from eua.files import write_json
+from eua.model.fingerprints import model_fingerprint, tokenizer_fingerprint
 from eua.model.loading import load_model
+from eua.model.neighbours import write_neighbours
+from eua.model.rewordings import write_rewordings
 
 TRAINING: dict[str, Any] = {"per_device_train_batch_size": 8, "bf16": True}
 NOTE = (
@@ -37,6 +44,8 @@ def facts(
     model: str = "smollm2",
     relations: Sequence[str] | None = None,
     epochs: float = 10,
+    reworded: int = 0,
+    neighbours: int = 0,
     **drawn: Any,
 ) -> Task:
     """The task of a seed, which draws what is to be forgotten of the relations.
@@ -47,6 +56,9 @@ def facts(
         model: folder or hub name of the model, or a name of :data:`eua.bench.real_models.MODELS`.
         relations: those whose facts are to be forgotten; None: the capitals, if the model knows enough of them.
         epochs: the larger number of passes over the rows to forget; half of it is the other one.
+        reworded: further wordings of each row to forget, see :func:`eua.model.rewordings.write_rewordings`.
+        neighbours: further rows to retain, see :func:`eua.model.neighbours.write_neighbours`; none names an entity that
+            unlearning must not see, unless by another name.
         drawn: further arguments of :func:`eua.bench.facts.facts_task`, e.g. ``forget=24``.
 
     Raises:
@@ -56,13 +68,28 @@ def facts(
     loaded, tokenizer = load_model(model)
     knowledge = ask_facts(loaded, tokenizer, load_facts(), cache=cache, progress="asking what the model knows")
     task = facts_task(knowledge, seed, relations=relations, **drawn)
+    forget, retain = task.forget, task.retain
+    if reworded:
+        forget = _written(
+            *(loaded, tokenizer, cache, write_rewordings, task.forget),
+            templates=reworded,
+            paraphrases=0,
+            progress="other wordings",
+        )
+    if neighbours:
+        avoid = [entity.removeprefix("the ") for entity in task.unseen]
+        options = {"count": neighbours, "avoid": avoid}
+        near = _written(
+            loaded, tokenizer, cache, write_neighbours, task.forget, **options, progress="rows near those to forget"
+        )
+        retain = [*retain, *near]
     groups = len(set(task.calibration_groups))
     return Task(
         name="facts",
         target=model,
         retain_model=None,
-        forget=task.forget,
-        retain=task.retain,
+        forget=forget,
+        retain=retain,
         validation=task.validation,
         test=task.test,
         calibration=[row["question"] for row in task.calibration],
@@ -81,3 +108,22 @@ def facts(
         sampling_dtype="bfloat16",
         note=NOTE,
     )
+
+
+def _written(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Path,
+    write: Callable[..., Iterable[Row]],
+    rows: Sequence[Row],
+    *,
+    progress: str,
+    **options: Any,
+) -> list[Row]:
+    """Rows that the model writes, or those of the file in the cache that it wrote them into before."""
+    asked = (model_fingerprint(model), tokenizer_fingerprint(tokenizer), write.__name__, rows, options)
+    file = cache / f"rows-{hashlib.sha256(repr(asked).encode()).hexdigest()[:16]}.json"
+    if not file.exists():
+        write_json(file, {"rows": list(write(model, tokenizer, rows, **options, progress=progress))})
+    found: list[Row] = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    return found

@@ -123,6 +123,10 @@ def _parser() -> Parser:
     )
     rows.add_argument("--facts", type=positive(int), help="facts: how many to forget (default: 24)")
     rows.add_argument("--trained", type=positive(int), help="facts: wordings of each fact that unlearning sees (default: 1)")
+    rows.add_argument("--reworded", type=positive(int), help="facts: further wordings of each row to forget (default: none)")
+    rows.add_argument(
+        "--neighbours", type=positive(int), help="facts: further rows to retain, which the model writes itself (default: none)"
+    )
     rows.add_argument("--pieces", type=count, help="muse, wmdp: pieces of text to train on, to forget and to retain")
     rows.add_argument(
         "--target-epochs",
@@ -136,7 +140,7 @@ def _parser() -> Parser:
 _ARGUMENTS: dict[str, dict[str, str]] = {
     "people": {"people": "people", "target_epochs": "target_epochs", "epochs": "epochs", "cache": "cache"},
     "facts": {
-        **{name: name for name in ("model", "relations", "trained", "epochs", "cache")},
+        **{name: name for name in ("model", "relations", "trained", "reworded", "neighbours", "epochs", "cache")},
         "facts": "forget",
     },
     "tofu": {

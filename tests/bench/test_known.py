@@ -30,3 +30,31 @@ def test_a_task_of_what_a_model_knows_can_be_measured(world_facts, trained_folde
     assert list(task.validation) == list(task.test)
     assert all(row["alternatives"] for row in task.forget)
     assert "forget_quality" in report["left_out"]  # there is no retain-only model
+
+
+def test_rows_that_the_model_writes_are_added_and_kept(world_facts, trained_folder, tokenizer, tmp_path, monkeypatch):  # noqa: F811
+    relations = sorted({fact.relation for fact in world_facts})[:4]
+    monkeypatch.setattr(known_module, "load_facts", lambda: world_facts)
+    drawn = {"model": str(trained_folder), "cache": tmp_path, "relations": relations, "forget": 8, "least": 1}
+    plain = known_module.facts(0, **drawn)
+    asked = []
+
+    def write(model, tokenizer, rows, *, count, avoid, progress):
+        asked.append((list(rows), avoid))
+        return [{"question": f"Who is number {place}?", "answer": "Someone."} for place in range(count)]
+
+    monkeypatch.setattr(known_module, "write_neighbours", write)
+    for _ in range(2):
+        more = known_module.facts(0, reworded=2, neighbours=5, **drawn)
+        assert len(more.forget) == 3 * len(plain.forget)
+        assert more.forget[::3] == plain.forget
+        assert all(row["keys"] == plain.forget[place // 3]["keys"] for place, row in enumerate(more.forget))
+        assert more.retain[: len(plain.retain)] == plain.retain
+        assert len(more.retain) == len(plain.retain) + 5
+    ((rows, avoid),) = asked  # then from the file
+    assert rows == plain.forget
+    unseen = {fact.name for fact in plain.facts if "never seen" in fact.group}
+    assert unseen
+    assert all(any(entity in name for entity in avoid) for name in unseen)
+    assert not [row for row in plain.retain if any(entity in row["question"] for entity in avoid)]
+    assert more.digest != plain.digest
