@@ -152,10 +152,17 @@ def on_cost(results: Mapping[str, Any]) -> str:
 
 def on_tuning(results: Mapping[str, Any]) -> str:
     """How settings are chosen, and what the area is."""
+    never_knew = results.get("never_knew")  # None without a retain-only model, and where nothing was made of it
+    capped = (
+        ""
+        if never_knew is None
+        else f"Settings that leave no more than the retain-only model has, {never_knew:.3f}, are equal in this, and of equal "
+        "ones the one that keeps most is chosen. "
+    )
     return (
         "On the validation split, at one seed: chosen is the setting that forgets most among those that keep "
         f"{kept_share(results)} of what the model had of the others ({results['objective']}); if none does, the one that keeps "
-        "most. "
+        f"most. {capped}"
         "The area is under the front of both measures, relative to the model before unlearning: 1 where nothing is left of the "
         "rows to forget and everything of those to retain, which is more than a model forgets that never knew the rows; 0 if "
         "nothing changes. It is of one seed, so it has no interval."

@@ -73,16 +73,21 @@ class Bench:
 
 def choices_of(methods: Sequence[str], tuned: Sequence[Done]) -> dict[str, Choice | None]:
     """The chosen trial of every method, see :func:`eua.bench.choice.choose`."""
-    names = (*methods, TARGET, RETAIN_ONLY)
-    by_method = {name: [trial for trial in tuned if trial.plan.method == name] for name in names}
-    (before,), never = by_method.pop(TARGET), by_method.pop(RETAIN_ONLY)
+    by_method = {method: [trial for trial in tuned if trial.plan.method == method] for method in (*methods, TARGET)}
+    (before,) = by_method.pop(TARGET)
     if before.result is None:
         raise EUAError(
             f"The model before unlearning could not be measured ({before.error}), so there is nothing to compare methods with: "
             "correct the task, and name another output folder."
         )
-    never_knew = point_of(never[0]).forget if never and never[0].result is not None else 0.0
+    never_knew = _never_knew(tuned) or 0.0
     return {method: choose(trials, point_of(before).retain, never_knew) for method, trials in by_method.items()}
+
+
+def _never_knew(tuned: Sequence[Done]) -> float | None:
+    """What is left of the rows to forget in the retain-only model; None if there is none, or none that was measured."""
+    found = [trial for trial in tuned if trial.plan.method == RETAIN_ONLY and trial.result is not None]
+    return point_of(found[0]).forget if found else None
 
 
 def results_of(bench: Bench, task: Task) -> dict[str, Any]:
@@ -105,6 +110,7 @@ def results_of(bench: Bench, task: Task) -> dict[str, Any]:
         "trials": bench.trials,
         "seeds": bench.seeds,
         "kept": KEPT,
+        "never_knew": _never_knew(tuned),
         "objective": task.objective,
         "tolerance": task.tolerance,
         "note": task.note,

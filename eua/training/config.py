@@ -61,6 +61,7 @@ _OPENUNLEARNING: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "openunlearning": _OPENUNLEARNING,
     "d2-released": _OPENUNLEARNING | {"method": "eua"},
+    "gentle": {"method": "eua", "forget_warmup_ratio": 0.7, "retain_per_forget": 3},
 }
 
 
@@ -79,11 +80,13 @@ class EUAConfig(TrainingArguments):
     0.1
     """
 
-    preset: Literal["openunlearning", "d2-released"] | None = field(
+    preset: Literal["openunlearning", "d2-released", "gentle"] | None = field(
         default=None,
         metadata={
             "help": 'Sets what has its default as published results did: "openunlearning" (any method; 32 rows a step, '
-            'weight decay, a warm-up epoch, bf16, their labels and attention mask) or "d2-released" (the same for EUA).'
+            'weight decay, a warm-up epoch, bf16, their labels and attention mask) or "d2-released" (the same for EUA), or so '
+            'that what training never sees keeps most: "gentle" (EUA; a warm-up of the push, three rows to retain for each to '
+            "forget)."
         },
     )
     method: Literal[
@@ -414,8 +417,8 @@ class EUAConfig(TrainingArguments):
                 setattr(self, setting.name, 1 / self.num_train_epochs if value == _A_WARMUP_EPOCH else value)
         if self.method != PRESETS[self.preset].get("method", self.method):
             raise EUAError(
-                f"preset = {self.preset!r} was set with method = {self.method!r}, but it holds what was published for another "
-                'method: choose the preset "openunlearning".'
+                f"preset = {self.preset!r} was set with method = {self.method!r}, but it holds settings of another "
+                'method: choose the preset "openunlearning", or none.'
             )
 
     def _complete_method(self) -> None:

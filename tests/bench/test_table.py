@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from eua.bench.columns import SAID, mean_cell
-from eua.bench.notes import NOT_KEPT
+from eua.bench.notes import NOT_KEPT, on_tuning
 from eua.bench.page import render_page
 from eua.bench.table import Table, markdown, tables
 from eua.bench.trial import RETAIN_ONLY, TARGET
@@ -204,3 +204,12 @@ def test_the_columns_are_of_what_settings_were_chosen_by(results):
         assert {"said greedily, forget", "said greedily, retain"} <= set(made[title].head)
     assert "share of greedy answers" in next(iter(made.values())).note
     assert "Said greedily on the validation split" in render_page(results)
+
+
+def test_the_note_says_by_which_rule_settings_were_chosen():
+    results = {"kept": 0.95, "objective": "extraction strength"}
+    assert "equal" not in on_tuning(results)
+    assert "equal" not in on_tuning(results | {"never_knew": None})
+    assert "Settings that leave no more than the retain-only model has, 0.261, are equal" in on_tuning(
+        results | {"never_knew": 0.2613}
+    )

@@ -313,7 +313,8 @@ def test_the_weight_of_pdu_follows_the_retained_rows(tokenizer, rows, tmp_path):
             "padding_free = True was set with .* leave padding_free",
         ),
         ({"labels": "template", "assistant_turns": "all"}, 'labels = "template" was set with assistant_turns = "all", but'),
-        ({"preset": "d2-released", "method": "npo"}, "it holds what was published for another method: choose"),
+        ({"preset": "d2-released", "method": "npo"}, "it holds settings of another method: choose"),
+        ({"preset": "gentle", "method": "me_gd"}, "it holds settings of another method: choose"),
         ({"method": "rmu", "layer": 7.5}, "layer = 7.5 cannot be used: it must be a whole number"),
         ({"method": "npo", "beta": "0.1"}, "beta = '0.1' cannot be used: it must be a number"),
         ({"preset": "openunlerning"}, "There is no preset 'openunlerning': did you mean 'openunlearning'"),
@@ -433,6 +434,8 @@ def test_presets_fill_in_what_has_its_default(tmp_path):
         1e-5,
     )
     assert EUAConfig(output_dir=str(tmp_path), use_cpu=True).weight_decay == 0.0
+    gentle = EUAConfig(output_dir=str(tmp_path), preset="gentle", forget_warmup_ratio=0.5, use_cpu=True)
+    assert (gentle.method, gentle.forget_warmup_ratio, gentle.retain_per_forget, gentle.gamma) == ("eua", 0.5, 3, 0.05)
 
 
 def test_rows_are_read_as_openunlearning_reads_them(tokenizer, rows, tmp_path):
