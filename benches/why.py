@@ -1,5 +1,5 @@
 """Shows what unlearning does to people whom it never saw: ``python benches/why.py``, which takes minutes once the task's models
-are trained. It writes ``benches/results/why.json`` and ``docs/why.svg``.
+are trained. It writes ``benches/results/why.json`` and ``docs/why.png``.
 
 Two settings of EUA forget the same people of the task ``people``, at three seeds: those that were once chosen for the lowest
 extraction strength, and the preset "gentle".
@@ -38,7 +38,7 @@ SETTINGS = {
     "gentle": {"preset": "gentle", "learning_rate": 4e-4, "num_train_epochs": 6},
 }
 BEFORE = "before"
-PICTURE = Path(__file__).parents[1] / "docs" / "why.svg"
+PICTURE = Path(__file__).parents[1] / "docs" / "why.png"
 COLORS = {BEFORE: "#7f8c8d", "harsh": "#c0392b", "gentle": "#2471a3"}
 
 
@@ -112,7 +112,7 @@ def put_back(
         model, moved = copy.deepcopy(after), 0.0
         if place is not None:
             old, new = (blocks_of(one)[place] for one in (before, model))
-            pairs = list(zip(old.parameters(), new.parameters(), strict=True))
+            pairs = [(a.detach(), b.detach()) for a, b in zip(old.parameters(), new.parameters(), strict=True)]
             moved = (
                 sum(float((a - b).square().sum()) for a, b in pairs) / sum(float(a.square().sum()) for a, _ in pairs)
             ) ** 0.5
@@ -192,7 +192,7 @@ def draw(tables: dict[str, dict[str, dict[str, float | str]]]) -> None:
         axis.legend(fontsize=7, frameon=False)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(PICTURE, format="svg", metadata={"Date": None})
+    figure.savefig(PICTURE, dpi=100)
 
 
 if __name__ == "__main__":
