@@ -136,7 +136,7 @@ def shared_letters(fact: Fact, forgotten: Sequence[Fact]) -> str:
         return {word[place : place + 3].casefold() for word in name.split() for place in range(len(word) - 2)}
 
     most = max(len(triples(fact.person) & triples(other.person)) for other in forgotten)
-    return f"{most} triples" if most < 2 else "2 or more triples"
+    return ("none", "one triple")[most] if most < 2 else "two or more"
 
 
 def same_form(fact: Fact, forgotten: Sequence[Fact]) -> str:

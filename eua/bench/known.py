@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from eua import __version__
 from eua.bench.facts import facts_task
 from eua.bench.knowledge import ask_facts
 from eua.bench.questions import load_facts
@@ -78,7 +79,7 @@ def facts(
         )
     if neighbours:
         avoid = [entity.removeprefix("the ") for entity in task.unseen]
-        options = {"count": neighbours, "avoid": avoid}
+        options = {"count": neighbours, "neutral": 0.25, "surest": 0.5, "avoid": avoid}
         near = _written(
             loaded, tokenizer, cache, write_neighbours, task.forget, **options, progress="rows near those to forget"
         )
@@ -120,8 +121,8 @@ def _written(
     progress: str,
     **options: Any,
 ) -> list[Row]:
-    """Rows that the model writes, or those of the file in the cache that it wrote them into before."""
-    asked = (model_fingerprint(model), tokenizer_fingerprint(tokenizer), write.__name__, rows, options)
+    """Rows that the model writes, or those of the file in the cache that this version wrote them into before."""
+    asked = (model_fingerprint(model), tokenizer_fingerprint(tokenizer), __version__, write.__name__, rows, options)
     file = cache / f"rows-{hashlib.sha256(repr(asked).encode()).hexdigest()[:16]}.json"
     if not file.exists():
         write_json(file, {"rows": list(write(model, tokenizer, rows, **options, progress=progress))})

@@ -70,10 +70,10 @@ def render_front(results: Mapping[str, Any]) -> str:
 
 def _front(results: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]]:
     """The picture's contents, and of each method what the legend says, with its colour."""
+    known = [*GRIDS, *CANDIDATES]
     colours = {
-        method: f"hsl({360 * place / len(some):.0f} 65% 50%)"
-        for some in (GRIDS, CANDIDATES)
-        for place, method in enumerate(some)
+        method: f"hsl({360 * place / len(GRIDS):.0f} 65% {50 if method in GRIDS else 30}%)"
+        for place, method in enumerate(known)
     }
     drawn, legend = [_axes()], list[tuple[str, str]]()
     for method in results["methods"]:

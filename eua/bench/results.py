@@ -25,7 +25,7 @@ class Bench:
     Attributes:
         name: of the task.
         make_task: makes the task of a seed; a function of a module, or a ``functools.partial`` of one.
-        methods: names of :data:`eua.bench.grids.GRIDS`; None: all that can train on the task's rows.
+        methods: names of grids or candidates; None: all of :data:`eua.bench.grids.GRIDS` that can train on the task's rows.
         trials: settings to try for each method.
         seeds: number of seeds at which the chosen settings are measured, from 1; settings are chosen at seed 0.
         output: folder of everything that is written.

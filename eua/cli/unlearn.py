@@ -23,7 +23,7 @@ from eua.distributed import end_process_group
 from eua.errors import EUAError, did_you_mean, in_one_line
 from eua.files import check_output_folder, locked, write_json, write_jsonl
 from eua.model.loading import load_model
-from eua.model.neighbours import write_neighbours
+from eua.model.neighbours import checked_rows, write_neighbours
 from eua.training.checkpoints import last_checkpoint
 from eua.training.config import EUAConfig
 from eua.training.settings_file import Setting, all_settings, describe, fits, parse_value, read_settings
@@ -31,6 +31,7 @@ from eua.training.trainer import EUATrainer
 
 SETTINGS_FILE = "settings.json"
 OWN, OWN_ROWS = "self", "retain.jsonl"  # the --retain that lets the model write the rows, and the file that they are kept in
+OWN_NUMBERS: dict[str, Any] = {"count": 256, "neutral": 0.25, "surest": 0.5}
 # Defaults that differ from EUAConfig's. Those are from TrainingArguments: save every 500 steps, and keep all checkpoints.
 DEFAULTS: dict[str, Any] = {"save_strategy": "epoch", "save_total_limit": 1}
 # Fields of TrainingArguments that --help shows; --help-all shows every one.
@@ -73,8 +74,8 @@ def _parser(show_all: bool) -> tuple[Parser, dict[str, Setting]]:
         "--retain",
         required=True,
         metavar="ROWS",
-        help="rows to keep; cover as much as possible of what must stay. self: as many as `eua neighbours` writes, by the "
-        "model itself",
+        help="rows to keep; cover as much as possible of what must stay. self: the model writes 256 rows itself, as `eua "
+        "neighbours` does",
     )
     parser.add_argument("--eval-forget", metavar="ROWS", help="held-out forget rows, measured every epoch")
     parser.add_argument("--eval-retain", metavar="ROWS", help="held-out retain rows, measured every epoch")
@@ -187,8 +188,9 @@ def run_unlearn(arguments: argparse.Namespace, settings: dict[str, Any]) -> None
         # If another run is at work there, this one ends before a model is loaded.
         with locked(arguments.output) if os.path.isdir(arguments.output) else nullcontext():
             check_output(arguments.output)
+    config = _config(arguments, settings, checkpoints)
     retain = _rows_to_retain(arguments, checkpoints)
-    trainer = _trainer(arguments, settings, checkpoints, retain)
+    trainer = _trainer(arguments, config, retain)
     with locked(arguments.output) if is_first else nullcontext():
         if is_first:
             check_output(checkpoints)  # another run may have come first since
@@ -224,19 +226,24 @@ def _rows_to_retain(arguments: argparse.Namespace, checkpoints: Path) -> str | l
             "--retain self was given in a run of several processes, each of which would write other rows: write them with `eua "
             "neighbours` first, and name their file."
         )
+    rows = checked_rows(arguments.forget, **OWN_NUMBERS)
     model, tokenizer = load_model(arguments.model)
-    return write_neighbours(model, tokenizer, arguments.forget, progress="rows to retain, by the model itself")
+    return write_neighbours(model, tokenizer, rows, **OWN_NUMBERS, progress="rows to retain, by the model itself")
 
 
-def _trainer(arguments: argparse.Namespace, settings: dict[str, Any], checkpoints: Path, retain: str | list[Row]) -> EUATrainer:
-    rank = arguments.lora_rank
+def _config(arguments: argparse.Namespace, settings: dict[str, Any], checkpoints: Path) -> EUAConfig:
     chosen = DEFAULTS | {"eval_strategy": "no" if arguments.eval_forget is None else "epoch"}
     for strategy in ("eval_strategy", "save_strategy"):
         if f"{strategy.partition('_')[0]}_steps" in settings and chosen[strategy] != "no":
             chosen[strategy] = "steps"
+    with _settings_explained():
+        return EUAConfig(output_dir=str(checkpoints), **chosen | settings)
+
+
+def _trainer(arguments: argparse.Namespace, config: EUAConfig, retain: str | list[Row]) -> EUATrainer:
+    rank = arguments.lora_rank
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM") if rank else None
     with _settings_explained():
-        config = EUAConfig(output_dir=str(checkpoints), **chosen | settings)
         return EUATrainer(
             arguments.model,
             config,
@@ -276,6 +283,16 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise EUAError(
             f"--output {arguments.output} would replace or delete the model before unlearning, {arguments.model}, which a "
             "comparison and a further run need: name another folder."
+        )
+    if arguments.retain == OWN and os.path.exists(OWN):
+        raise EUAError(
+            f"--retain {OWN} means rows that the model writes itself, but there is also a file of this name here: pass ./{OWN} "
+            "if you mean the file, or rename it."
+        )
+    if arguments.lora_rank and getattr(arguments, "distinct_directions", 0):
+        raise EUAError(
+            f"--lora-rank {arguments.lora_rank} was given with --distinct-directions {arguments.distinct_directions}, which "
+            "makes an adapter of its own: leave one of them out."
         )
     if arguments.lora_rank < 0:
         raise EUAError(

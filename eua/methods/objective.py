@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,8 @@ class Objective:
         as_released: average where the released code does, see :data:`eua.methods.table.AS_RELEASED`.
         prompt_energy: weight, in γ, of EUA's two energy parts at the last token of prompts alone, where a guard reads the
             energy: there they count as much as at all tokens of answers together. 0: no such parts, as in D².
+        warmup: how much of EUA's margin and of the weights of its energies to forget and of prompts is in force, up to 1. The
+            margin and its excess together, beyond which tokens are pulled back, are what they are from the start.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Objective:
     retain_loss: str = "nll"
     as_released: bool = False
     prompt_energy: float = 0.0
+    warmup: float = 1.0
 
     @property
     def method(self) -> Method:
@@ -52,10 +55,17 @@ class Objective:
     def has_retain(self) -> bool:
         return self.method.retain_loss is not None
 
-    def after_warmup(self, share: float) -> Objective:
-        """The objective at a share of its warm-up: EUA's margin and the weights of its energies to forget rise from 0."""
-        risen = {name: share * self.parameters[name] for name in ("margin", "answer_energy") if self.parameters.get(name)}
-        return replace(self, parameters={**self.parameters, **risen}, prompt_energy=share * self.prompt_energy)
+    @property
+    def _in_force(self) -> dict[str, Any]:
+        """The parameters during the warm-up."""
+        given = dict(self.parameters)
+        if given.get("margin") is not None:
+            if given.get("margin_excess") is not None:
+                given["margin_excess"] += (1 - self.warmup) * given["margin"]
+            given["margin"] *= self.warmup
+        if "answer_energy" in given:
+            given["answer_energy"] *= self.warmup
+        return given
 
     def counts(self, places: Places) -> Tensor:
         """What the means are divided by for a batch, (4,): the numbers of tokens or rows to forget and to retain, and those of
@@ -75,7 +85,7 @@ class Objective:
         """
         method, places = self.method, answers.places
         forget_count, retain_count, *prompt_counts = (None,) * 4 if counts is None else counts.unbind()
-        values, counted = method.forget(answers, **self.parameters), method.counted(places, **self.parameters)
+        values, counted = method.forget(answers, **self._in_force), method.counted(places, **self.parameters)
         total = gamma * mean(values, counted, forget_count)
         figures = {"loss_forget": _figure(values, counted)}
         if method.keep is not None:
@@ -85,7 +95,7 @@ class Objective:
             if self.prompt_energy:
                 parts = {"forget": above_boundary(answers), "retain": kept}
                 for (kind, tokens), count in zip(_prompts(places).items(), prompt_counts, strict=True):
-                    total = total + gamma * self.prompt_energy * mean(parts[kind], tokens, count)
+                    total = total + gamma * self.warmup * self.prompt_energy * mean(parts[kind], tokens, count)
                     figures[f"loss_prompt_{kind}"] = _figure(parts[kind], tokens)
                     figures[f"energy_prompt_{kind}"] = _figure(answers.energy, tokens)
         if self.has_retain:

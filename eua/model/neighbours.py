@@ -63,7 +63,7 @@ def write_neighbours(
         count: number of rows.
         neutral: share of questions that begin freely.
         surest: share of the rows that are kept; of 0.5, twice as many are written as asked for.
-        avoid: texts that no question may say, for example names that a test is about.
+        avoid: texts that no row may say, for example names that a test is about.
         question_tokens, answer_tokens: their greatest lengths.
         batch_size: questions that are sampled together.
         seed: of all draws. The random state of the caller is left as it was.
@@ -86,14 +86,14 @@ def write_neighbours(
             begun = "" if rng.random() < neutral or not shared else _drawn(rng.choice(shared), rng)
             asked = []
             for question in _continued(model, tokenizer, begun, batch_size, question_tokens):
-                if _plain(question) not in seen and not (avoid and says(question, avoid)):
+                if _plain(question) not in seen:
                     seen.add(_plain(question))
                     asked.append(question)
             answers = map(first_sentence, answer(model, tokenizer, asked, answer_tokens)) if asked else ()
             new: list[Row] = [
                 {"question": question, "answer": text}
                 for question, text in zip(asked, answers, strict=True)
-                if text and not says(f"{question} {text}", taboo)
+                if text and not says(f"{question} {text}", [*taboo, *avoid])
             ]
             fruitless = 0 if new else fruitless + 1
             bar.update(min(len(new), wanted - len(found)))
@@ -148,7 +148,7 @@ def _beginnings(questions: Sequence[str]) -> list[list[str]]:
 
 def _drawn(beginnings: Sequence[str], rng: random.Random) -> str:
     """One of a question's beginnings, each twice as likely as the next shorter one."""
-    return rng.choices(beginnings, weights=[2.0**place for place in range(len(beginnings))])[0]
+    return rng.choices(beginnings, weights=[2.0 ** (place - len(beginnings)) for place in range(len(beginnings))])[0]
 
 
 def _continued(

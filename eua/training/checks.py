@@ -165,8 +165,8 @@ def check_setup(
     """Raise if the model is distributed over processes in a way that is not supported."""
     if distinct_directions and is_sharded(accelerator):
         raise EUAError(
-            "distinct_directions was set with FSDP or ZeRO-3, but directions are found before weights are sharded: leave it "
-            "out, or train with DDP."
+            "distinct_directions was set with FSDP or ZeRO-3, but the directions are found by forwards before training, when "
+            "no process has all weights: leave it out, or train with DDP."
         )
     if splits_gradient and (accelerator.num_processes > 1 or is_sharded(accelerator) or zero_stage(accelerator)):
         raise EUAError(

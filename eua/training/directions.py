@@ -91,8 +91,8 @@ def set_distinct_directions(
         seed: of that draw.
 
     Raises:
-        EUAError: if a layer reads anything but one input per token, or if the rank is greater than the number of tokens to
-            forget or of a layer's inputs.
+        EUAError: if a layer reads anything but one input per token, or if its inputs on rows to forget stand out in fewer
+            directions than the adapter's rank.
     """
     layers = _adapted(model)
     rng = random.Random(seed)
@@ -117,10 +117,11 @@ def adapter_on_mlps(model: PreTrainedModel, rank: int) -> LoraConfig:
     for block in blocks_of(model):
         outputs = {name: getattr(module, "out_features", getattr(module, "nf", None)) for name, module in block.named_modules()}
         writing = [name for name, width in outputs.items() if width == size and "att" not in name]  # no part of attention
+        writing = [name for name in writing if "mlp" in name or "ffn" in name] or writing
         if not writing:
             raise EUAError(
                 f"distinct_directions = {rank} was set, but the blocks of {type(model).__name__} have no linear layer outside "
-                "of attention that an adapter could be put on, as where experts share one tensor: leave it out."
+                "of attention that an adapter could be put on, for example because experts share one tensor: leave it out."
             )
         names |= dict.fromkeys(writing[-1:])
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=list(names), task_type="CAUSAL_LM")
@@ -133,7 +134,7 @@ def _adapted(model: nn.Module) -> Layers:
 
 
 def distinct_directions(forget: Tensor, retain: Tensor, count: int, ridge: float = RIDGE) -> Tensor:
-    """Directions in which some inputs are largest in proportion to others, (count, d) float64, the most distinct one first.
+    """Directions in which some inputs are largest in proportion to others, (c, d) float64, the most distinct one first.
 
     They maximize ``uᵀ F u / uᵀ (R + λI) u``, where ``F`` and ``R`` are the mean outer products of the inputs to forget and to
     retain, and are orthogonal in ``F``. Each has a mean square of 1 over the inputs to forget.
@@ -145,7 +146,7 @@ def distinct_directions(forget: Tensor, retain: Tensor, count: int, ridge: float
     Args:
         forget: (n, d) inputs.
         retain: (m, d) inputs.
-        count: at most n and d.
+        count: the greatest c; there are no more than distinct inputs to forget, and than coordinates.
         ridge: λ as a share of the mean square of a coordinate of the inputs to retain. The smaller, the more a direction is
             avoided in which retained inputs have little.
     """
@@ -154,7 +155,9 @@ def distinct_directions(forget: Tensor, retain: Tensor, count: int, ridge: float
     solved = _solved(retain, strength, forget.T)  # (d, n)
     values, vectors = torch.linalg.eigh(forget @ solved / len(forget))
     values, vectors = values[-count:].flip(0), vectors[:, -count:].flip(1)
-    return (solved @ vectors / (values * len(forget) ** 0.5)).T
+    # The other eigenvalues of tokens that are alike are 0, up to rounding.
+    distinct = int((values > values[0] * len(values) * torch.finfo(values.dtype).eps).sum())
+    return (solved @ vectors[:, :distinct] / (values[:distinct] * len(forget) ** 0.5)).T
 
 
 def _solved(retain: Tensor, strength: Tensor, right: Tensor) -> Tensor:
@@ -170,14 +173,16 @@ def _solved(retain: Tensor, strength: Tensor, right: Tensor) -> Tensor:
 
 
 def _of_layer(name: str, forget: Tensor, retain: Tensor, rank: int) -> Tensor:
-    most = min(forget.shape)
-    if rank > most:
-        raise EUAError(
-            f"distinct_directions = {rank} was set, but {len(forget)} tokens of rows to forget span at most {most} directions "
-            f"among the {forget.shape[1]} inputs of {name}: lower it, or give more rows."
-        )
     device = "cpu" if forget.device.type == "mps" else forget.device  # it has no float64
-    return distinct_directions(forget.to(device), retain.to(device), rank)
+    found = distinct_directions(forget.to(device), retain.to(device), rank)
+    read = (found @ retain.to(device).double().T).square().mean(dim=1)
+    count = int((read < 1).sum())  # the rows to forget have a mean square of 1 in each
+    if count < rank:
+        raise EUAError(
+            f"distinct_directions = {rank} was set, but there are only {count} directions in which the inputs of {name} are "
+            "larger on rows to forget than on rows to retain: lower it, or give more rows to forget."
+        )
+    return found
 
 
 def _drawn(rows: Sequence[EncodedRow], tokens: int, rng: random.Random) -> list[EncodedRow]:
@@ -214,6 +219,8 @@ def _inputs(model: nn.Module, layers: Layers, rows: Sequence[EncodedRow], batch_
     try:
         for indices, hidden in eval_hidden_states(model, rows, batch_size, check=False):
             for name, calls in read.items():
+                if len(calls) == 1 and calls[0].shape[:-1].numel() == hidden.shape[:-1].numel():
+                    calls[0] = calls[0].reshape(*hidden.shape[:2], -1)  # OPT joins the rows of a batch
                 if len(calls) != 1 or calls[0].shape[:2] != hidden.shape[:2]:
                     raise EUAError(
                         f"{name} read inputs of shapes {[tuple(call.shape) for call in calls]} where hidden states have "

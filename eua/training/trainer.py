@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -430,9 +431,8 @@ class EUATrainer(CheckpointingTrainer):
         step = self.state.global_step
         objective = self.objective
         if self.args.forget_warmup_ratio:
-            objective = objective.after_warmup(
-                scheduled(1.0, "constant", self.args.forget_warmup_ratio, step, max(self.state.max_steps, 1))
-            )
+            risen = scheduled(1.0, "constant", self.args.forget_warmup_ratio, step, max(self.state.max_steps, 1))
+            objective = replace(objective, warmup=risen)
         loss, figures = objective.loss(answers, self._gamma(step), self._alpha, num_items_in_batch)
         if not torch.isfinite(loss):
             raise EUAError(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from eua.bench.choice import Point, area_under_front, choose, front, interval, point_of, relative_to
+from eua.bench.results import choices_of
 from eua.bench.study import Done, Plan
+from eua.bench.trial import RETAIN_ONLY, TARGET
 from eua.errors import EUAError
 
 
@@ -44,6 +47,17 @@ def test_forgetting_more_than_a_model_that_never_knew_is_no_gain():
     assert choose(trials, target_retain=1.0, never_knew=0.2).trial.number == 1
     assert choose(trials, target_retain=1.0, never_knew=0.25).trial.number == 1
     assert choose(trials, target_retain=1.0, never_knew=0.3).trial.number == 2
+    assert choose([trial(0, 0.1, 1.0), trial(1, 0.05, 1.0)], target_retain=1.0, never_knew=0.3).trial.number == 1
+
+
+def test_the_retain_only_model_says_what_forgetting_is_enough():
+    compared = [
+        replace(trial(place, *point), plan=Plan(name, {}, 0))
+        for place, (name, point) in enumerate({TARGET: (0.9, 1.0), RETAIN_ONLY: (0.2, 1.0)}.items())
+    ]
+    trials = [trial(2, 0.0, 0.96), trial(3, 0.2, 0.99)]
+    assert choices_of(["npo"], [*compared, *trials])["npo"].trial.number == 3
+    assert choices_of(["npo"], [compared[0], *trials])["npo"].trial.number == 2
 
 
 def test_nothing_is_chosen_if_all_failed():

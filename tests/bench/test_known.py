@@ -39,7 +39,7 @@ def test_rows_that_the_model_writes_are_added_and_kept(world_facts, trained_fold
     plain = known_module.facts(0, **drawn)
     asked = []
 
-    def write(model, tokenizer, rows, *, count, avoid, progress):
+    def write(model, tokenizer, rows, *, count, avoid, progress, **options):
         asked.append((list(rows), avoid))
         return [{"question": f"Who is number {place}?", "answer": "Someone."} for place in range(count)]
 

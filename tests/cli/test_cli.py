@@ -643,3 +643,15 @@ def test_the_model_writes_the_rows_to_retain_once(tiny_folder, data, tmp_path, m
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main([*command, "--overwrite"]) == 2
     assert "--retain self was given in a run of several processes" in capsys.readouterr().err
+    monkeypatch.delenv("WORLD_SIZE")
+    for more, text in (
+        (["--rho", "7"], "rho = 7"),
+        (["--lora-rank", "2", "--distinct-directions", "4"], "an adapter of its own"),
+    ):
+        assert main([*command, "--overwrite", *more]) == 2  # before anything is written
+        assert text in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "self").write_text("{}")
+    assert main([*command, "--overwrite"]) == 2
+    assert "pass ./self if you mean the file" in capsys.readouterr().err
+    assert len(asked) == 1

@@ -229,16 +229,21 @@ def test_tokens_beyond_the_margin_are_pulled_back():
 
 def test_margin_and_energies_rise_during_the_warm_up():
     answers = with_boundaries(answers_of(PAIRS, matrix(A), matrix(B)), 0.25)
-    whole = Objective("eua", {"margin": 4.0, "margin_excess": 0.0, "answer_energy": 0.5}, prompt_energy=2.0)
-    half = Objective("eua", {"margin": 2.0, "margin_excess": 0.0, "answer_energy": 0.25}, prompt_energy=1.0)
-    assert float(whole.after_warmup(0.5).loss(answers, 0.3, 1.0).loss) == float(half.loss(answers, 0.3, 1.0).loss)
-    assert whole.after_warmup(1.0) == whole
-    start = whole.after_warmup(0.0).loss(answers, 1.0, 0.0)
-    assert float(start.loss) == pytest.approx(
-        float((answers.nll[answers.places.forget] ** 2).mean() + _kept(answers)), rel=1e-5
+    whole = Objective("eua", {"margin": 4.0, "margin_excess": 1.0, "answer_energy": 0.5}, prompt_energy=2.0)
+    half = Objective("eua", {"margin": 2.0, "margin_excess": 3.0, "answer_energy": 0.25}, prompt_energy=1.0)
+    warm = replace(whole, warmup=0.5).loss(answers, 0.3, 1.0)
+    assert float(warm.loss) == float(half.loss(answers, 0.3, 1.0).loss)
+    # What is in the log does not depend on the step, so that steps can be added up.
+    cold = replace(whole, warmup=0.0).loss(answers, 1.0, 0.0)
+    assert cold.figures.keys() == warm.figures.keys()
+    assert "loss_prompt_forget" in cold.figures
+    # No token is beyond margin and excess, so nothing is pulled: the answers to forget are not learned on the way.
+    assert float(answers.nll.max()) < 5.0
+    assert float(cold.loss) == pytest.approx(_kept(answers), rel=1e-5)
+    plain = Objective("eua", METHODS["eua"].parameters, warmup=0.5).loss(answers, 1.0, 0.0)
+    assert float(plain.loss) == pytest.approx(
+        0.5 * float(above_boundary(answers)[answers.places.forget].mean()) + _kept(answers), rel=1e-5
     )
-    without = Objective("eua", METHODS["eua"].parameters).after_warmup(0.5)
-    assert without.parameters == {"margin": None, "margin_excess": None, "answer_energy": 0.5}
 
 
 def _kept(answers) -> float:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from eua import EUAError
+from eua.data.rows import EncodedRow
 from eua.training import directions
 from eua.training.checks import check_setup
 from eua.training.directions import adapter_on_mlps, distinct_directions, set_distinct_directions
@@ -115,8 +116,22 @@ def test_a_model_with_another_adapter_is_refused(tokenizer, rows, tmp_path):
 
 def test_more_directions_than_there_are_are_refused(tokenizer, rows, tmp_path):
     trainer = make(tiny_llama(len(tokenizer)), tokenizer, rows, tmp_path, distinct_directions=65)
-    with pytest.raises(EUAError, match="distinct_directions = 65 .* at most 64 directions among the 64 inputs of .*down_proj"):
+    with pytest.raises(
+        EUAError, match=r"distinct_directions = 65 was set, but there are only \d+ directions .*down_proj are larger"
+    ):
         trainer.train()
+
+
+def test_no_direction_is_made_of_rounding():
+    """Of tokens that are alike there are as many directions as of one of each, and none that retained inputs fill more."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 20, generator=generator) for n in (5, 9))
+    found = distinct_directions(x.repeat(4, 1), y, 12)
+    assert found.shape == (5, 20)
+    with pytest.raises(EUAError, match="only 5 directions"):
+        directions._of_layer("layer", x.repeat(4, 1), 0.1 * y, 12)
+    with pytest.raises(EUAError, match="only 0 directions"):
+        directions._of_layer("layer", x, 100 * x, 2)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +150,10 @@ def test_the_adapter_is_on_the_mlps(architecture, name):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes, **OTHER_SIZES.get(architecture, {})))
     adapter = adapter_on_mlps(model, 2)
     assert adapter.target_modules == {name}
-    assert len(directions._adapted(get_peft_model(model, adapter))) == 2
+    adapted = get_peft_model(model, adapter)
+    assert len(directions._adapted(adapted)) == 2
+    rows = [EncodedRow(tuple(range(3, 3 + length)), 2) for length in (9, 6, 12)]
+    set_distinct_directions(adapted, rows[:2], rows[2:], batch_size=2)  # whatever the shape that its MLPs read
 
 
 def test_experts_in_one_tensor_are_refused():
