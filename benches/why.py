@@ -2,7 +2,7 @@
 are trained. It writes ``benches/results/why.json`` and ``docs/why.png``.
 
 Two settings of EUA forget the same people of the task ``people``, at three seeds: those that were once chosen for the lowest
-extraction strength, and the preset "gentle".
+extraction strength ("harsh"), and the same with a lower learning rate and fewer epochs ("mild").
 Of every fact about other people that no row of training has, it measures the extraction strength and the energy of its prompt,
 by what it has in common with the rows to forget: letters of the name, the form of the question, the answer. Then the weights of
 one block after the other are put back to what they were, which shows where the change sits that harms, and that forgets.
@@ -35,11 +35,11 @@ from eua.model.loading import load_model, merged
 PEOPLE, SEEDS = 100, (1, 2, 3)
 SETTINGS = {
     "harsh": {"learning_rate": 1e-3, "num_train_epochs": 12, "retain_per_forget": 3},
-    "gentle": {"preset": "gentle", "learning_rate": 4e-4, "num_train_epochs": 6},
+    "mild": {"learning_rate": 4e-4, "num_train_epochs": 6, "retain_per_forget": 3},
 }
 BEFORE = "before"
 PICTURE = Path(__file__).parents[1] / "docs" / "why.png"
-COLORS = {BEFORE: "#7f8c8d", "harsh": "#c0392b", "gentle": "#2471a3"}
+COLORS = {BEFORE: "#7f8c8d", "harsh": "#c0392b", "mild": "#2471a3"}
 
 
 def main() -> None:

@@ -92,12 +92,13 @@ CANDIDATES: dict[str, Grid] = {
     "eua_gate": Grid(_FEW, {"gamma": _GAMMAS, "rho": (0.1, 0.3)}, always={"sign_gate": True}, method="eua"),
     "eua_warm": Grid(_FEW, {"gamma": _GAMMAS, "forget_warmup_ratio": (0.4, 0.7)}, method="eua"),
     "eua_distinct": Grid(_FOR_ADAPTERS, {"gamma": _GAMMAS, "distinct_directions": (16, 64)}, method="eua"),
-    "eua_gentle": Grid(
+    "eua_distinct_warm": Grid(
         _FOR_ADAPTERS,
         {"gamma": _GAMMAS, "distinct_directions": (32, 64)},
         always={"forget_warmup_ratio": 0.7},
         method="eua",
     ),
+    "eua_gentle": Grid(_FOR_ADAPTERS, {"margin": (5.0, 7.0)}, always={"preset": "gentle"}, method="eua"),
 }
 _KNOWN = GRIDS | CANDIDATES
 

@@ -216,16 +216,11 @@ def _rows_to_retain(arguments: argparse.Namespace, checkpoints: Path) -> str | l
     """What ``--retain`` names, or rows that the model writes itself. A resumed run has those that it began with.
 
     Raises:
-        EUAError: if the model writes too few, or in several processes, each of which would write its own.
+        EUAError: if the rows to forget are no questions with answers, or if the model writes too few.
     """
     kept = checkpoints / OWN_ROWS
     if arguments.retain != OWN or (arguments.resume and kept.is_file()):
         return str(kept) if arguments.retain == OWN else arguments.retain
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise EUAError(
-            "--retain self was given in a run of several processes, each of which would write other rows: write them with `eua "
-            "neighbours` first, and name their file."
-        )
     rows = checked_rows(arguments.forget, **OWN_NUMBERS)
     model, tokenizer = load_model(arguments.model)
     return write_neighbours(model, tokenizer, rows, **OWN_NUMBERS, progress="rows to retain, by the model itself")
@@ -283,6 +278,11 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise EUAError(
             f"--output {arguments.output} would replace or delete the model before unlearning, {arguments.model}, which a "
             "comparison and a further run need: name another folder."
+        )
+    if arguments.retain == OWN and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise EUAError(
+            "--retain self was given in a run of several processes, each of which would write other rows: write them with `eua "
+            "neighbours` first, and name their file."
         )
     if arguments.retain == OWN and os.path.exists(OWN):
         raise EUAError(

@@ -61,7 +61,21 @@ _OPENUNLEARNING: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "openunlearning": _OPENUNLEARNING,
     "d2-released": _OPENUNLEARNING | {"method": "eua"},
-    "gentle": {"method": "eua", "forget_warmup_ratio": 0.7, "retain_per_forget": 3},
+    "gentle": {
+        "method": "eua",
+        "forget_tokens": "key_start",
+        "margin": 5.0,
+        "margin_excess": 1.0,
+        "answer_energy": 0.0,
+        "forget_warmup_ratio": 0.5,
+        "gamma": 0.1,
+        "distinct_directions": 64,
+        "retain_per_forget": 4,
+        "retain_sampler": "similar",
+        "learning_rate": 1.5e-4,
+        "lr_scheduler_type": "constant",
+        "num_train_epochs": 3.0,
+    },
 }
 
 
@@ -84,9 +98,9 @@ class EUAConfig(TrainingArguments):
         default=None,
         metadata={
             "help": 'Sets what has its default as published results did: "openunlearning" (any method; 32 rows a step, '
-            'weight decay, a warm-up epoch, bf16, their labels and attention mask) or "d2-released" (the same for EUA), or so '
-            'that what training never sees keeps most: "gentle" (EUA; a warm-up of the push, three rows to retain for each to '
-            "forget)."
+            'weight decay, a warm-up epoch, bf16, their labels and attention mask) or "d2-released" (the same for EUA), or '
+            'what forgot facts of a pretrained model with least harm to what is near: "gentle" (EUA with options that are not in '
+            'D²; rows to forget need "keys"; a guard gets no signal from it).'
         },
     )
     method: Literal[

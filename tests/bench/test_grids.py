@@ -17,7 +17,7 @@ from eua.errors import EUAError
 from eua.methods.table import METHODS
 from eua.training.config import EUAConfig
 
-OF_ANY_METHOD = ("forget_tokens", "retain_sampler", "gradient_filter", "sign_gate", "distinct_directions")
+OF_ANY_METHOD = ("preset", "forget_tokens", "retain_sampler", "gradient_filter", "sign_gate", "distinct_directions")
 ROWS = [{"question": "Who?", "answer": "Ann."}]
 SETS = {"forget": EvaluationSet(ROWS, forget=True), "retain": EvaluationSet(ROWS, forget=False)}
 

@@ -25,6 +25,7 @@ import eua
 from eua import EnergyGuard, EUAConfig
 from eua.cli import main as main_module
 from eua.cli.main import COMMANDS, main
+from eua.data.sources import read_rows
 from eua.files import write_jsonl
 from eua.guard.guard import DEFAULT_REFUSAL
 from tests.conftest import tiny_llama
@@ -634,7 +635,7 @@ def test_the_model_writes_the_rows_to_retain_once(tiny_folder, data, tmp_path, m
     command = unlearn_command(tiny_folder, data, tmp_path / "out", "--max-steps", "1")
     command[command.index("--retain") + 1] = "self"
     assert main(command) == 0
-    assert asked == [command[command.index("--forget") + 1]]
+    assert asked == [read_rows(command[command.index("--forget") + 1], "forget set")]
     kept = tmp_path / "out" / "checkpoints" / "retain.jsonl"
     assert [json.loads(line) for line in kept.read_text().splitlines()] == written
     assert "| retain | 7 |" in ModelCard.load(tmp_path / "out" / "README.md").text

@@ -434,8 +434,9 @@ def test_presets_fill_in_what_has_its_default(tmp_path):
         1e-5,
     )
     assert EUAConfig(output_dir=str(tmp_path), use_cpu=True).weight_decay == 0.0
-    gentle = EUAConfig(output_dir=str(tmp_path), preset="gentle", forget_warmup_ratio=0.5, use_cpu=True)
-    assert (gentle.method, gentle.forget_warmup_ratio, gentle.retain_per_forget, gentle.gamma) == ("eua", 0.5, 3, 0.05)
+    gentle = EUAConfig(output_dir=str(tmp_path), preset="gentle", forget_warmup_ratio=0.3, use_cpu=True)
+    assert (gentle.method, gentle.forget_warmup_ratio, gentle.retain_per_forget, gentle.gamma) == ("eua", 0.3, 4, 0.1)
+    assert (gentle.answer_energy, gentle.alpha, gentle.lr_scheduler_type) == (0.0, 1.0, "constant")
 
 
 def test_rows_are_read_as_openunlearning_reads_them(tokenizer, rows, tmp_path):
