@@ -13,10 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eua import EnergyGuard
 from eua.bench import run as run_module
+from eua.bench import trial as trial_module
 from eua.bench import workers as workers_module
 from eua.bench.columns import SAID
 from eua.bench.page import render_front, render_page
@@ -29,6 +31,7 @@ from eua.bench.trial import RETAIN_ONLY, TARGET
 from eua.bench.workers import work
 from eua.errors import EUAError
 from eua.evaluation.results import read_results
+from eua.model.loading import load_model
 from tests.bench.conftest import made_up_trial
 
 METHODS = ["eua", "npo"]
@@ -347,3 +350,21 @@ def _lives(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_trial_with_an_adapter_gives_a_model_without_one(make_task, tmp_path):
+    """It says the same, and can unlearn again."""
+    task = make_task(0)
+    settings = {"distinct_directions": 4, "learning_rate": 1e-2, "num_train_epochs": 1}
+    before, _ = load_model(task.target)
+    model, tokenizer, _ = trial_module._unlearned(task, Plan("eua_distinct", settings, 0), tmp_path)
+    assert isinstance(model, PreTrainedModel)
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in before.named_parameters()]
+    pairs = zip(model.named_parameters(), before.parameters(), strict=True)
+    changed = [name for (name, new), old in pairs if not torch.equal(new, old)]
+    assert changed
+    assert all("down_proj" in name for name in changed)
+    again = trial_module._unlearned_again(
+        task, Plan("eua_distinct", settings, 1), tmp_path, tokenizer, model, task.second, task.forget
+    )
+    assert isinstance(again, PreTrainedModel)

@@ -67,6 +67,17 @@ def test_longer_beginnings_are_drawn_more_often():
     assert counts["Who wrote the"] == pytest.approx(4 * counts["Who"], rel=0.15)
 
 
+def test_no_row_says_what_is_to_be_avoided(scripted, monkeypatch, model, tokenizer):
+    """Neither a question nor its answer."""
+
+    def answer(model, tokenizer, prompts, max_new_tokens):
+        return ["As in Cuba." if "Fiji" in text else "It is so." for text in prompts]
+
+    monkeypatch.setattr(module, "answer", answer)
+    found = write_neighbours(model, tokenizer, ROWS, count=12, surest=1.0, avoid=["Cuba", "Peru"])
+    assert not [row for row in found if says(f"{row['question']} {row['answer']}", ["Cuba", "Peru"])]
+
+
 def test_the_rows_are_kept_that_the_model_is_surest_of(scripted, monkeypatch, model, tokenizer):
     """As many as asked for of all that were written, in the order in which they were."""
     everything = write_neighbours(model, tokenizer, ROWS, count=12, surest=1.0)
