@@ -99,8 +99,8 @@ class EUAConfig(TrainingArguments):
         metadata={
             "help": 'Sets what has its default as published results did: "openunlearning" (any method; 32 rows a step, '
             'weight decay, a warm-up epoch, bf16, their labels and attention mask) or "d2-released" (the same for EUA), or '
-            'what forgot facts of a pretrained model with least harm to what is near: "gentle" (EUA with options that are not '
-            'in D²; rows to forget need "keys"; a guard gets no signal from it).'
+            'settings for facts of a pretrained model that keep what is near: "gentle" (EUA with options that are not in D², '
+            'tried on one model and relation; rows to forget need "keys"; a guard gets no signal from it).'
         },
     )
     method: Literal[

@@ -27,7 +27,7 @@ from eua.errors import EUAError, in_one_line
 from eua.files import replacing
 from eua.model.forward import blocks_of, eval_hidden_states
 
-FORGET_TOKENS, RETAIN_TOKENS = 2048, 8192  # whole rows are taken until there are so many
+FORGET_TOKENS, RETAIN_TOKENS = 2048, 8192  # whole rows are taken until these numbers are reached
 RIDGE = 0.01
 ADAPTER = "default"  # PEFT's name of the first one
 
@@ -186,7 +186,7 @@ def _of_layer(name: str, forget: Tensor, retain: Tensor, rank: int) -> Tensor:
 
 
 def _drawn(rows: Sequence[EncodedRow], tokens: int, rng: random.Random) -> list[EncodedRow]:
-    """Rows in random order until they have so many tokens, or all."""
+    """Rows in random order until they have at least ``tokens`` tokens together; all rows if they have fewer."""
     drawn: list[EncodedRow] = []
     for row in rng.sample(rows, len(rows)):
         if tokens <= 0:
